@@ -1,0 +1,18 @@
+"""What every test starts from: a fixed seed and the default dtype it found."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_dtype() -> Iterator[None]:
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)

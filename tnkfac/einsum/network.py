@@ -1,0 +1,239 @@
+"""Symbolic tensor networks: operands, legs, and how tensors are viewed as operands.
+
+A :class:`Network` holds no tensor and needs no torch. It is a value: two networks that mean the
+same contraction in the same order are equal and hash alike, so plans can be cached by network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+from tnkfac.einsum.geometry import Axis
+from tnkfac.einsum.views import Split, View, viewed_shape
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A tensor that the caller supplies under this name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Index pattern ``[k, o, i]`` of one spatial dimension, a constant."""
+
+    axis: Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Kronecker delta ``[size, size]``, a constant."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ones:
+    """Vector of ones ``[size]``, a constant."""
+
+    size: int
+
+
+Source = Variable | Pattern | Delta | Ones
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A source, the view that takes its tensor to one axis per leg, and the legs.
+
+    For the output of a network the view is read backwards: it would take the result to its legs,
+    so its adjoint takes the contracted legs to the result.
+
+    Attributes:
+        source: Where the tensor comes from.
+        shape: Shape of the tensor before the view.
+        legs: One name per axis after the view.
+        view: Steps from the tensor to one axis per leg.
+    """
+
+    source: Source
+    shape: tuple[int, ...]
+    legs: tuple[str, ...]
+    view: View = ()
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Size of every leg."""
+        return viewed_shape(self.shape, self.view)
+
+    def renamed(self, names: Mapping[str, str]) -> Operand:
+        """The operand with some legs renamed."""
+        return replace(self, legs=tuple(names.get(leg, leg) for leg in self.legs))
+
+    def __str__(self) -> str:
+        """The legs in einops style, grouped like the axes of the tensor if the view only splits."""
+        splits = [step for step in self.view if isinstance(step, Split)]
+        if len(splits) < len(self.view):
+            return " ".join(self.legs)
+        groups = list(self.legs)
+        for step in reversed(splits):
+            end = step.axis + len(step.sizes)
+            groups[step.axis : end] = [f"({' '.join(groups[step.axis : end])})"]
+        return " ".join(groups)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A scaled contraction of operands; all legs that the output lacks are summed.
+
+    Attributes:
+        operands: The factors of the product.
+        output: Legs of the result, and the view whose adjoint shapes it.
+        scale: Number that multiplies the result.
+
+    Raises:
+        ValueError: If one leg has two sizes, or an output leg is on no operand.
+
+    Example:
+        >>> x = Variable("x")
+        >>> network = parse("n i, n j -> i j", (x, x), {"n": 5, "i": 2, "j": 2})
+        >>> network.equation, network.shape
+        ('n i, n j -> i j', (2, 2))
+    """
+
+    operands: tuple[Operand, ...]
+    output: Operand
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that legs and sizes fit together."""
+        missing = set(self.output.legs) - {leg for op in self.operands for leg in op.legs}
+        if missing:
+            raise ValueError(f"Output legs {sorted(missing)} are on no operand.")
+        _ = self.sizes
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Size of every leg."""
+        sizes: dict[str, int] = {}
+        for operand in (*self.operands, self.output):
+            if len(operand.legs) != len(operand.sizes):
+                raise ValueError(f"{operand.legs} do not fit a tensor of shape {operand.sizes}.")
+            for leg, size in zip(operand.legs, operand.sizes, strict=True):
+                if sizes.setdefault(leg, size) != size:
+                    raise ValueError(f"Leg {leg!r} has sizes {sizes[leg]} and {size}.")
+        return sizes
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.operands, self.output, self.scale))
+
+    def __hash__(self) -> int:
+        """Hash once: networks are keys of the plan cache."""
+        return self._hash
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return self.output.shape
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors to supply, each once, in order of appearance."""
+        sources = (op.source for op in self.operands)
+        return tuple(dict.fromkeys(s.name for s in sources if isinstance(s, Variable)))
+
+    @property
+    def equation(self) -> str:
+        """The contraction in einops style, e.g. ``n (g ci) i1, k1 o1 i1 -> n (g ci k1) o1``."""
+        return f"{', '.join(map(str, self.operands))} -> {self.output}"
+
+    def scaled(self, factor: float) -> Network:
+        """The network times a number."""
+        return replace(self, scale=self.scale * factor)
+
+    def arranged(self, *groups: Sequence[str]) -> Network:
+        """The same product with one axis per group of legs; output legs left out are summed."""
+        return Network(self.operands, grouped(Variable("output"), groups, self.sizes), self.scale)
+
+    def gram(
+        self,
+        shared: Collection[str],
+        rows: Sequence[Sequence[str]] = (),
+        keep: Sequence[Sequence[str]] = (),
+    ) -> Network:
+        """Contract the network with a second copy of itself.
+
+        Every statistic of a layer is such a product, and differs only in what the copies share.
+
+        Args:
+            shared: Output legs that both copies have in common. They are summed unless kept.
+            rows: Groups of unshared legs that form one axis each, once per copy.
+            keep: Groups of shared legs that form the leading axes.
+
+        Returns:
+            The network with axes ``keep``, then ``rows``, then ``rows`` of the second copy.
+
+        Raises:
+            ValueError: If a named leg is not an output leg of this network.
+        """
+        named = {*shared, *(leg for group in (*keep, *rows) for leg in group)}
+        unknown = named - {*self.output.legs}
+        if unknown:
+            raise ValueError(f"Legs {sorted(unknown)} are not among {self.output.legs}.")
+        prime = {leg: f"{leg}'" for leg in self.sizes if leg not in shared}
+        copies = (*self.operands, *(op.renamed(prime) for op in self.operands))
+        sizes = self.sizes | {prime[leg]: self.sizes[leg] for leg in prime}
+        groups = [*keep, *rows, *([prime[leg] for leg in group] for group in rows)]
+        return Network(copies, grouped(Variable("output"), groups, sizes), self.scale**2)
+
+
+def grouped(source: Source, groups: Iterable[Sequence[str]], sizes: Mapping[str, int]) -> Operand:
+    """An operand whose tensor has one axis per group of legs, first leg slowest."""
+    groups = list(groups)
+    shape = tuple(prod(sizes[leg] for leg in group) for group in groups)
+    view = tuple(
+        Split(axis, tuple(sizes[leg] for leg in group))
+        for axis, group in reversed(list(enumerate(groups)))
+        if len(group) != 1
+    )
+    return Operand(source, shape, tuple(leg for group in groups for leg in group), view)
+
+
+def parse(
+    equation: str, sources: Sequence[Source], sizes: Mapping[str, int], scale: float = 1.0
+) -> Network:
+    """Build a network from an einops-style equation.
+
+    Args:
+        equation: Operands separated by commas, legs by spaces, grouped axes in parentheses, and
+            the output after ``->``.
+        sources: One source per operand.
+        sizes: Size of every leg.
+        scale: Number that multiplies the result.
+
+    Raises:
+        ValueError: If the equation has a wrong number of operands or an unknown leg.
+    """
+    left, _, right = equation.partition("->")
+    operands = left.split(",")
+    if len(operands) != len(sources):
+        raise ValueError(f"{equation!r} has {len(operands)} operands: got {len(sources)} sources.")
+
+    def operand(source: Source, text: str) -> Operand:
+        groups = [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", text)]
+        unknown = {leg for group in groups for leg in group} - sizes.keys()
+        if unknown:
+            raise ValueError(f"Legs {sorted(unknown)} of {equation!r} have no size.")
+        return grouped(source, groups, sizes)
+
+    return Network(
+        tuple(operand(s, text) for s, text in zip(sources, operands, strict=True)),
+        operand(Variable("output"), right),
+        scale,
+    )
