@@ -86,6 +86,22 @@ def input_rows_transpose(batch: int, channels: int, groups: int, axes: Sequence[
     return parse(equation, [Variable("x"), *patterns], sizes)
 
 
+def linear_rows(batch: int, positions: int, channels: int, groups: int = 1) -> Network:
+    """What multiplies the weight of a linear layer, with every leg open.
+
+    Args:
+        batch: Number of samples ``N``.
+        positions: Weight-sharing positions ``S``.
+        channels: Features ``C``.
+        groups: Channel groups ``G``.
+
+    Returns:
+        Network of ``x [N, S, C]`` with axes ``n g ci s``.
+    """
+    sizes = {"n": batch, "s": positions, "g": groups, "ci": _channels(channels, groups, "x")}
+    return parse("n s (g ci) -> n g ci s", [Variable("x")], sizes)
+
+
 def conv(
     x: Shape,
     weight: Shape,

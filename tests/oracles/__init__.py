@@ -1,0 +1,1 @@
+"""Slow, independent references that the tests compare the package against."""

@@ -1,0 +1,136 @@
+"""Statistics of one layer on their way from backward passes to a step.
+
+Autograd sums what the passes of a step contribute, as gradients of hidden *leaves*: module reuse,
+micro-batches and several backward calls need no bookkeeping. Counts travel the same way, so that
+everything is normalised once, over the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
+from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.structures import Parts, Structure
+
+LossTerms = Callable[..., float]
+LossAverage = str | None | LossTerms
+LOSS_AVERAGES = ("batch", "batch+sequence", None)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Normalised factors of one batch, in the structures of their layer.
+
+    Attributes:
+        A: Parts of the input factor, without the leading ``G`` as in its structure.
+        B: Parts of the output-gradient factor.
+    """
+
+    A: Parts
+    B: Parts
+
+
+class Statistics:
+    """What the taps of one weight measure, and the leaves that collect it.
+
+    Attributes:
+        layer: The layer; its ``bias`` says whether the bias column is trained.
+        approx: ``"expand"`` or ``"reduce"``.
+        k: Structure of the input side.
+        c: Structure of the output side.
+        loss_average: What the loss is averaged over.
+        on: Whether taps measure at all.
+    """
+
+    def __init__(
+        self, layer: Layer, approx: Approx, k: Structure, c: Structure, loss_average: LossAverage
+    ) -> None:
+        """Nothing is allocated before the first pass."""
+        self.layer = layer
+        self.approx: Approx = approx
+        self.k = k
+        self.c = c
+        self.loss_average = loss_average
+        self.on = True
+        self._leaves: tuple[Tensor, ...] = ()
+
+    def leaves(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Hidden leaves: parts of ``A``, parts of ``B``, and counts ``[n, n * s, terms]``.
+
+        Args:
+            like: A tensor on the device and of the dtype of the layer.
+        """
+        dtype = accumulation_dtype(like.dtype)
+        if (
+            not self._leaves
+            or self._leaves[0].device != like.device
+            or (self._leaves[0].dtype != dtype)
+        ):
+            groups = self.layer.groups
+            shapes = [(groups, *shape) for shape in (*self.k.shapes, *self.c.shapes)]
+            zero = torch.zeros((), dtype=dtype, device=like.device)
+            self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
+        return self._leaves
+
+    def measure(
+        self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
+    ) -> tuple[Tensor, ...]:
+        """Statistics of one call, shaped like the leaves.
+
+        Args:
+            layer: The layer that was called; tied layers may differ in their stride.
+            x: Input as the module received it.
+            g: Gradient with respect to its output.
+            terms: Loss terms of this call if a callable told them.
+        """
+        dtype = self._leaves[0].dtype
+        a, b = gram_pair(layer, x.to(dtype), g.to(dtype), self.approx)
+        rows = a.samples * a.positions
+        if terms is None:
+            terms = rows if self.loss_average == "batch+sequence" else a.samples
+        counts = _counts(a.samples, rows, terms, dtype, g.device)
+        return (*self.k.statistic(a), *self.c.statistic(b), counts)
+
+    @property
+    def pending(self) -> bool:
+        """Whether any pass has contributed since the last :meth:`clear`."""
+        return bool(self._leaves) and self._leaves[-1].grad is not None
+
+    def sums(self) -> list[Tensor]:
+        """What has been collected: un-normalised sums and counts."""
+        return [leaf.grad for leaf in self._leaves if leaf.grad is not None]
+
+    def factors(self, loss_scale: Tensor | float = 1.0) -> Factors:
+        """Normalise what has been collected.
+
+        Args:
+            loss_scale: Number by which the loss was multiplied before it was back-propagated.
+        """
+        *sums, counts = self.sums()
+        samples, rows, terms = counts.unbind()
+        weight = 1 / (rows if self.approx == "expand" else samples)
+        loss_terms = (1.0 if self.loss_average is None else terms) / loss_scale**2
+        split = len(self.k.shapes)
+        return Factors(
+            tuple(part * weight for part in sums[:split]),
+            tuple(part * loss_terms for part in sums[split:]),
+        )
+
+    def clear(self) -> None:
+        """Drop what has been collected."""
+        for leaf in self._leaves:
+            leaf.grad = None
+
+
+@lru_cache(maxsize=256)
+def _counts(
+    samples: int, rows: int, terms: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Counts on the device; kept, since copying them there would wait for it."""
+    return torch.tensor([samples, rows, terms], dtype=dtype, device=device)

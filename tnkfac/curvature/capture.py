@@ -1,0 +1,174 @@
+"""Seeing layer inputs and output gradients: the only file that registers hooks.
+
+One forward hook per layer, the *tap*, passes the output through an identity
+``autograd.Function``. It keeps the input, and its backward returns the layer's statistics as the
+gradients of hidden leaves. Unlike tensor hooks it survives in-place operations on the output,
+checkpointing and compilation, and leaves no tensor behind when no backward follows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnkfac.curvature.accumulate import Statistics
+from tnkfac.curvature.layers import Layer
+
+
+class _Identity(torch.autograd.Function):
+    """Identity on the output of a layer; statistics flow into the leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, measure: Any, inplace: bool, *leaves: Any) -> Any:
+        ctx.save_for_backward(x)
+        ctx.measure = measure
+        ctx.shapes = [leaf.shape for leaf in leaves]
+        if not inplace:
+            return y.clone()
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        if torch.is_grad_enabled():  # create_graph=True: not a pass of training
+            return (g, None, None, None, *(None for _ in ctx.shapes))
+        with torch.autocast(g.device.type, enabled=False):
+            statistics = ctx.measure(ctx.saved_tensors[0].detach(), g.detach())
+        for statistic, shape in zip(statistics, ctx.shapes, strict=True):
+            if statistic.shape != shape:  # autograd would silently sum it to the leaf's shape
+                raise RuntimeError(f"Statistic of shape {statistic.shape} for a leaf {shape}.")
+        return (g, None, None, None, *statistics)
+
+
+class Tap:
+    """Forward hook of one module.
+
+    It keeps no reference to the optimizer, and copies and pickles as a hook that does nothing, so
+    a copied model contributes no statistics.
+    """
+
+    def __init__(self, statistics: Statistics, layer: Layer, weight: Tensor) -> None:
+        """Measure ``layer`` into ``statistics`` while the module's weight is ``weight``."""
+        self.statistics = statistics
+        self.layer = layer
+        self._weight_id = id(weight)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Tap the output, or leave it alone where nothing may be measured."""
+        statistics = self.statistics
+        if not (statistics.on and torch.is_grad_enabled() and module.training):
+            return None
+        weight = module._parameters.get("weight")
+        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+            return None  # functional_call, or frozen
+        if not output.requires_grad or torch._C._are_functorch_transforms_active():
+            return None
+        x = args[0] if args else kwargs["input"]
+        if x.numel() == 0:
+            return None
+        terms = None
+        if callable(statistics.loss_average):
+            terms = float(statistics.loss_average(module, output.shape))
+        layer = self.layer
+
+        def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+            return statistics.measure(layer, x, g, terms)
+
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                return None
+            return _Identity.apply(output, x, measure, False, *statistics.leaves(output))
+        if not _is_plain(module, output):
+            return None
+        if weight.grad is None and statistics.pending and id(weight) == self._weight_id:
+            statistics.clear()  # left over from a pass whose gradients were dropped
+        leaves = statistics.leaves(weight)
+        base = output._base
+        if base is None or base.numel() != output.numel():
+            return _Identity.apply(output, x, measure, True, *leaves)
+        tapped = _Identity.apply(base, x, measure, True, *leaves).view(output.shape)
+        _ = output.grad_fn  # a stale view must be refreshed before anyone hooks it
+        return tapped
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """A copied model has a hook that does nothing."""
+        return no_tap
+
+    def __reduce__(self) -> Any:
+        """So has an unpickled one."""
+        return "no_tap"
+
+
+class _NoTap:
+    """What a tap becomes in a copied or unpickled model."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        return None
+
+    def __deepcopy__(self, memo: Any) -> _NoTap:
+        return self
+
+    def __reduce__(self) -> str:
+        return "no_tap"
+
+
+no_tap = _NoTap()
+
+
+def _is_plain(module: nn.Module, output: Any) -> bool:
+    return (
+        type(output) is Tensor
+        and not torch._C._is_tracing()
+        and torch.autograd.forward_ad._current_level < 0
+        and not getattr(module, "_is_replica", False)
+    )
+
+
+def attach(owner: object, module: nn.Module, tap: Tap) -> weakref.finalize[Any, Any]:
+    """Register a tap for as long as ``owner`` lives.
+
+    Returns:
+        Calling it removes the hook.
+    """
+    handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
+    _forget_compiled_frames()
+    return weakref.finalize(owner, handle.remove)
+
+
+def _forget_compiled_frames() -> None:
+    """A model that was compiled and run before would ignore its new hooks without a word."""
+    dynamo = getattr(torch, "_dynamo", None)
+    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
+        dynamo.reset()
+
+
+class FirstForward:
+    """Global hook that calls back with the outermost module of the next forward pass.
+
+    The last resort where no module could be found from the parameters.
+    """
+
+    def __init__(self, owner: Any, method: str) -> None:
+        """Call ``getattr(owner, method)(module)`` once; ``owner`` is held weakly."""
+        self._owner = weakref.ref(owner)
+        self._method = method
+        self._handle = nn.modules.module.register_module_forward_pre_hook(self)
+        self.remove = weakref.finalize(owner, self._handle.remove)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Look at the module; stay until one holds the parameters."""
+        owner = self._owner()
+        if owner is None or torch.compiler.is_compiling():
+            return
+        if getattr(owner, self._method)(module):
+            self.remove()
+
+
+def gather(statistics: Iterable[Statistics]) -> list[Tensor]:
+    """All tensors that have been collected."""
+    return [tensor for entry in statistics if entry.pending for tensor in entry.sums()]

@@ -1,0 +1,135 @@
+"""Which modules own the given parameters: layers are found from parameters alone."""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tnkfac.curvature.layers import layer_type
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module that holds a parameter under an attribute.
+
+    Attributes:
+        name: Qualified name of the module from its root; empty for the root itself.
+        module: The module.
+        attribute: Name of the parameter in the module.
+        called: Whether the module is ever called as a module.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    called: bool = True
+
+    @property
+    def parameter_name(self) -> str:
+        """Qualified name of the parameter."""
+        return f"{self.name}.{self.attribute}" if self.name else self.attribute
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the module is not a supported layer, or None if it is one."""
+        kind = type(self.module).__name__
+        if not self.called:
+            return "its MultiheadAttention reads it without calling it"
+        if layer_type(self.module) is not None:
+            return None
+        if self.attribute in ("weight", "bias") and any(
+            layer_type_name in {c.__name__ for c in type(self.module).__mro__}
+            for layer_type_name in ("Linear", "_ConvNd")
+        ):
+            return f"{kind} overrides forward"
+        return f"{kind} is not a supported layer"
+
+
+def root_of(params: Any) -> nn.Module | None:
+    """The module whose ``parameters()`` or ``named_parameters()`` generator this is, if it is one.
+
+    Filters and generator expressions around it are looked through.
+    """
+    for _ in range(8):
+        if isinstance(params, nn.Module):
+            return params
+        if isinstance(params, types.GeneratorType) and params.gi_frame is not None:
+            scope = params.gi_frame.f_locals
+            found = scope.get("self")
+            if isinstance(found, nn.Module):
+                return found
+            params = scope.get(".0")
+        elif isinstance(params, filter | map | enumerate | zip):
+            inner = [ref for ref in gc.get_referents(params) if hasattr(ref, "__next__")]
+            params = inner[0] if inner else None
+        else:
+            return None
+    return None
+
+
+def find_owners(params: Iterable[Tensor], roots: Iterable[nn.Module]) -> dict[int, list[Owner]]:
+    """Owners of parameters, by ``id`` of the parameter.
+
+    Args:
+        params: The parameters.
+        roots: Modules to search first; all living modules are searched for what they lack.
+
+    Returns:
+        For every parameter that has one, its owners in the order of ``root.named_modules()``.
+        Tied parameters have several.
+    """
+    wanted = {id(p) for p in params}
+    owners: dict[int, list[Owner]] = {}
+    roots = list(dict.fromkeys(roots))
+    _search(roots, wanted, owners)
+    if wanted - owners.keys():
+        _search(_living_roots(wanted - owners.keys()), wanted, owners)
+    return owners
+
+
+def _search(roots: list[nn.Module], wanted: set[int], owners: dict[int, list[Owner]]) -> None:
+    seen = {id(owner.module) for found in owners.values() for owner in found}
+    prefix = len(roots) > 1
+    for root in roots:
+        uncalled = {
+            id(module.out_proj)
+            for module in root.modules()
+            if isinstance(module, nn.MultiheadAttention)
+        }
+        for name, module in root.named_modules():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            if prefix:
+                name = f"{type(root).__name__}.{name}" if name else type(root).__name__
+            for attribute, param in module._parameters.items():
+                if param is not None and id(param) in wanted:
+                    owner = Owner(name, module, attribute, id(module) not in uncalled)
+                    owners.setdefault(id(param), []).append(owner)
+
+
+def _living_roots(wanted: set[int]) -> list[nn.Module]:
+    """Outermost modules that hold a wanted parameter, by one scan over all living objects."""
+    modules = [obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module)]
+    holders: list[nn.Module] = []
+    parents: dict[int, nn.Module] = {}
+    for module in modules:
+        scope = module.__dict__
+        if any(id(param) in wanted for param in scope.get("_parameters", {}).values()):
+            holders.append(module)
+        for child in scope.get("_modules", {}).values():
+            if child is not None:
+                parents.setdefault(id(child), module)
+    roots: dict[int, nn.Module] = {}
+    for module in holders:
+        path = {id(module)}
+        while id(module) in parents and id(parents[id(module)]) not in path:
+            module = parents[id(module)]
+            path.add(id(module))
+        roots[id(module)] = module
+    return list(roots.values())

@@ -1,0 +1,96 @@
+"""The pair ``(K, C)`` of one layer, and where it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature.structures import Parts, Structure
+
+_BISECTIONS = 80
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """Structured ``K [G, D, D]`` and ``C [G, C_out / G, C_out / G]``.
+
+    The inverse of the curvature ``B (x) A`` is kept as ``C C^T (x) K K^T``.
+
+    Attributes:
+        k: Structure of ``K``, the input side.
+        c: Structure of ``C``, the output side.
+        K: Parts of ``K``.
+        C: Parts of ``C``.
+    """
+
+    k: Structure
+    c: Structure
+    K: Parts
+    C: Parts
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """``C C^T G K K^T`` for a gradient matrix ``[G, C_out / G, D]``, in its dtype."""
+        rows = gradient.transpose(1, 2).to(self.K[0].dtype)
+        right = self.k.apply(self.K, rows).transpose(1, 2)
+        return self.c.apply(self.C, right.to(self.C[0].dtype)).to(gradient.dtype)
+
+
+def stationary_point(
+    k: Structure, c: Structure, A: Parts, B: Parts, damping: float
+) -> tuple[Parts, Parts]:
+    """Symmetric ``K``, ``C`` at which one batch's factors leave SINGD's update at rest.
+
+    Solves ``(K K^T)^-1 = tr(C^T B C)/d A + damping tr(C^T C)/d I`` and its mirror image for each
+    channel group (the fixed point of arXiv 2312.05705, eq. 9). With the eigenvalues ``a`` of
+    ``A`` and ``b`` of ``B`` both are ``1 / (a + r)`` and ``1 / (b + s)`` up to a scale, where
+    ``r = damping f_b(s)``, ``s = damping f_a(r)`` and ``f(r) = mean(1/(a+r)) / mean(a/(a+r))``.
+    Both maps decrease with a log-slope above -1, so there is one solution, found by bisection.
+    The free scale between both is fixed by equal mean squares.
+
+    Args:
+        k: Structure of ``K``.
+        c: Structure of ``C``.
+        A: Parts of the input factor.
+        B: Parts of the output factor.
+        damping: Non-negative.
+
+    Returns:
+        Parts of ``K`` and ``C``. A group whose ``A`` or ``B`` is zero gets the limit, multiples
+        of the identity.
+    """
+    a, a_vectors = k.eigen(A)
+    b, b_vectors = c.eigen(B)
+    p, q = _spectra(a.double(), b.double(), damping)
+    K = k.from_eigen(p.sqrt().to(a.dtype), a_vectors)
+    C = c.from_eigen(q.sqrt().to(b.dtype), b_vectors)
+    return K, C
+
+
+def _spectra(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of ``K K^T`` and ``C C^T`` from those of ``A [G, D]`` and ``B [G, Co]``."""
+    tiny = torch.finfo(a.dtype).tiny ** 0.25
+    # Rounding leaves a rank-deficient factor with eigenvalues around zero, of either sign.
+    floor_a, floor_b = (1e-12 * e.mean(1, keepdim=True).clamp(min=tiny) for e in (a, b))
+    a, b = a.clamp(min=0) + floor_a, b.clamp(min=0) + floor_b
+
+    def ratio(e: Tensor, shift: Tensor) -> Tensor:
+        kept = e / (e + shift)
+        return (1 / (e + shift)).mean(1, keepdim=True) / kept.mean(1, keepdim=True)
+
+    low = (damping / b.mean(1, keepdim=True)).clamp(min=tiny).log()
+    high = (damping * (1 / b).mean(1, keepdim=True)).clamp(min=tiny).log()
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        s = damping * ratio(a, middle.exp())
+        below = (damping * ratio(b, s)).clamp(min=tiny).log() > middle
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    r = ((low + high) / 2).exp() if damping > 0 else torch.zeros_like(low)
+    s = damping * ratio(a, r)
+    p, q = 1 / (a + r), 1 / (b + s)
+    # The product of both scales: mean eigenvalue of P (B (x) A + damping I) is one.
+    level = (a * p).mean(1, keepdim=True) * (b * q).mean(1, keepdim=True)
+    level = level + damping * p.mean(1, keepdim=True) * q.mean(1, keepdim=True)
+    balance = (q.mean(1, keepdim=True) / p.mean(1, keepdim=True) / level).sqrt()
+    return p * balance, q / (balance * level)
