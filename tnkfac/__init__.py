@@ -1,1 +1,6 @@
-"""Second-order optimizers from tensor networks."""
+"""Second-order optimizers for PyTorch whose curvature comes from tensor networks."""
+
+from tnkfac._version import __version__
+from tnkfac.optim import SINGD
+
+__all__ = ["SINGD", "__version__"]

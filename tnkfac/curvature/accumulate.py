@@ -8,15 +8,15 @@ everything is normalised once, over the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
-from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.structures import Parts, Structure
+from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.structures import Parts, Structure, resolve_structure
 
 LossTerms = Callable[..., float]
 LossAverage = str | None | LossTerms
@@ -40,25 +40,46 @@ class Statistics:
     """What the taps of one weight measure, and the leaves that collect it.
 
     Attributes:
-        layer: The layer; its ``bias`` says whether the bias column is trained.
         approx: ``"expand"`` or ``"reduce"``.
-        k: Structure of the input side.
-        c: Structure of the output side.
         loss_average: What the loss is averaged over.
         on: Whether taps measure at all.
+        layer: The layer, once its shape is known; its ``bias`` tells whether the bias is trained.
+        k: Structure of the input side, once the shape is known.
+        c: Structure of the output side, likewise.
     """
 
+    layer: Layer
+    k: Structure
+    c: Structure
+
     def __init__(
-        self, layer: Layer, approx: Approx, k: Structure, c: Structure, loss_average: LossAverage
+        self, approx: Approx, structures: tuple[str, str], bias: bool, loss_average: LossAverage
     ) -> None:
-        """Nothing is allocated before the first pass."""
-        self.layer = layer
+        """Nothing is allocated before the first pass.
+
+        Args:
+            approx: ``"expand"`` or ``"reduce"``.
+            structures: Names of the structures of input and output factor.
+            bias: Whether the factors have a bias row.
+            loss_average: ``"batch"``, ``"batch+sequence"``, None for a sum, or a callable.
+        """
         self.approx: Approx = approx
-        self.k = k
-        self.c = c
         self.loss_average = loss_average
         self.on = True
+        self._structures = structures
+        self._bias = bias
         self._leaves: tuple[Tensor, ...] = ()
+        self.bound = False
+
+    def bind(self, module: nn.Module) -> Layer:
+        """Describe a module that measures into these statistics; its shape must be known."""
+        layer = replace(describe(module), bias=self._bias)
+        if not self.bound:
+            self.layer = layer
+            self.k = resolve_structure(self._structures[0], layer.in_dim)
+            self.c = resolve_structure(self._structures[1], layer.out_dim)
+            self.bound = True
+        return layer
 
     def leaves(self, like: Tensor) -> tuple[Tensor, ...]:
         """Hidden leaves: parts of ``A``, parts of ``B``, and counts ``[n, n * s, terms]``.

@@ -9,11 +9,12 @@ checkpointing and compilation, and leaves no tensor behind when no backward foll
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature.accumulate import Statistics
 from tnkfac.curvature.layers import Layer
@@ -52,10 +53,10 @@ class Tap:
     a copied model contributes no statistics.
     """
 
-    def __init__(self, statistics: Statistics, layer: Layer, weight: Tensor) -> None:
-        """Measure ``layer`` into ``statistics`` while the module's weight is ``weight``."""
+    def __init__(self, statistics: Statistics, weight: Tensor) -> None:
+        """Measure into ``statistics`` while the module's weight is ``weight``."""
         self.statistics = statistics
-        self.layer = layer
+        self.layer: Layer | None = None
         self._weight_id = id(weight)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -75,6 +76,8 @@ class Tap:
         if callable(statistics.loss_average):
             terms = float(statistics.loss_average(module, output.shape))
         layer = self.layer
+        if layer is None:  # lazy modules know their shape only now
+            layer = self.layer = statistics.bind(module)
 
         def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
             return statistics.measure(layer, x, g, terms)
@@ -129,14 +132,16 @@ def _is_plain(module: nn.Module, output: Any) -> bool:
     )
 
 
-def attach(owner: object, module: nn.Module, tap: Tap) -> weakref.finalize[Any, Any]:
+def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
     """Register a tap for as long as ``owner`` lives.
 
     Returns:
-        Calling it removes the hook.
+        A callable that removes the hook.
     """
     handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
     _forget_compiled_frames()
+    if not any(is_lazy(p) for p in module._parameters.values() if p is not None):
+        tap.layer = tap.statistics.bind(module)
     return weakref.finalize(owner, handle.remove)
 
 
@@ -167,8 +172,3 @@ class FirstForward:
             return
         if getattr(owner, self._method)(module):
             self.remove()
-
-
-def gather(statistics: Iterable[Statistics]) -> list[Tensor]:
-    """All tensors that have been collected."""
-    return [tensor for entry in statistics if entry.pending for tensor in entry.sums()]

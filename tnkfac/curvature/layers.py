@@ -71,6 +71,13 @@ class Layer:
         """Rows of the output factor of one group: ``C_out / G``."""
         return self.out_channels // self.groups
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight in the module's layout."""
+        if self.kind == "conv_transpose":
+            return (self.in_channels, self.out_dim, *self.kernel_size)
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
     def standard_input(self, x: Tensor) -> Tensor:
         """Bring an input to ``[N, C_in, I1, ..]``, or ``[N, S, C_in]`` for a linear layer.
 

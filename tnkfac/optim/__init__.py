@@ -1,0 +1,6 @@
+"""Optimizers."""
+
+from tnkfac.optim.report import Report, Row
+from tnkfac.optim.singd import SINGD
+
+__all__ = ["SINGD", "Report", "Row"]

@@ -1,0 +1,104 @@
+"""The optimizer of every parameter that has no Kronecker-factored curvature.
+
+The update itself is torch's own AdamW or SGD.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+State = dict[str, Any]
+
+
+def init_state(param: Tensor, group: dict[str, Any]) -> State:
+    """State of one parameter; its keys depend on the group only."""
+    if group["fallback"] == "adamw":
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+        }
+    momentum = _momentum(group)
+    return {"momentum_buffer": torch.zeros_like(param)} if momentum else {}
+
+
+def update(
+    params: list[Tensor], states: list[State], group: dict[str, Any], skip: Tensor | None = None
+) -> None:
+    """One step for parameters of one group whose gradients are all there.
+
+    Args:
+        params: Parameters.
+        states: Their states, from :func:`init_state`.
+        skip: On CUDA, a scalar tensor that turns the step into none where it is one.
+        group: Their group. Without ``fallback_lr`` the group's ``lr`` is used; with it, it is
+            scaled by what a scheduler has made of the group's ``lr``.
+    """
+    by_kind: dict[object, list[int]] = defaultdict(list)
+    for index, param in enumerate(params):
+        by_kind[type(param), param.device, param.dtype].append(index)
+    for indices in by_kind.values():
+        _update([params[i] for i in indices], [states[i] for i in indices], group, skip)
+
+
+def _update(
+    params: list[Tensor], states: list[State], group: dict[str, Any], skip: Tensor | None
+) -> None:
+    grads = [param.grad for param in params if param.grad is not None]
+    decay = group["fallback_weight_decay"]
+    decay = group["weight_decay"] if decay is None else decay
+    fused = skip is not None and params[0].is_floating_point()
+    kernel = {"fused": True, "found_inf": skip} if fused else {"foreach": True}
+    if group["fallback"] == "adamw":
+        beta1, beta2 = group["fallback_betas"]
+        adamw(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            **kernel,
+            capturable=params[0].is_cuda and not fused,
+            has_complex=params[0].is_complex(),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=learning_rate(group),
+            weight_decay=decay,
+            eps=group["fallback_eps"],
+            maximize=False,
+        )
+        return
+    sgd(
+        params,
+        grads,
+        [state.get("momentum_buffer") for state in states],
+        **kernel,
+        weight_decay=decay,
+        momentum=_momentum(group),
+        lr=learning_rate(group),
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        has_sparse_grad=False,
+    )
+
+
+def learning_rate(group: dict[str, Any]) -> Any:
+    """Learning rate of the fallback at this step."""
+    own = group["fallback_lr"]
+    if own is None:
+        return group["lr"]
+    return own if group["base_lr"] == 0 else own * (group["lr"] / group["base_lr"])
+
+
+def _momentum(group: dict[str, Any]) -> float:
+    own = group["fallback_momentum"]
+    return float(group["momentum"] if own is None else own)

@@ -1,0 +1,119 @@
+"""What may spoil a step: loss scaling and non-finite numbers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def loss_scale(grad_scaler: Any) -> Tensor | float:
+    """By how much the loss of this step was multiplied.
+
+    Output gradients are captured scaled, and neither ``.grad`` nor the optimizer tells by how
+    much once ``unscale_`` has run, so the ``GradScaler`` that calls the step is looked up.
+
+    Args:
+        grad_scaler: The scaler if the user passed one, or None.
+    """
+    scaler = grad_scaler if grad_scaler is not None else _calling_scaler()
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    scale = scaler._scale
+    return 1.0 if scale is None else scale
+
+
+def _calling_scaler() -> Any:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "step":
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, torch.amp.GradScaler):
+                return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def non_finite(tensors: Iterable[Tensor]) -> Tensor | bool:
+    """Whether any entry is infinite or not a number.
+
+    Args:
+        tensors: Gradients and statistics of a step.
+
+    Returns:
+        A bool where everything is on the CPU; otherwise one where any is non-finite and zero
+        where not, as a tensor on the first device, without waiting for it.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        local = getattr(tensor, "to_local", None)
+        tensor = tensor if local is None else local()
+        if tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor)
+    flags: list[Tensor] = []
+    for group in by_device.values():
+        norms = torch._foreach_norm(group, float("inf"))
+        flags.append(~torch.stack([norm.isfinite() for norm in norms]).all())
+    if all(flag.device.type == "cpu" for flag in flags):
+        return any(bool(flag) for flag in flags)
+    device = next(flag.device for flag in flags if flag.device.type != "cpu")
+    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any().float()
+
+
+class SkippedUpdates:
+    """Counts skipped batches; on a device it is read only when asked for."""
+
+    def __init__(self) -> None:
+        """No batch was skipped."""
+        self._host = 0
+        self._device: Tensor | None = None
+
+    def add(self, skip: Tensor | bool) -> None:
+        """Count a batch if ``skip`` is one."""
+        if isinstance(skip, bool):
+            self._host += skip
+        elif self._device is None or self._device.device != skip.device:
+            self._host = self.total
+            self._device = skip.clone()
+        else:
+            self._device += skip
+
+    @property
+    def total(self) -> int:
+        """Number of skipped batches; waits for the device."""
+        return self._host + (0 if self._device is None else int(self._device.item()))
+
+
+class Verdicts:
+    """Flags of past steps on their way from the device to the host, without waiting.
+
+    A step on a device is not known to be good when it is queued. Its flag is copied along and
+    looked at before later steps.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is on its way."""
+        self._waiting: list[tuple[Any, Tensor, Any]] = []
+
+    def send(self, skip: Tensor, undo: Any) -> None:
+        """Queue the copy of a flag; ``undo`` is called if it turns out to be one."""
+        host = torch.empty((), dtype=skip.dtype, pin_memory=True)
+        host.copy_(skip, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(skip.device))
+        self._waiting.append((event, host, undo))
+
+    def receive(self, wait: bool = False) -> None:
+        """Act on every flag that has arrived, or on all of them."""
+        while self._waiting:
+            event, host, undo = self._waiting[0]
+            if wait:
+                event.synchronize()
+            elif not event.query():
+                return
+            self._waiting.pop(0)
+            if host.item():
+                undo()

@@ -1,0 +1,55 @@
+"""What an optimizer does with every parameter, as rows and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Row:
+    """Treatment of one parameter.
+
+    Attributes:
+        name: Qualified name of the parameter, or ``param_<i>``.
+        module: Type of the module that owns it; empty if none was found.
+        shape: Shape of the parameter.
+        approximation: ``expand`` or ``reduce``; empty for the fallback.
+        structure: Structures of input and output factor; empty for the fallback.
+        factor_dims: Groups and rows of both factors, as ``(G, D, C_out / G)``; empty likewise.
+        state_bytes: Bytes of the state of this parameter.
+        last_update: Step of the last factor update, ``None`` before the first.
+        reason: Why the fallback trains it, or why its factors wait; empty otherwise.
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    approximation: str
+    structure: str
+    factor_dims: tuple[int, ...]
+    state_bytes: int
+    last_update: int | None
+    reason: str
+
+
+class Report(list[Row]):
+    """List of :class:`Row`; prints as a table."""
+
+    def __str__(self) -> str:
+        """One line per parameter."""
+        titles = [field.name.replace("_", " ") for field in fields(Row)]
+        lines = [titles, *([_cell(getattr(row, f.name)) for f in fields(Row)] for row in self)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+
+    __repr__ = __str__
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
+    return "-" if value is None or value == "" else str(value)

@@ -1,0 +1,336 @@
+"""SINGD: structured inverse-free natural gradient descent (arXiv 2312.05705)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature import Parts, Preconditioner, Structure, stationary_point
+from tnkfac.optim import arguments
+from tnkfac.optim.base import CurvatureOptimizer, Group
+from tnkfac.optim.layers import CapturedLayer
+
+
+def _combine(
+    coefficients: Sequence[Tensor | float], terms: Sequence[Parts], add_identity: Parts
+) -> Parts:
+    """``sum_i coefficient_i term_i - I``, coefficients per channel group."""
+    total = []
+    for index, eye in enumerate(add_identity):
+        part = -eye
+        for coefficient, term in zip(coefficients, terms, strict=True):
+            shape = (-1, *[1] * (eye.ndim - 1))
+            factor = coefficient.reshape(shape) if isinstance(coefficient, Tensor) else coefficient
+            part = part + factor * term[index]
+        total.append(part)
+    return tuple(total)
+
+
+def singd_update(
+    k: Structure,
+    c: Structure,
+    K: Parts,
+    C: Parts,
+    m_K: Parts | None,
+    m_C: Parts | None,
+    A: Parts,
+    B: Parts,
+    *,
+    damping: float,
+    alpha1: float,
+    lr_cov: float,
+    kfac_like: bool,
+    normalize: bool,
+) -> tuple[Parts, Parts, Parts, Parts]:
+    """One update of ``K`` and ``C`` (arXiv 2312.05705, figure 4, right).
+
+    Args:
+        k: Structure of ``K`` and ``A``.
+        c: Structure of ``C`` and ``B``.
+        K: Input-side factor of the preconditioner.
+        C: Output-side factor.
+        m_K: Momentum of ``K``, or None for zero.
+        m_C: Momentum of ``C``, or None for zero.
+        A: Input factor of the curvature.
+        B: Output-gradient factor.
+        damping: Added to the curvature.
+        alpha1: Decay of the momenta.
+        lr_cov: Step size.
+        kfac_like: Replace the four traces by one (IKFAC).
+        normalize: Scale the step by the largest entry of the momentum if it exceeds one.
+
+    Returns:
+        New ``K``, ``C``, ``m_K``, ``m_C``.
+    """
+    H_K, H_C = k.pull(K, A), c.pull(C, B)
+    KK, CC = k.gram(K), c.gram(C)
+    one: tuple[Tensor | float, ...] = (1.0, damping)
+    on_K = one if kfac_like else (c.trace(H_C), damping * c.trace(CC))
+    on_C = one if kfac_like else (k.trace(H_K), damping * k.trace(KK))
+    half = 0.5 * (1 - alpha1 if normalize else 1.0)
+    new: list[Parts] = []
+    moved: list[Parts] = []
+    for structure, X, m, H, gram, coefficients in (
+        (k, K, m_K, H_K, KK, on_K),
+        (c, C, m_C, H_C, CC, on_C),
+    ):
+        eye = structure.identity(X[0].shape[0], X[0].dtype, X[0].device)
+        step = _combine(coefficients, (H, gram), eye)
+        step = tuple(half * part for part in step)
+        if m is not None:
+            step = tuple(alpha1 * old + part for old, part in zip(m, step, strict=True))
+        move = structure.matmul(X, step)
+        rate = _rate(step, lr_cov, normalize)
+        moved.append(tuple(_minus(x, rate, d) for x, d in zip(X, move, strict=True)))
+        new.append(step)
+    return moved[0], moved[1], new[0], new[1]
+
+
+def _rate(step: Parts, lr_cov: float, normalize: bool) -> Tensor | float:
+    """Step size of each channel group."""
+    if not normalize:
+        return lr_cov
+    largest = [part.abs().flatten(1).amax(1) for part in step if part.numel()]
+    return lr_cov / torch.stack(largest).amax(0).clamp(min=1.0)
+
+
+def _minus(part: Tensor, rate: Tensor | float, move: Tensor) -> Tensor:
+    if isinstance(rate, Tensor):
+        rate = rate.reshape(-1, *[1] * (part.ndim - 1))
+    return part - rate * move
+
+
+class SINGD(CurvatureOptimizer):
+    r"""Structured inverse-free natural gradient descent for every parameter of a model.
+
+    For each supported layer with gradient ``G``, input factor ``A`` and output factor ``B`` it
+    keeps structured ``K`` and ``C`` with :math:`C C^T \otimes K K^T \approx (B \otimes A + \lambda
+    I)^{-1}`, updates them without a matrix inverse every ``T`` steps, and steps along
+    :math:`C C^T G K K^T`. All other parameters are trained by AdamW.
+
+    Args:
+        params: Parameters, named parameters, parameter groups, or a ``torch.nn.Module``. Layers
+            are found from the parameters alone.
+        lr: Learning rate; with grafting, AdamW's.
+        momentum: Of the parameter updates; a moving average with grafting.
+        damping: :math:`\lambda`, added to the curvature.
+        alpha1: Momentum of the preconditioner.
+        weight_decay: Coefficient; see ``decoupled_weight_decay``.
+        T: Steps between updates of the preconditioner, or a callable of the step.
+        loss_average: What the loss is averaged over: ``"batch"``, ``"batch+sequence"`` (every
+            position too), None for a sum, or a callable ``(module, output_shape) -> terms``.
+        lr_cov: Step size of the preconditioner, or a callable of the step.
+        structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"`` or ``"auto"`` (dense up to
+            1,024 rows, blocks above), for both factors or as a pair (input, output).
+        kfac_approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636).
+        kfac_like: IKFAC: no trace coupling, and no momentum of the preconditioner.
+        normalize_lr_cov: Bound the preconditioner's step by its largest entry.
+        preconditioner_dtype: dtype of ``K`` and ``C``, or a pair; None for that of the weight.
+        init: ``"first_batch"``: start where the first batch's factors leave the preconditioner at
+            rest. ``"identity"``: start at the identity.
+        grafting: Size of a layer's update: ``"rms"`` (root mean square 0.2, as AdamW's),
+            ``"adam"`` (that of its AdamW update), ``"sgd"`` (that of its gradient), or None.
+        decoupled_weight_decay: Shrink parameters beside the update instead of through it.
+        kl_clip: Bound on the quadratic change of the loss over all layers, or None.
+        fallback: ``"adamw"``, ``"sgd"``, or ``"error"`` to refuse parameters without a layer.
+        fallback_options: Its ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``.
+        grad_scaler: A ``GradScaler`` whose ``step`` is not what calls this optimizer's.
+        grad_worker_fraction: Share of the processes that precondition a layer; 1.0 on one device.
+        max_state_ratio: With ``"auto"``, bound on the state relative to AdamW's.
+        max_step_ratio: With ``"auto"``, bound on the cost of a step relative to AdamW's.
+
+    Raises:
+        TypeError: For a hyper-parameter of the wrong type.
+        ValueError: For a hyper-parameter out of range, or no parameters.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> optimizer = SINGD(model.parameters(), lr=1e-2, structures="diagonal")
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(16, 4)).square().mean()
+        ...     loss.backward()
+        ...     _ = optimizer.step()
+    """
+
+    REFERENCE: ClassVar[dict[str, Any]] = {
+        "structures": ("dense", "dense"),
+        "init": "identity",
+        "grafting": None,
+        "decoupled_weight_decay": False,
+    }
+    """Keyword arguments under which the algorithm of the paper is followed to the letter."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        alpha1: float = 0.5,
+        weight_decay: float = 0.0,
+        T: int | Callable[[int], int] = 10,
+        loss_average: str | Callable[..., float] | None = "batch",
+        lr_cov: float | Callable[[int], float] = 1e-2,
+        structures: str | tuple[str, str] = "auto",
+        kfac_approx: str = "expand",
+        kfac_like: bool = False,
+        normalize_lr_cov: bool = False,
+        preconditioner_dtype: Any = None,
+        *,
+        init: str = "first_batch",
+        grafting: str | None = "rms",
+        decoupled_weight_decay: bool = True,
+        kl_clip: float | None = None,
+        fallback: str = "adamw",
+        fallback_options: dict[str, Any] | None = None,
+        grad_scaler: Any = None,
+        grad_worker_fraction: float = 1.0,
+        max_state_ratio: float | None = None,
+        max_step_ratio: float | None = None,
+    ) -> None:
+        """See the class."""
+        if kfac_like and alpha1 != 0:
+            warnings.warn(f"alpha1={alpha1} has no effect with kfac_like=True.", stacklevel=2)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "alpha1": alpha1,
+            "weight_decay": weight_decay,
+            "T": T,
+            "loss_average": loss_average,
+            "lr_cov": lr_cov,
+            "structures": structures,
+            "kfac_approx": kfac_approx,
+            "kfac_like": kfac_like,
+            "normalize_lr_cov": normalize_lr_cov,
+            "preconditioner_dtype": preconditioner_dtype,
+            "init": init,
+            "grafting": grafting,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "kl_clip": kl_clip,
+            **arguments.fallback_settings(fallback, fallback_options),
+            "grad_worker_fraction": grad_worker_fraction,
+            "max_state_ratio": max_state_ratio,
+            "max_step_ratio": max_step_ratio,
+        }
+        self._check_group(defaults, defaults)
+        super().__init__(params, defaults, grad_scaler)
+
+    def _check_group(self, group: Group, given: Group) -> None:
+        if "fallback_options" in given:
+            settings = arguments.fallback_settings(
+                str(group["fallback"]), given.pop("fallback_options")
+            )
+            given.update({k: v for k, v in settings.items() if k not in given})
+        arguments.number("lr", group["lr"])
+        arguments.number("momentum", group["momentum"], below=1.0)
+        arguments.number("damping", group["damping"])
+        arguments.number("alpha1", group["alpha1"], below=1.0)
+        arguments.number("weight_decay", group["weight_decay"])
+        arguments.interval("T", group["T"])
+        if not callable(group["loss_average"]):
+            arguments.choices("loss_average", group["loss_average"], arguments.LOSS_AVERAGE)
+        if not callable(group["lr_cov"]):
+            arguments.number("lr_cov", group["lr_cov"])
+        arguments.choices("kfac_approx", group["kfac_approx"], arguments.APPROX)
+        arguments.choices("init", group["init"], arguments.INIT)
+        arguments.choices("grafting", group["grafting"], arguments.GRAFTING)
+        arguments.choices("fallback", group["fallback"], arguments.FALLBACK)
+        for name in ("kl_clip", "max_state_ratio", "max_step_ratio"):
+            if group[name] is not None:
+                arguments.number(name, group[name])
+        arguments.number("grad_worker_fraction", group["grad_worker_fraction"])
+        given["structures"] = arguments.structure_pair(group["structures"])
+        given["preconditioner_dtype"] = arguments.dtype_pair(group["preconditioner_dtype"])
+
+    def _is_due(self, group: Group, step: int) -> bool:
+        T = group["T"]
+        every: int = T(step) if callable(T) else T
+        return step % every == 0
+
+    def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
+        statistics, weight = layer.statistics, layer.weight
+        groups = statistics.layer.groups
+        momentum = group["alpha1"] != 0 and not group["kfac_like"]
+        state: dict[str, Tensor] = {}
+        for name, structure, dtype in zip(
+            ("K", "C"), (statistics.k, statistics.c), group["preconditioner_dtype"], strict=True
+        ):
+            kept = weight.dtype if dtype is None else getattr(torch, dtype)
+            eye = structure.identity(groups, kept, weight.device)
+            _store(state, name, eye)
+            if momentum:
+                _store(state, f"m_{name}", tuple(torch.zeros_like(part) for part in eye))
+        return state
+
+    def _update_layer(
+        self, layer: CapturedLayer, group: Group, scale: Tensor | float, keep: Tensor | None
+    ) -> None:
+        state, statistics = self.state[layer.weight], layer.statistics
+        factors = statistics.factors(scale)
+        dtype = factors.A[0].dtype
+        K, C = (_load(state, name, dtype) for name in ("K", "C"))
+        if layer.last_update < 0 and group["init"] == "first_batch":
+            if keep is not None and not bool(keep):  # decompositions wait for the device anyway
+                return
+            K, C = stationary_point(
+                statistics.k, statistics.c, factors.A, factors.B, group["damping"]
+            )
+            _copy(state, {"K": K, "C": C}, None)
+            return
+        with_momentum = group["alpha1"] != 0 and not group["kfac_like"]
+        m_K, m_C = (_load(state, f"m_{n}", dtype) if with_momentum else None for n in ("K", "C"))
+        lr_cov = group["lr_cov"]
+        K, C, m_K, m_C = singd_update(
+            statistics.k,
+            statistics.c,
+            K,
+            C,
+            m_K,
+            m_C,
+            factors.A,
+            factors.B,
+            damping=group["damping"],
+            alpha1=0.0 if group["kfac_like"] else group["alpha1"],
+            lr_cov=lr_cov(group["step"]) if callable(lr_cov) else lr_cov,
+            kfac_like=group["kfac_like"],
+            normalize=group["normalize_lr_cov"],
+        )
+        new = {"K": K, "C": C}
+        if with_momentum:
+            new |= {"m_K": m_K, "m_C": m_C}
+        _copy(state, new, keep)
+
+    def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
+        state, statistics = self.state[layer.weight], layer.statistics
+        K, C = (_load(state, name, None) for name in ("K", "C"))
+        return Preconditioner(statistics.k, statistics.c, K, C).apply(gradient)
+
+
+def _keys(name: str, count: int) -> list[str]:
+    return [name] if count == 1 else [f"{name}.{index}" for index in range(count)]
+
+
+def _store(state: dict[str, Tensor], name: str, parts: Parts) -> None:
+    state.update(zip(_keys(name, len(parts)), parts, strict=True))
+
+
+def _load(state: dict[str, Any], name: str, dtype: torch.dtype | None) -> Parts:
+    parts = [state[name]] if name in state else [state[key] for key in _keys(name, 2)]
+    return tuple(part if dtype is None else part.to(dtype) for part in parts)
+
+
+def _copy(state: dict[str, Any], new: dict[str, Parts], keep: Tensor | None) -> None:
+    """Write new parts into the state, unless ``keep`` is zero on the device."""
+    for name, parts in new.items():
+        for key, part in zip(_keys(name, len(parts)), parts, strict=True):
+            old = state[key]
+            if keep is not None:
+                part = torch.where(keep.to(old.device) > 0, part, old.to(part.dtype))
+            old.copy_(part)

@@ -1,0 +1,105 @@
+"""The arithmetic of one parameter step: trust region, grafting, momentum, decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RMS = 0.2
+"""Root mean square of a grafted update: that of a typical AdamW update (arXiv 2502.16982)."""
+
+
+def trust_region(
+    natural: Sequence[Tensor], gradients: Sequence[Tensor], lrs: Sequence[Any], bound: float
+) -> Tensor:
+    """One factor for all layers that bounds the quadratic change of the loss.
+
+    ``min(1, sqrt(bound / |sum lr^2 <natural, gradient>|))``, a scalar tensor.
+
+    Args:
+        natural: Preconditioned gradients.
+        gradients: Gradients, of the same shapes.
+        lrs: Learning rate of each.
+        bound: ``kl_clip``.
+    """
+    total = torch.zeros((), device=natural[0].device)
+    for update, gradient, lr in zip(natural, gradients, lrs, strict=True):
+        product = (update * gradient).sum(dtype=torch.promote_types(update.dtype, torch.float32))
+        total = total + (product * lr * lr).to(total.device, non_blocking=True)
+    return (bound / total.abs()).sqrt().clamp(max=1.0).nan_to_num(1.0)
+
+
+def grafted(update: Tensor, size: Tensor | float) -> Tensor:
+    """Scale an update to a root mean square; zero stays zero.
+
+    Args:
+        update: Any shape.
+        size: Root mean square of the result.
+    """
+    norm = torch.linalg.vector_norm(update, dtype=torch.promote_types(update.dtype, torch.float32))
+    scale = size * update.numel() ** 0.5 / norm
+    return update * torch.where(norm > 0, scale, 0.0).to(update.dtype)
+
+
+def adam_size(gradient: Tensor, second: Tensor, step: int, beta: float, eps: float) -> Tensor:
+    """Root mean square of the AdamW update without momentum; ``second`` is updated in place.
+
+    Args:
+        gradient: Any shape.
+        second: Moving average of its squares.
+        step: Number of steps, this one included.
+        beta: Decay of the average.
+        eps: Added to the root.
+    """
+    second.mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
+    update = gradient / ((second / (1 - beta**step)).sqrt() + eps)
+    return update.square().mean().sqrt()
+
+
+def apply_update_(
+    param: Tensor,
+    update: Tensor,
+    buffer: Tensor | None,
+    *,
+    lr: Any,
+    momentum: Any,
+    weight_decay: Any,
+    decoupled: bool,
+    averaged: bool,
+    keep: Tensor | None = None,
+) -> None:
+    """Momentum, decay and the step itself, in place.
+
+    Args:
+        param: The parameter.
+        update: Its preconditioned gradient, same shape.
+        buffer: Momentum buffer, or None without momentum.
+        lr: Learning rate.
+        momentum: Decay of the buffer.
+        weight_decay: Coefficient.
+        decoupled: ``param *= 1 - lr * weight_decay`` instead of adding the decay to the update.
+        averaged: The buffer is a moving average, so that updates keep their size.
+        keep: Scalar that turns the step into none where it is zero; the update is zero then.
+    """
+    if keep is not None:
+        keep = keep.to(param.device, param.dtype)
+        lr, weight_decay = lr * keep, weight_decay * keep if weight_decay else 0.0
+    if isinstance(weight_decay, Tensor) or weight_decay:
+        if decoupled:
+            param.mul_(1 - lr * weight_decay)
+        else:
+            update = update + weight_decay * param
+    if buffer is not None:
+        fresh = (1 - momentum) if keep is None else (1 - momentum) * keep
+        if averaged:
+            buffer.lerp_(update.to(buffer.dtype), fresh)
+        else:
+            buffer.mul_(momentum if keep is None else 1 - fresh).add_(update)
+        update = buffer
+    if isinstance(lr, Tensor):
+        param.sub_((update * lr.to(param.device)).to(param.dtype))
+    else:
+        param.add_(update, alpha=-lr)
