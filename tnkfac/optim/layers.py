@@ -38,6 +38,13 @@ class CapturedLayer:
         """Weight, and bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Its parameters with their qualified names."""
+        prefix = f"{self.name}." if self.name else ""
+        return [
+            (prefix + name, p) for name, p in zip(("weight", "bias"), self.params(), strict=False)
+        ]
+
     def close(self) -> None:
         """Remove the taps and what they have collected."""
         for remove in self.removers:

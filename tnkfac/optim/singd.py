@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tnkfac.curvature import Parts, Preconditioner, Structure, stationary_point
 from tnkfac.optim import arguments
-from tnkfac.optim.base import CurvatureOptimizer, Group
+from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.registry import Group
 
 
 def _combine(

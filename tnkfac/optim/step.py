@@ -8,8 +8,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnkfac.optim.layers import CapturedLayer
+
+Group = dict[str, Any]
 RMS = 0.2
 """Root mean square of a grafted update: that of a typical AdamW update (arXiv 2502.16982)."""
+
+
+def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
+    """Joint gradient ``[G, C_out / G, D]`` of a layer, zero where a parameter has none.
+
+    Args:
+        layer: The layer.
+        keep: Scalar that is zero where the batch is to be skipped.
+    """
+    weight, bias = layer.weight.grad, None
+    if weight is None:
+        weight = torch.zeros_like(layer.weight)
+    if layer.bias is not None:
+        bias = layer.bias.grad
+        bias = torch.zeros_like(layer.bias) if bias is None else bias.to(weight.dtype)
+    matrix = layer.statistics.layer.to_matrix(weight, bias)
+    return matrix if keep is None else torch.where(keep.to(matrix.device) > 0, matrix, 0)
+
+
+def clipped(
+    natural: Sequence[Tensor], gradients: Sequence[Tensor], groups: Sequence[Group]
+) -> list[Tensor]:
+    """Shrink the updates of all layers by one factor where ``kl_clip`` asks for it.
+
+    Args:
+        natural: Preconditioned gradients, in module order.
+        gradients: Gradients, of the same shapes.
+        groups: Parameter group of each layer.
+    """
+    natural = list(natural)
+    chosen = [i for i, group in enumerate(groups) if group["kl_clip"] is not None]
+    if chosen:
+        factor = trust_region(
+            [natural[i] for i in chosen],
+            [gradients[i] for i in chosen],
+            [groups[i]["lr"] for i in chosen],
+            min(groups[i]["kl_clip"] for i in chosen),
+        )
+        for i in chosen:
+            natural[i] = natural[i] * factor.to(natural[i].device, natural[i].dtype)
+    return natural
+
+
+def graft(
+    layer: CapturedLayer, group: Group, gradient: Tensor, update: Tensor, state: dict[str, Any]
+) -> Tensor:
+    """Give an update the size that the group asks for, over what is trained of the layer.
+
+    Args:
+        layer: The layer.
+        group: Its parameter group.
+        gradient: Joint gradient matrix.
+        update: Its preconditioned form.
+        state: State of the weight, with the second moment of ``"adam"``.
+    """
+    kind = group["grafting"]
+    if kind is None:
+        return update
+    trained = update
+    if layer.bias is not None and layer.bias.grad is None:
+        trained, gradient = update[:, :, :-1], gradient[:, :, :-1]
+    if kind == "rms":
+        return update * grafting_scale(trained, RMS)
+    if kind == "sgd":
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        size = torch.linalg.vector_norm(gradient, dtype=dtype) / gradient.numel() ** 0.5
+        return update * grafting_scale(trained, size)
+    _, beta = group["fallback_betas"]
+    second = state["exp_avg_sq"]
+    if trained is not update:
+        second = second[:, :, :-1]
+    size = adam_size(gradient, second, group["step"] + 1, beta, group["fallback_eps"])
+    return update * grafting_scale(trained, size)
 
 
 def trust_region(
@@ -32,16 +108,17 @@ def trust_region(
     return (bound / total.abs()).sqrt().clamp(max=1.0).nan_to_num(1.0)
 
 
-def grafted(update: Tensor, size: Tensor | float) -> Tensor:
-    """Scale an update to a root mean square; zero stays zero.
+def grafting_scale(update: Tensor, size: Tensor | float) -> Tensor:
+    """Number that brings an update to a root mean square; zero for a zero update.
 
     Args:
         update: Any shape.
-        size: Root mean square of the result.
+        size: Root mean square of the scaled update.
     """
-    norm = torch.linalg.vector_norm(update, dtype=torch.promote_types(update.dtype, torch.float32))
+    dtype = torch.promote_types(update.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(update, dtype=dtype)
     scale = size * update.numel() ** 0.5 / norm
-    return update * torch.where(norm > 0, scale, 0.0).to(update.dtype)
+    return torch.where(norm > 0, scale, 0.0).to(update.dtype)
 
 
 def adam_size(gradient: Tensor, second: Tensor, step: int, beta: float, eps: float) -> Tensor:

@@ -1,0 +1,41 @@
+"""Saving and restoring state, where ``torch.optim.Optimizer`` alone would lose something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+def without_callables(groups: list[State]) -> list[State]:
+    """Groups as they are saved: a schedule given as a callable is not data."""
+    return [{k: v for k, v in group.items() if not callable(v)} for group in groups]
+
+
+def restore_tensors(
+    state: dict[Tensor, State], saved: dict[str, Any], params: list[Tensor]
+) -> None:
+    """Put saved tensors back in their own dtype; torch casts them to that of the parameter.
+
+    Args:
+        state: State of the optimizer, just loaded by torch.
+        saved: What was loaded.
+        params: Parameters in the order of the groups.
+    """
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    for key, param in zip(keys, params, strict=True):
+        for name, value in saved["state"].get(key, {}).items():
+            if isinstance(value, Tensor):
+                # The mark of the last update is read by the host.
+                device = torch.device("cpu") if name == "last_update" else param.device
+                state[param][name] = value.detach().to(device, copy=True)
+
+
+def restore_groups(groups: list[State], before: list[State]) -> None:
+    """Give groups back what the saved ones lack: callables, and keys of newer versions."""
+    for group, live in zip(groups, before, strict=True):
+        for name, value in live.items():
+            group.setdefault(name, value)

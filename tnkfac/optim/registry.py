@@ -1,0 +1,152 @@
+"""Which parameters of an optimizer are trained how."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnkfac.curvature import find_owners, root_of
+from tnkfac.optim.layers import CapturedLayer, Uncaptured, sort
+from tnkfac.optim.report import Report, Row
+
+Group = dict[str, Any]
+_SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
+
+
+class Registry:
+    """Captured layers, and the parameters that the fallback trains.
+
+    Attributes:
+        layers: Captured layers in module order.
+        others: All other parameters in the order of the groups.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self.layers: list[CapturedLayer] = []
+        self.others: list[Uncaptured] = []
+        self._roots: list[weakref.ref[nn.Module]] = []
+
+    def spell_out(self, params: Any) -> list[Any]:
+        """List what may hold parameters, remembering the module that it comes from.
+
+        Args:
+            params: Parameters, named parameters, parameter groups, or a module.
+
+        Raises:
+            TypeError: If it is nothing of that kind.
+            ValueError: If it is empty.
+        """
+        root = root_of(params)
+        if root is not None:
+            self.remember(root)
+        if isinstance(params, nn.Module):
+            params = (param for param in params.parameters() if param.requires_grad)
+        try:
+            if isinstance(params, Tensor):
+                raise TypeError
+            listed = list(params)
+        except TypeError:
+            kind = type(params).__name__
+            raise TypeError(f"params: got a {kind}. Supported: {_SPELLINGS}.") from None
+        if not listed:
+            raise ValueError(f"params: got no parameters. Supported: {_SPELLINGS}.")
+        return listed
+
+    def remember(self, root: nn.Module) -> None:
+        """Search this module first from now on."""
+        self._roots.append(weakref.ref(root))
+
+    def sort(self, owner: object, groups: list[Group]) -> bool:
+        """Find the layers of all groups; tell whether any parameter's module was found.
+
+        Args:
+            owner: The optimizer; taps live as long as it does.
+            groups: Its parameter groups.
+        """
+        group_of = by_parameter(groups)
+        params = [param for group in groups for param in group["params"]]
+        roots = [root for ref in self._roots if (root := ref()) is not None]
+        owners = find_owners(params, roots)
+        taken = {id(param) for layer in self.layers for param in layer.params()}
+        layers, self.others = sort(owner, params, owners, lambda p: group_of[id(p)], taken)
+        self.layers += layers
+        return bool(owners)
+
+    def set_taps(self, groups: list[Group]) -> None:
+        """Switch taps on where the next step is to update factors, and off elsewhere."""
+        group_of = by_parameter(groups)
+        for layer in self.layers:
+            group = group_of.get(id(layer.weight))
+            layer.statistics.on = group is not None and layer.last_update < group["last_due"]
+
+    def clear(self) -> None:
+        """Drop pending statistics."""
+        for layer in self.layers:
+            layer.statistics.clear()
+
+    def close(self) -> None:
+        """Remove all taps."""
+        for layer in self.layers:
+            layer.close()
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters with their qualified names."""
+        for layer in self.layers:
+            yield from layer.named()
+        for other in self.others:
+            yield other.name, other.param
+
+    def report(self, state: dict[Tensor, Any]) -> Report:
+        """How every parameter is trained.
+
+        Args:
+            state: State of the optimizer.
+        """
+        rows = Report()
+        for layer in self.layers:
+            rows += _layer_rows(layer, state)
+        for other in self.others:
+            size, shape = _bytes(state.get(other.param, {})), _shape(other.param)
+            rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, other.reason))
+        return rows
+
+
+def by_parameter(groups: list[Group]) -> dict[int, Group]:
+    """The group of every parameter, by ``id``."""
+    return {id(param): group for group in groups for param in group["params"]}
+
+
+def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]:
+    statistics = layer.statistics
+    structure = ""
+    dims: tuple[int, ...] = ()
+    if statistics.bound:
+        structure = f"{statistics.k.name}, {statistics.c.name}"
+        dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
+    updated = layer.last_update >= 0
+    for name, param in layer.named():
+        yield Row(
+            name,
+            layer.kind,
+            _shape(param),
+            statistics.approx,
+            structure,
+            dims,
+            _bytes(state.get(param, {})),
+            layer.last_update if updated else None,
+            "" if updated else "no statistics yet",
+        )
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    return () if torch.nn.parameter.is_lazy(param) else tuple(param.shape)
