@@ -115,7 +115,8 @@ class Statistics:
         rows = a.samples * a.positions
         if terms is None:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
-        counts = _counts(a.samples, rows, terms, dtype, g.device)
+        count = _counts if torch.compiler.is_compiling() else _kept_counts
+        counts = count(a.samples, rows, terms, dtype, g.device)
         return (*self.k.statistic(a), *self.c.statistic(b), counts)
 
     @property
@@ -149,9 +150,11 @@ class Statistics:
             leaf.grad = None
 
 
-@lru_cache(maxsize=256)
 def _counts(
     samples: int, rows: int, terms: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Counts on the device; kept, since copying them there would wait for it."""
     return torch.tensor([samples, rows, terms], dtype=dtype, device=device)
+
+
+_kept_counts = lru_cache(maxsize=256)(_counts)
+"""Counts already on the device: copying them there would wait for it."""

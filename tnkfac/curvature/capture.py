@@ -98,6 +98,13 @@ class Tap:
         _ = output.grad_fn  # a stale view must be refreshed before anyone hooks it
         return tapped
 
+    @staticmethod
+    def weight_of(module: nn.Module) -> Tensor:
+        """The weight of a supported module."""
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return weight
+
     def __deepcopy__(self, memo: Any) -> Any:
         """A copied model has a hook that does nothing."""
         return no_tap
@@ -142,6 +149,7 @@ def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
     _forget_compiled_frames()
     if not any(is_lazy(p) for p in module._parameters.values() if p is not None):
         tap.layer = tap.statistics.bind(module)
+        tap.statistics.leaves(tap.weight_of(module))  # a compiled graph cannot make them
     return weakref.finalize(owner, handle.remove)
 
 

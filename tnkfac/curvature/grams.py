@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tnkfac.curvature import plain
 from tnkfac.curvature.layers import Layer
 from tnkfac.einsum import Network, Plan, plan
 
@@ -53,11 +54,13 @@ class Gram:
         """Weight-sharing positions ``S`` of a sample."""
         if self.layer.kind == "linear":
             return self.tensor.shape[1]
-        if not self.is_input:
-            return prod(self.tensor.shape[2:])
-        axes = self.layer.axes(self.tensor.shape[2:], self.output_size)
-        conv = self.layer.kind == "conv"
-        return prod(axis.output_size if conv else axis.input_size for axis in axes)
+        sizes = list(self.tensor.shape[2:])
+        if self.is_input:
+            sizes = plain.output_size(self.layer, self.tensor.shape, self.output_size)
+        positions = 1
+        for size in sizes:
+            positions *= size
+        return positions
 
     @property
     def _ones(self) -> bool:
@@ -108,8 +111,27 @@ class Gram:
         return self.samples * (self.positions if self.approx == "expand" else 1)
 
     def _read(self, reading: Reading) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._read_plainly(reading)
         key = (self.layer, tuple(self.tensor.shape), self.output_size, self.is_input)
         return _planned(*key, self.approx, reading)(x=self.tensor)
+
+    def _read_plainly(self, reading: Reading) -> Tensor:
+        """The same without plans, for tracing and as the twin in tests."""
+        args = (self.is_input, self.output_size)
+        if self.approx == "expand" and reading in ("diagonal", "sum"):
+            x = self.tensor.square() if reading == "diagonal" else self.tensor
+            return plain.summed(self.layer, x, *args).sum(1)
+        if self.approx == "expand":
+            rows = plain.unfolded(self.layer, self.tensor, *args).flatten(1, 2)
+        else:
+            rows = plain.summed(self.layer, self.tensor, *args)
+            rows = rows / self.positions if self.is_input else rows
+        if reading == "rows":
+            return rows
+        if reading == "sum":
+            return rows.sum(1)
+        return rows.square().sum(1) if reading == "diagonal" else rows.transpose(1, 2) @ rows
 
 
 @lru_cache(maxsize=4096)

@@ -48,7 +48,7 @@ def _twin(network: Callable[..., Network], *tensors: str) -> Operation:
             bound = signature.bind(*args, **options).arguments
             given = tuple(bound[name] for name in tensors)
             options = {k: v for k, v in options.items() if k not in tensors}
-        shapes = tuple(tuple(tensor.shape) for tensor in given)
+        shapes = tuple(tensor.shape for tensor in given)
         rest = args[len(tensors) :]
         try:
             ready = planned(shapes, rest, tuple(options.items()))

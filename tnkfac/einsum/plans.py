@@ -138,6 +138,11 @@ class Plan:
             self._constants[dtype, device] = values
         return values
 
+    @property
+    def steps(self) -> list[Step]:
+        """What a call computes, in order."""
+        return self._program.running
+
     def __repr__(self) -> str:
         """The network, the cost and every step."""
         program = self._program

@@ -154,6 +154,23 @@ def join_equal_patterns(network: Network) -> Network | None:
     return None
 
 
+def sum_over_pixels(network: Network) -> Network | None:
+    """A pattern whose pixels are on nothing else is one everywhere if no tap meets padding."""
+    for pattern in network.operands:
+        axis = _pattern_axis(pattern)
+        if axis is None or not axis.is_unpadded:
+            continue
+        k, o, pixels = pattern.legs
+        if len(_holders(network, pixels)) == 1 and pattern.legs.count(pixels) == 1:
+            ones = (
+                _constant(Ones(axis.kernel_size), (axis.kernel_size,), k),
+                _constant(Ones(axis.output_size), (axis.output_size,), o),
+            )
+            rest = tuple(op for op in network.operands if op is not pattern)
+            return replace(network, operands=(*rest, *ones))
+    return None
+
+
 def contract_deltas(network: Network) -> Network | None:
     """Remove a delta by giving its two legs one name, unless the output has both."""
     for delta in network.operands:
@@ -260,6 +277,7 @@ RULES: Mapping[str, Rule] = {
     "join equal patterns": join_equal_patterns,
     "crop unused pixels": crop_unused_pixels,
     "non-overlapping windows": non_overlapping_windows,
+    "sum over pixels": sum_over_pixels,
     "contract deltas": contract_deltas,
     "drop ones": drop_ones,
     "squeeze legs": squeeze_legs,
