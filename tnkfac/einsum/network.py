@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from tnkfac.einsum.geometry import Axis
 from tnkfac.einsum.views import Split, View, viewed_shape
@@ -161,6 +162,25 @@ class Network:
         """The same product with one axis per group of legs; output legs left out are summed."""
         return Network(self.operands, grouped(Variable("output"), groups, self.sizes), self.scale)
 
+    def doubled(self, shared: Collection[str]) -> Network:
+        """Two copies of the product that have only the ``shared`` output legs in common.
+
+        The output has one axis per leg: those of the first copy, then the unshared ones of the
+        second, primed.
+
+        Raises:
+            ValueError: If a shared leg is not an output leg of this network.
+        """
+        unknown = {*shared} - {*self.output.legs}
+        if unknown:
+            raise ValueError(f"Legs {sorted(unknown)} are not among {self.output.legs}.")
+        prime = {leg: f"{leg}'" for leg in self.sizes if leg not in shared}
+        copies = (*self.operands, *(op.renamed(prime) for op in self.operands))
+        sizes = self.sizes | {prime[leg]: self.sizes[leg] for leg in prime}
+        second = [prime[leg] for leg in self.output.legs if leg in prime]
+        legs = [(leg,) for leg in (*self.output.legs, *second)]
+        return Network(copies, grouped(Variable("output"), legs, sizes), self.scale**2)
+
     def gram(
         self,
         shared: Collection[str],
@@ -182,15 +202,150 @@ class Network:
         Raises:
             ValueError: If a named leg is not an output leg of this network.
         """
-        named = {*shared, *(leg for group in (*keep, *rows) for leg in group)}
-        unknown = named - {*self.output.legs}
-        if unknown:
-            raise ValueError(f"Legs {sorted(unknown)} are not among {self.output.legs}.")
-        prime = {leg: f"{leg}'" for leg in self.sizes if leg not in shared}
-        copies = (*self.operands, *(op.renamed(prime) for op in self.operands))
-        sizes = self.sizes | {prime[leg]: self.sizes[leg] for leg in prime}
-        groups = [*keep, *rows, *([prime[leg] for leg in group] for group in rows)]
-        return Network(copies, grouped(Variable("output"), groups, sizes), self.scale**2)
+        second = ([f"{leg}'" for leg in group] for group in rows)
+        return self.doubled(shared).arranged(*keep, *rows, *second)
+
+    def with_names(self, names: Mapping[str, str]) -> Network:
+        """The same product of tensors under other names."""
+
+        def named(op: Operand) -> Operand:
+            if not isinstance(op.source, Variable):
+                return op
+            return replace(op, source=Variable(names.get(op.source.name, op.source.name)))
+
+        return replace(self, operands=tuple(named(op) for op in self.operands))
+
+    def vmap(self, name: str, size: int, leg: str = "v") -> Network:
+        """Add a leading axis to one tensor, and to the result.
+
+        Args:
+            name: Tensor that gets the axis; it must occur once.
+            size: Size of the axis.
+            leg: Name of the new leg.
+
+        Raises:
+            ValueError: If the tensor does not occur exactly once, or the leg exists.
+        """
+        at = self._only(name)
+        if leg in self.sizes:
+            raise ValueError(f"vmap: leg {leg!r} exists already. Legs: {', '.join(self.sizes)}.")
+
+        def batched(op: Operand) -> Operand:
+            view = tuple(replace(step, axis=step.axis + 1) for step in op.view)
+            return Operand(op.source, (size, *op.shape), (leg, *op.legs), view)
+
+        operands = list(self.operands)
+        operands[at] = batched(operands[at])
+        return Network(tuple(operands), batched(self.output), self.scale)
+
+    def vjp(self, name: str, cotangent: str = "v") -> Network:
+        """Vector-Jacobian product: tensor and result change places.
+
+        Args:
+            name: Tensor to differentiate with respect to; it must occur once.
+            cotangent: Name of the tensor in place of the result.
+
+        Raises:
+            ValueError: If the tensor does not occur exactly once.
+        """
+        at = self._only(name)
+        seed = replace(self.output, source=Variable(cotangent))
+        output = replace(self.operands[at], source=Variable("output"))
+        rest = (*self.operands[:at], seed, *self.operands[at + 1 :])
+        return Network(_covered(rest, output), output, self.scale)
+
+    def jvp(self, name: str, tangent: str) -> Network:
+        """Jacobian-vector product: the tangent takes the place of the tensor.
+
+        Raises:
+            ValueError: If the tensor does not occur exactly once.
+        """
+        self._only(name)
+        return self.with_names({name: tangent})
+
+    def jacobian(self, name: str) -> Network:
+        """Delete a tensor; its axes become trailing axes of the result.
+
+        A leg that the result has already is doubled, and a Kronecker delta ties both.
+
+        Raises:
+            ValueError: If the tensor does not occur exactly once.
+        """
+        at = self._only(name)
+        gone = self.operands[at]
+        fresh = {leg: f"{leg}'" for leg in gone.legs if leg in self.output.legs}
+        rest = self.operands[:at] + self.operands[at + 1 :]
+        ties = tuple(
+            Operand(Delta(self.sizes[leg]), (self.sizes[leg],) * 2, (leg, new))
+            for leg, new in fresh.items()
+        )
+        shift = len(self.output.legs)
+        view = tuple(replace(step, axis=step.axis + shift) for step in gone.view)
+        output = Operand(
+            Variable("output"),
+            (*self.output.shape, *gone.shape),
+            (*self.output.legs, *gone.renamed(fresh).legs),
+            (*self.output.view, *view),
+        )
+        return Network(_covered((*rest, *ties), output), output, self.scale)
+
+    def compose(self, name: str, inner: Network) -> Network:
+        """Put the result of another network in place of a tensor.
+
+        Args:
+            name: The tensor; it must occur once.
+            inner: A network whose result has its shape and splits into the same legs.
+
+        Raises:
+            ValueError: If the tensor does not occur exactly once or the results do not match.
+        """
+        at = self._only(name)
+        outer = self.operands[at]
+        if (outer.shape, outer.view) != (inner.output.shape, inner.output.view):
+            raise ValueError(
+                f"compose: the result {inner.output} of shape {inner.shape} does not fit "
+                f"{name!r}, which is {outer} of shape {outer.shape}."
+            )
+        names = {leg: f"{leg}°" for leg in inner.sizes}
+        names |= dict(zip(inner.output.legs, outer.legs, strict=True))
+        operands = tuple(op.renamed(names) for op in inner.operands)
+        rest = (*self.operands[:at], *operands, *self.operands[at + 1 :])
+        return Network(rest, self.output, self.scale * inner.scale)
+
+    def draw(self, path: str | None = None, title: str | None = None) -> Any:
+        """Draw the diagram: tensors as nodes, legs as labelled lines, open legs dangling.
+
+        Needs matplotlib.
+
+        Args:
+            path: Where to write it, ``.svg`` or ``.png``; None to return the figure only.
+            title: Above the diagram.
+
+        Returns:
+            The ``matplotlib`` figure.
+        """
+        from tnkfac.einsum.draw import draw_network
+
+        return draw_network(self, path, title)
+
+    def _only(self, name: str) -> int:
+        found = [i for i, op in enumerate(self.operands) if op.source == Variable(name)]
+        if len(found) != 1:
+            raise ValueError(
+                f"{name!r} occurs {len(found)} times, not once. Tensors: {', '.join(self.names)}."
+            )
+        return found[0]
+
+
+def _covered(operands: tuple[Operand, ...], output: Operand) -> tuple[Operand, ...]:
+    """Operands with ones on the output legs that none of them has."""
+    present = {leg for op in operands for leg in op.legs}
+    ones = tuple(
+        Operand(Ones(size), (size,), (leg,))
+        for leg, size in zip(output.legs, output.sizes, strict=True)
+        if leg not in present
+    )
+    return (*operands, *ones)
 
 
 def grouped(source: Source, groups: Iterable[Sequence[str]], sizes: Mapping[str, int]) -> Operand:
