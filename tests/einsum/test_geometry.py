@@ -44,6 +44,17 @@ def test_cropping_keeps_all_taps_and_leaves_no_unused_pixel_behind() -> None:
         assert not met or small.input_size >= max(met) + 1
 
 
+def test_a_common_factor_of_stride_and_dilation_leaves_pixels_untouched() -> None:
+    coarse = 0
+    for axis in SMALL:
+        if axis.coarse is None:
+            continue
+        first, step, small = axis.coarse
+        assert [(k, o, first + step * i) for k, o, i in small.taps()] == list(axis.taps()), axis
+        coarse += 1
+    assert coarse > 100
+
+
 @pytest.mark.parametrize(
     ("padding", "kernel", "stride", "dilation", "expected"),
     [

@@ -49,6 +49,13 @@ CASES = {
     "conv-one-output": networks.conv((2, 3, 5), (4, 3, 5)),
     "conv-swapped-dense": networks.conv((2, 3, 6), (4, 3, 3), dilation=2),
     "conv-injective-padded": networks.conv((2, 3, 6), (4, 3, 2), stride=2, padding=1),
+    "conv-common-factor": networks.conv((2, 3, 15), (4, 3, 3), stride=2, dilation=4, padding=3),
+    "transposed-common-factor": networks.conv_transpose(
+        (2, 3, 4), (3, 2, 3), stride=4, dilation=2, padding=1, output_padding=3
+    ),
+    "kfc-transposed-common-factor": networks.kfc_factor_transpose(
+        (2, 3, 4), 3, stride=2, dilation=2, padding=1
+    ),
     "conv-depthwise": networks.conv(X2, (4, 1, 3, 3), groups=4, padding=1),
     "conv-batch-of-one": networks.conv((1, 4, 5), (3, 4, 2)),
     "transposed": networks.conv_transpose((2, 4, 5), (4, 3, 3), stride=2, padding=1),

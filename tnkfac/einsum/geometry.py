@@ -108,6 +108,24 @@ class Axis:
             return self
         return replace(self, input_size=self.used, right=right, positions=self.output_size)
 
+    @property
+    def coarse(self) -> tuple[int, int, Axis] | None:
+        """Where stride and dilation share a factor: first pixel met, step, and the axis over those.
+
+        Only every ``gcd(stride, dilation)``-th pixel is met. None if all may be, or none is.
+        """
+        step = gcd(self.stride, self.dilation)
+        first = -self.left % step
+        if step == 1 or first >= self.input_size:
+            return None
+        size = (self.input_size - first - 1) // step + 1
+        stride, dilation = self.stride // step, self.dilation // step
+        left = (self.left + first) // step
+        end = stride * (self.output_size - 1) + dilation * (self.kernel_size - 1) + 1 - left
+        right = max(0, end - size)
+        axis = Axis(size, self.kernel_size, stride, left, right, dilation, self.output_size)
+        return first, step, axis
+
     def taps(self) -> Iterator[tuple[int, int, int]]:
         """All ``(k, o, i)`` at which the pattern is one."""
         for k in range(self.kernel_size):

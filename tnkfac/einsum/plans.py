@@ -18,7 +18,7 @@ from tnkfac.einsum.geometry import Axis
 from tnkfac.einsum.network import Delta, Network, Ones, Pattern, Variable
 from tnkfac.einsum.program import Program, Step, by_halves, peak_memory, slot_to_scale, whole
 from tnkfac.einsum.rules import simplify, unfold_inputs
-from tnkfac.einsum.views import Crop, View, Window
+from tnkfac.einsum.views import Slice, View, Window
 from tnkfac.einsum.views import Step as ViewStep
 
 Apply = Callable[[Tensor], Tensor]
@@ -209,10 +209,10 @@ def compile_view(shape: tuple[int, ...], view: View) -> tuple[Apply, ...]:
     functions: list[Apply] = []
     pending = False
     for step in view:
-        if isinstance(step, Crop | Window):
+        if isinstance(step, Slice | Window):
             if pending:
                 functions.append(_reshape(shape))
-            functions.append(_crop(step) if isinstance(step, Crop) else _window(step))
+            functions.append(_slice(step) if isinstance(step, Slice) else _window(step))
             pending = False
         else:
             pending = True
@@ -230,7 +230,7 @@ def compile_adjoint(shape: tuple[int, ...], view: View) -> tuple[Apply, ...]:
     functions: list[Apply] = []
     pending = False
     for step, before in zip(reversed(view), reversed(shapes[:-1]), strict=True):
-        if isinstance(step, Crop | Window):
+        if isinstance(step, Slice | Window):
             if pending:
                 functions.append(_reshape(step.shape(before)))
             functions.append(_adjoint(step, before))
@@ -246,8 +246,12 @@ def _reshape(shape: tuple[int, ...]) -> Apply:
     return lambda tensor: tensor.reshape(shape)
 
 
-def _crop(step: Crop) -> Apply:
-    return lambda tensor: tensor.narrow(step.axis, 0, step.size)
+def _slice(step: Slice) -> Apply:
+    if step.start == 0 and step.step == 1:
+        return lambda tensor: tensor.narrow(step.axis, 0, step.size)
+    end = step.start + step.step * (step.size - 1) + 1
+    index = (*[slice(None)] * step.axis, slice(step.start, end, step.step))
+    return lambda tensor: tensor[index]
 
 
 def _window(step: Window) -> Apply:
@@ -255,15 +259,20 @@ def _window(step: Window) -> Apply:
 
 
 def _adjoint(step: ViewStep, shape: tuple[int, ...]) -> Apply:
-    if isinstance(step, Crop):
-        missing = shape[step.axis] - step.size
-        return lambda tensor: _pad(tensor, step.axis, 0, missing)
+    if isinstance(step, Slice):
+        return lambda tensor: _scattered(tensor, step, shape)
     assert isinstance(step, Window)
     axis, pattern = step.axis, step.pattern
     exact = pattern.output_size * pattern.kernel_size == pattern.input_size
     if exact and pattern.left == 0 and pattern.dilation == 1:  # tiles without gaps
         return _reshape(shape)
     return lambda tensor: fold_windows(tensor, axis, pattern)
+
+
+def _scattered(tensor: Tensor, step: Slice, shape: tuple[int, ...]) -> Tensor:
+    full = tensor.new_zeros(shape)
+    _slice(step)(full).copy_(tensor)
+    return full
 
 
 def _pad(tensor: Tensor, axis: int, left: int, right: int) -> Tensor:

@@ -122,8 +122,8 @@ def _equation(legs: Sequence[Legs], result: Legs) -> str:
 def contract(program: Program, terms: list[tuple[int, Legs]], output: Legs, search: Search) -> int:
     """Contract all terms to ``output`` in the order that ``search`` finds; return the slot."""
     terms = [_summed(program, terms, at, output) for at in range(len(terms))]
-    order: Iterable[tuple[int, ...]] = ()
-    if len(terms) > 1:
+    order: Iterable[tuple[int, ...]] = [(0, 1)] if len(terms) == 2 else ()
+    if len(terms) > 2:
         sizes = {
             leg: size
             for slot, legs in terms
@@ -190,12 +190,27 @@ def by_halves(network: Network, search: Search) -> Program | None:
     if [slot for slot, _ in terms[:half]] != [slot for slot, _ in terms[half:]]:
         return None
     sides = []
+    first = _recording(search)  # the second half is contracted like the first
     for mine, other in ((terms[:half], terms[half:]), (terms[half:], terms[:half])):
         needed = {*network.output.legs, *(leg for _, legs in other for leg in legs)}
         legs = tuple(dict.fromkeys(leg for _, names in mine for leg in names if leg in needed))
-        sides.append((contract(program, mine, legs, search), legs))
+        sides.append((contract(program, mine, legs, first), legs))
     program.result = contract(program, sides, network.output.legs, search)
     return program
+
+
+def _recording(search: Search) -> Search:
+    """A search that answers every call as it did the first."""
+    found: list[tuple[tuple[int, ...], ...]] = []
+
+    def once(
+        terms: list[frozenset[str]], output: frozenset[str], sizes: dict[str, int]
+    ) -> Iterable[tuple[int, ...]]:
+        if not found:
+            found.append(tuple(search(terms, output, sizes)))
+        return found[0]
+
+    return once
 
 
 def slot_to_scale(program: Program) -> int | None:

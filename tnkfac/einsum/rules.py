@@ -13,7 +13,7 @@ from itertools import combinations
 
 from tnkfac.einsum.geometry import Axis
 from tnkfac.einsum.network import Delta, Network, Ones, Operand, Pattern, Source, Variable
-from tnkfac.einsum.views import Crop, Merge, Squeeze, Step, Window
+from tnkfac.einsum.views import Merge, Slice, Squeeze, Step, Window
 
 Rule = Callable[[Network], Network | None]
 
@@ -60,17 +60,34 @@ def crop_unused_pixels(network: Network) -> Network | None:
         small, pixels = axis.cropped(), operand.legs[2]
         if small == axis or not _held_as_pixels(network, axis, pixels):
             continue
-        return _mapped(network, partial(_cropped, pixels=pixels, axis=small))
+        view = Slice(0, small.input_size)
+        return _mapped(network, partial(_over_pixels, pixels=pixels, view=view, axis=small))
     return None
 
 
-def _cropped(op: Operand, pixels: str, axis: Axis) -> Operand:
+def skip_untouched_pixels(network: Network) -> Network | None:
+    """Keep every ``gcd(stride, dilation)``-th pixel where the others are never met."""
+    for operand in network.operands:
+        axis = _pattern_axis(operand)
+        if axis is None or axis.coarse is None:
+            continue
+        if not _held_as_pixels(network, axis, operand.legs[2]):
+            continue
+        first, step, coarse = axis.coarse
+        view = Slice(0, coarse.input_size, first, step)
+        change = partial(_over_pixels, pixels=operand.legs[2], view=view, axis=coarse)
+        return _mapped(network, change)
+    return None
+
+
+def _over_pixels(op: Operand, pixels: str, view: Slice, axis: Axis) -> Operand:
+    """See only the pixels of a slice; patterns become those of ``axis``."""
     if pixels not in op.legs:
         return op
     if isinstance(op.source, Pattern):
         shape = (axis.kernel_size, axis.output_size, axis.input_size)
         return Operand(Pattern(axis), shape, op.legs)
-    return _stepped(op, Crop(op.legs.index(pixels), axis.input_size), op.legs)
+    return _stepped(op, replace(view, axis=op.legs.index(pixels)), op.legs)
 
 
 def non_overlapping_windows(network: Network) -> Network | None:
@@ -276,6 +293,7 @@ def unfold_inputs(network: Network) -> Network:
 RULES: Mapping[str, Rule] = {
     "join equal patterns": join_equal_patterns,
     "crop unused pixels": crop_unused_pixels,
+    "skip untouched pixels": skip_untouched_pixels,
     "non-overlapping windows": non_overlapping_windows,
     "sum over pixels": sum_over_pixels,
     "contract deltas": contract_deltas,

@@ -1,8 +1,8 @@
 """How a tensor is seen as an operand: splits, merges, slices, pads and windows of its axes.
 
 Each step is a small value that knows the shape it leads to. It never overwrites its tensor, and
-all but :class:`Pad` and a :class:`Merge` of torn-apart axes cost nothing. Every step is linear
-and has an adjoint; the result of a network is shaped by the adjoints of its output's view.
+all but a :class:`Merge` of torn-apart axes and a padded :class:`Window` cost nothing. Every step
+is linear and has an adjoint; the result of a network is shaped by those of its output's view.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ class Squeeze:
 
 
 @dataclass(frozen=True, slots=True)
-class Crop:
-    """Keep the first ``size`` entries of an axis. Adjoint: zeros behind them."""
+class Slice:
+    """Keep every ``step``-th entry of an axis from ``start``. Adjoint: zeros in between."""
 
     axis: int
     size: int
+    start: int = 0
+    step: int = 1
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape after the step."""
@@ -77,7 +79,7 @@ class Window:
         return (*shape[: self.axis], *sizes, *shape[self.axis + 1 :])
 
 
-Step = Split | Merge | Squeeze | Crop | Window
+Step = Split | Merge | Squeeze | Slice | Window
 View = tuple[Step, ...]
 
 
