@@ -111,7 +111,7 @@ class Tap:
 
     def __reduce__(self) -> Any:
         """So has an unpickled one."""
-        return "no_tap"
+        return _make_no_tap, ()
 
 
 class _NoTap:
@@ -123,11 +123,15 @@ class _NoTap:
     def __deepcopy__(self, memo: Any) -> _NoTap:
         return self
 
-    def __reduce__(self) -> str:
-        return "no_tap"
+    def __reduce__(self) -> Any:
+        return _make_no_tap, ()
 
 
 no_tap = _NoTap()
+
+
+def _make_no_tap() -> _NoTap:
+    return no_tap
 
 
 def _is_plain(module: nn.Module, output: Any) -> bool:

@@ -86,8 +86,9 @@ def find_owners(params: Iterable[Tensor], roots: Iterable[nn.Module]) -> dict[in
     wanted = {id(p) for p in params}
     owners: dict[int, list[Owner]] = {}
     roots = list(dict.fromkeys(roots))
-    _search(roots, wanted, owners)
-    if wanted - owners.keys():
+    if len(roots) == 1:
+        _search(roots, wanted, owners)
+    if wanted - owners.keys():  # also with several roots: another module may tie their weights
         _search(_living_roots(wanted - owners.keys()), wanted, owners)
     return owners
 

@@ -70,21 +70,24 @@ def stationary_point(
 
 def _spectra(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues of ``K K^T`` and ``C C^T`` from those of ``A [G, D]`` and ``B [G, Co]``."""
-    tiny = torch.finfo(a.dtype).tiny ** 0.25
-    # Rounding leaves a rank-deficient factor with eigenvalues around zero, of either sign.
-    floor_a, floor_b = (1e-12 * e.mean(1, keepdim=True).clamp(min=tiny) for e in (a, b))
-    a, b = a.clamp(min=0) + floor_a, b.clamp(min=0) + floor_b
+    a, b = a.clamp(min=0), b.clamp(min=0)  # rounding leaves eigenvalues of either sign at zero
+    mean_a, mean_b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+    empty = (mean_a == 0) | (mean_b == 0)
+    a, b = torch.where(empty, 1.0, a), torch.where(empty, 1.0, b)
+    if damping == 0:  # the inverse of a singular factor has no other bound
+        a, b = a + 1e-12 * mean_a, b + 1e-12 * mean_b
 
     def ratio(e: Tensor, shift: Tensor) -> Tensor:
         kept = e / (e + shift)
         return (1 / (e + shift)).mean(1, keepdim=True) / kept.mean(1, keepdim=True)
 
-    low = (damping / b.mean(1, keepdim=True)).clamp(min=tiny).log()
-    high = (damping * (1 / b).mean(1, keepdim=True)).clamp(min=tiny).log()
+    mean_b = b.mean(1, keepdim=True)
+    low = (damping / mean_b).clamp(min=1e-250).log()
+    high = (damping * (1 / (b + 1e-30 * mean_b)).mean(1, keepdim=True)).clamp(min=1e-250).log()
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         s = damping * ratio(a, middle.exp())
-        below = (damping * ratio(b, s)).clamp(min=tiny).log() > middle
+        below = (damping * ratio(b, s)).clamp(min=1e-250).log() > middle
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     r = ((low + high) / 2).exp() if damping > 0 else torch.zeros_like(low)
     s = damping * ratio(a, r)
@@ -93,4 +96,6 @@ def _spectra(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     level = (a * p).mean(1, keepdim=True) * (b * q).mean(1, keepdim=True)
     level = level + damping * p.mean(1, keepdim=True) * q.mean(1, keepdim=True)
     balance = (q.mean(1, keepdim=True) / p.mean(1, keepdim=True) / level).sqrt()
-    return p * balance, q / (balance * level)
+    p, q = p * balance, q / (balance * level)
+    limit = damping**-0.5 if damping > 0 else 1.0
+    return torch.where(empty, limit, p), torch.where(empty, limit, q)

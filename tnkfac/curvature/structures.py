@@ -273,7 +273,7 @@ class BlockDiagonal(Structure):
     def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
         """``V_i diag(values_i) V_i^T``."""
         count, size, _ = self.shapes[0]
-        whole = values[:, : count * size].reshape(-1, count, size)
+        whole = values[:, : count * size].reshape(values.shape[0], count, size)
         split = whole, values[:, count * size :]
         return tuple((v * e.unsqueeze(-2)) @ _tr(v) for v, e in zip(vectors, split, strict=True))
 

@@ -43,11 +43,16 @@ class Plan:
         torch.Size([1, 27, 27])
     """
 
-    def __init__(self, network: Network) -> None:
-        """Search the order; :func:`plan` does so once per network."""
+    def __init__(self, network: Network, *, simplified: bool = True) -> None:
+        """Search the order; :func:`plan` does so once per network.
+
+        Args:
+            network: The contraction.
+            simplified: Whether to rewrite it first; False is for comparison only.
+        """
         self.network = network
-        small = simplify(network)
-        program = _best(small)
+        small = simplify(network) if simplified else network
+        program = _best(small) if simplified else whole(small, paths.auto)
         self._program = program
         self._names = network.names
         self._shapes = {

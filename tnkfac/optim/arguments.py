@@ -50,6 +50,16 @@ def number(name: str, value: Any, least: float = 0.0, below: float | None = None
         raise ValueError(f"{name}: got {value!r}. Supported: at least {least:g}{end}.")
 
 
+def flag(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a bool.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}. Supported: a bool, True or False.")
+
+
 def interval(name: str, value: Any) -> None:
     """Raise unless ``value`` is a positive int or a callable of the step.
 
@@ -90,7 +100,7 @@ def dtype_pair(value: Any) -> tuple[str | None, str | None]:
     pair = value if isinstance(value, tuple | list) else (value, value)
     names: list[str | None] = []
     for entry in pair:
-        dtype = getattr(torch, entry, None) if isinstance(entry, str) else entry
+        dtype = getattr(torch, entry, entry) if isinstance(entry, str) else entry
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(
                 f"preconditioner_dtype: got {value!r}. Supported: a floating-point torch.dtype, "

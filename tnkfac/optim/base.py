@@ -38,7 +38,10 @@ class CurvatureOptimizer(Optimizer):
             grad_scaler: The ``GradScaler`` in use, if it does not call ``step`` itself.
         """
         self._prepare(grad_scaler)
-        super().__init__(self._registry.spell_out(params), defaults)
+        listed = self._registry.spell_out(params)
+        if not listed:
+            raise ValueError("params: got no parameters. Supported: at least one.")
+        super().__init__(listed, defaults)
         self._ready = True
         self._sort()
 
@@ -66,6 +69,8 @@ class CurvatureOptimizer(Optimizer):
             raise TypeError(f"param_group: got {param_group!r}. Supported: a dict with 'params'.")
         group = dict(param_group)
         params = group["params"]
+        if isinstance(params, set):
+            raise TypeError("params: got a set, which has no order. Supported: a list.")
         params = [params] if isinstance(params, Tensor) else self._registry.spell_out(params)
         group["params"] = params
         arguments.warn_near_misses(group, {*self.defaults, *_OTHER_KEYS})
@@ -79,6 +84,7 @@ class CurvatureOptimizer(Optimizer):
 
     def _sort(self) -> None:
         found = self._registry.sort(self, self.param_groups)
+        self._read_marks()
         if not found and self._search is None:
             self._search = FirstForward(self, "_search_module")
         groups = by_parameter(self.param_groups)
@@ -90,7 +96,6 @@ class CurvatureOptimizer(Optimizer):
                     f"params: {other.name} is not in a supported layer ({other.reason}) and "
                     "fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
                 )
-        self._registry.set_taps(self.param_groups)
 
     def _search_module(self, module: nn.Module) -> bool:
         """Look for layers in a module that is about to run; tell whether there are any."""
@@ -201,7 +206,7 @@ class CurvatureOptimizer(Optimizer):
         apply_update_(
             param,
             update,
-            self.state.get(param, {}).get("momentum_buffer"),
+            self.state[param]["momentum_buffer"] if group["momentum"] else None,
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
@@ -280,8 +285,7 @@ class CurvatureOptimizer(Optimizer):
                     continue
                 if param is layer.weight:
                     self.state[param].update(self._layer_state(layer, group))
-                if groups.get(id(param), group)["momentum"]:
-                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
         for other in self._registry.others:
             if other.param.grad is not None and not self.state.get(other.param):
                 group = groups[id(other.param)]
@@ -336,13 +340,13 @@ class CurvatureOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         checkpoint.restore_tensors(self.state, state_dict, params)
         checkpoint.restore_groups(self.param_groups, before)
+        self._registry.clear()
         self._read_marks()
 
     def _read_marks(self) -> None:
         for layer in self._registry.layers:
             mark = self.state.get(layer.weight, {}).get("last_update")
             layer.last_update = -1 if mark is None else int(mark)
-        self._registry.clear()
         self._registry.set_taps(self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -352,7 +356,6 @@ class CurvatureOptimizer(Optimizer):
             self._prepare()
             self._ready = True
             self._sort()
-            self._read_marks()
 
     # ---------------------------------------------------------------- for the user
 

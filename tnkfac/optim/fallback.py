@@ -24,8 +24,7 @@ def init_state(param: Tensor, group: dict[str, Any]) -> State:
             "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
-    momentum = _momentum(group)
-    return {"momentum_buffer": torch.zeros_like(param)} if momentum else {}
+    return {"momentum_buffer": torch.zeros_like(param)}
 
 
 def update(
@@ -53,6 +52,9 @@ def _update(
     grads = [param.grad for param in params if param.grad is not None]
     decay = group["fallback_weight_decay"]
     decay = group["weight_decay"] if decay is None else decay
+    lr = learning_rate(group)
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = float(lr)
     fused = skip is not None and params[0].is_floating_point()
     kernel = {"fused": True, "found_inf": skip} if fused else {"foreach": True}
     if group["fallback"] == "adamw":
@@ -70,7 +72,7 @@ def _update(
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=learning_rate(group),
+            lr=lr,
             weight_decay=decay,
             eps=group["fallback_eps"],
             maximize=False,
@@ -79,11 +81,11 @@ def _update(
     sgd(
         params,
         grads,
-        [state.get("momentum_buffer") for state in states],
+        [state["momentum_buffer"] for state in states],
         **kernel,
         weight_decay=decay,
         momentum=_momentum(group),
-        lr=learning_rate(group),
+        lr=lr,
         dampening=0.0,
         nesterov=False,
         maximize=False,

@@ -39,7 +39,6 @@ class Registry:
 
         Raises:
             TypeError: If it is nothing of that kind.
-            ValueError: If it is empty.
         """
         root = root_of(params)
         if root is not None:
@@ -53,8 +52,6 @@ class Registry:
         except TypeError:
             kind = type(params).__name__
             raise TypeError(f"params: got a {kind}. Supported: {_SPELLINGS}.") from None
-        if not listed:
-            raise ValueError(f"params: got no parameters. Supported: {_SPELLINGS}.")
         return listed
 
     def remember(self, root: nn.Module) -> None:

@@ -246,7 +246,12 @@ class SINGD(CurvatureOptimizer):
         for name in ("kl_clip", "max_state_ratio", "max_step_ratio"):
             if group[name] is not None:
                 arguments.number(name, group[name])
-        arguments.number("grad_worker_fraction", group["grad_worker_fraction"])
+        fraction = group["grad_worker_fraction"]
+        arguments.number("grad_worker_fraction", fraction)
+        if fraction > 1:
+            raise ValueError(f"grad_worker_fraction: got {fraction}. Supported: 0 to 1.")
+        for name in ("kfac_like", "normalize_lr_cov", "decoupled_weight_decay"):
+            arguments.flag(name, group[name])
         given["structures"] = arguments.structure_pair(group["structures"])
         given["preconditioner_dtype"] = arguments.dtype_pair(group["preconditioner_dtype"])
 
@@ -328,10 +333,11 @@ def _load(state: dict[str, Any], name: str, dtype: torch.dtype | None) -> Parts:
 
 
 def _copy(state: dict[str, Any], new: dict[str, Parts], keep: Tensor | None) -> None:
-    """Write new parts into the state, unless ``keep`` is zero on the device."""
+    """Write new parts into the state, unless one is not finite or ``keep`` is zero."""
+    good = torch.stack([p.isfinite().all() for parts in new.values() for p in parts]).all()
+    if keep is not None:
+        good = good & (keep.to(good.device) > 0)
     for name, parts in new.items():
         for key, part in zip(_keys(name, len(parts)), parts, strict=True):
             old = state[key]
-            if keep is not None:
-                part = torch.where(keep.to(old.device) > 0, part, old.to(part.dtype))
-            old.copy_(part)
+            old.copy_(torch.where(good, part, old.to(part.dtype)))
