@@ -68,6 +68,10 @@ class Structure(ABC):
         """Trace divided by ``dim``: ``[G]``."""
 
     @abstractmethod
+    def norm(self, M: Parts) -> Tensor:
+        """Spectral norm ``[G]``, where it has to be estimated from a few power iterations."""
+
+    @abstractmethod
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """``K K^T X`` for ``X`` of shape ``[G, dim, columns]``."""
 
@@ -83,11 +87,6 @@ class Structure(ABC):
     def to_dense(self, K: Parts) -> Tensor:
         """The matrix written out: ``[G, dim, dim]``."""
 
-    def add_identity(self, M: Parts, value: float) -> Parts:
-        """``M + value * I``."""
-        eye = self.identity(M[0].shape[0], M[0].dtype, M[0].device)
-        return tuple(m + value * e for m, e in zip(M, eye, strict=True))
-
 
 def _tr(matrix: Tensor) -> Tensor:
     return matrix.transpose(-1, -2)
@@ -96,6 +95,18 @@ def _tr(matrix: Tensor) -> Tensor:
 def _eyes(groups: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     eye = torch.eye(shape[-1], dtype=dtype, device=device)
     return eye.expand(groups, *shape).contiguous()
+
+
+def _spectral_norm(matrix: Tensor, iterations: int = 6) -> Tensor:
+    """Estimate from below for symmetric matrices ``[.., d, d]``; zero for empty ones."""
+    if not matrix.shape[-1]:
+        return matrix.new_zeros(matrix.shape[:-2])
+    vector = matrix.abs().sum(-1, keepdim=True)  # large where the leading eigenvector is
+    tiny = torch.finfo(matrix.dtype).tiny
+    for _ in range(iterations):
+        length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+        vector = matrix @ (vector / length.clamp(min=tiny))
+    return torch.linalg.vector_norm(vector, dim=(-2, -1))
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +149,10 @@ class Dense(Structure):
     def trace(self, M: Parts) -> Tensor:
         """Mean of the diagonal."""
         return M[0].diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    def norm(self, M: Parts) -> Tensor:
+        """By power iterations."""
+        return _spectral_norm(M[0])
 
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """``K (K^T X)``."""
@@ -191,6 +206,10 @@ class Diagonal(Structure):
     def trace(self, M: Parts) -> Tensor:
         """Mean."""
         return M[0].mean(-1)
+
+    def norm(self, M: Parts) -> Tensor:
+        """Largest magnitude."""
+        return M[0].abs().amax(-1)
 
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """Rows of ``X`` scaled by ``K^2``."""
@@ -256,6 +275,11 @@ class BlockDiagonal(Structure):
         """Mean of the diagonal of all blocks."""
         whole, rest = (m.diagonal(dim1=-2, dim2=-1) for m in M)
         return (whole.sum((-1, -2)) + rest.sum(-1)) / self.dim
+
+    def norm(self, M: Parts) -> Tensor:
+        """That of the largest block."""
+        whole, rest = (_spectral_norm(m) for m in M)
+        return torch.cat([whole, rest.unsqueeze(1)], dim=1).amax(1)
 
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """``K_i K_i^T`` on the rows of block ``i``."""

@@ -15,6 +15,13 @@ from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.registry import Group
 
+LARGEST_CHANGE = 0.5
+"""Largest relative change of the preconditioner in one update, unless it starts at the identity.
+
+``K <- K (I - rate m)`` is an exponential cut off after its first order, and diverges when one
+batch has far more curvature than those before, as happens near the end of training.
+"""
+
 
 def _combine(
     coefficients: Sequence[Tensor | float], terms: Sequence[Parts], add_identity: Parts
@@ -46,6 +53,7 @@ def singd_update(
     lr_cov: float,
     kfac_like: bool,
     normalize: bool,
+    bounded: bool = False,
 ) -> tuple[Parts, Parts, Parts, Parts]:
     """One update of ``K`` and ``C`` (arXiv 2312.05705, figure 4, right).
 
@@ -63,6 +71,7 @@ def singd_update(
         lr_cov: Step size.
         kfac_like: Replace the four traces by one (IKFAC).
         normalize: Scale the step by the largest entry of the momentum if it exceeds one.
+        bounded: Shorten a step that would change ``K`` or ``C`` by more than half.
 
     Returns:
         New ``K``, ``C``, ``m_K``, ``m_C``.
@@ -86,6 +95,8 @@ def singd_update(
             step = tuple(alpha1 * old + part for old, part in zip(m, step, strict=True))
         move = structure.matmul(X, step)
         rate = _rate(step, lr_cov, normalize)
+        if bounded:
+            rate = torch.clamp(LARGEST_CHANGE / structure.norm(step), max=rate)
         moved.append(tuple(_minus(x, rate, d) for x, d in zip(X, move, strict=True)))
         new.append(step)
     return moved[0], moved[1], new[0], new[1]
@@ -132,7 +143,8 @@ class SINGD(CurvatureOptimizer):
         normalize_lr_cov: Bound the preconditioner's step by its largest entry.
         preconditioner_dtype: dtype of ``K`` and ``C``, or a pair; None for that of the weight.
         init: ``"first_batch"``: start where the first batch's factors leave the preconditioner at
-            rest. ``"identity"``: start at the identity.
+            rest, and bound every later change. ``"identity"``: start at the identity, with the
+            paper's unbounded updates.
         grafting: Size of a layer's update: ``"rms"`` (root mean square 0.2, as AdamW's),
             ``"adam"`` (that of its AdamW update), ``"sgd"`` (that of its gradient), or None.
         decoupled_weight_decay: Shrink parameters beside the update instead of through it.
@@ -307,6 +319,7 @@ class SINGD(CurvatureOptimizer):
             lr_cov=lr_cov(group["step"]) if callable(lr_cov) else lr_cov,
             kfac_like=group["kfac_like"],
             normalize=group["normalize_lr_cov"],
+            bounded=group["init"] == "first_batch",
         )
         new = {"K": K, "C": C}
         if with_momentum:
