@@ -41,7 +41,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     ),
     "SINGD dense": lambda model: tnkfac.SINGD(model.parameters(), lr=1e-1, structures="dense"),
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=3e-1, momentum=0.9),
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-2),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
 }
 
 
@@ -50,17 +50,17 @@ class DigitsNet(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, padding=1)
-        self.norm1 = nn.BatchNorm2d(16)
+        self.stem = nn.Conv2d(1, 32, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(32)
         self.act1 = nn.ReLU(inplace=True)
-        self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1, groups=2)
-        self.norm2 = nn.BatchNorm2d(32)
+        self.down = nn.Conv2d(32, 64, 3, stride=2, padding=1, groups=2)
+        self.norm2 = nn.BatchNorm2d(64)
         self.act2 = nn.ReLU(inplace=True)
-        self.up = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.up = nn.ConvTranspose2d(64, 32, 2, stride=2)
         self.act3 = nn.ReLU(inplace=True)
         self.pool = nn.AvgPool2d(2)
         self.flatten = nn.Flatten()
-        self.head = nn.Linear(16 * 4 * 4, 10)
+        self.head = nn.Linear(32 * 4 * 4, 10)
 
 
 @dataclass
@@ -135,11 +135,11 @@ def state_mib(optimizer: torch.optim.Optimizer) -> float:
 
 
 def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Debiased moving average."""
+    """Debiased moving average of the logarithm: an arithmetic one would show its own decay."""
     total, out = 0.0, []
     for step, value in enumerate(values, start=1):
-        total = weight * total + (1 - weight) * value
-        out.append(total / (1 - weight**step))
+        total = weight * total + (1 - weight) * math.log(max(value, 1e-9))
+        out.append(math.exp(total / (1 - weight**step)))
     return out
 
 
@@ -153,7 +153,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     for panel, label in zip(panels, ("step", "time in training [s]"), strict=True):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("training loss (moving average)")
+    panels[0].set_ylabel("training loss (geometric moving average)")
     panels[0].legend()
     figure.suptitle("Handwritten digits, 8 x 8 pixels")
     figure.savefig(path, dpi=120)

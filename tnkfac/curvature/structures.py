@@ -106,7 +106,8 @@ def _spectral_norm(matrix: Tensor, iterations: int = 6) -> Tensor:
     for _ in range(iterations):
         length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
         vector = matrix @ (vector / length.clamp(min=tiny))
-    return torch.linalg.vector_norm(vector, dim=(-2, -1))
+    norm: Tensor = torch.linalg.vector_norm(vector, dim=(-2, -1))
+    return norm
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
 
 from tnkfac.einsum.geometry import Axis
 from tnkfac.einsum.views import Split, View, viewed_shape
@@ -311,22 +310,6 @@ class Network:
         operands = tuple(op.renamed(names) for op in inner.operands)
         rest = (*self.operands[:at], *operands, *self.operands[at + 1 :])
         return Network(rest, self.output, self.scale * inner.scale)
-
-    def draw(self, path: str | None = None, title: str | None = None) -> Any:
-        """Draw the diagram: tensors as nodes, legs as labelled lines, open legs dangling.
-
-        Needs matplotlib.
-
-        Args:
-            path: Where to write it, ``.svg`` or ``.png``; None to return the figure only.
-            title: Above the diagram.
-
-        Returns:
-            The ``matplotlib`` figure.
-        """
-        from tnkfac.einsum.draw import draw_network
-
-        return draw_network(self, path, title)
 
     def _only(self, name: str) -> int:
         found = [i for i, op in enumerate(self.operands) if op.source == Variable(name)]

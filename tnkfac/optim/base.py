@@ -70,7 +70,7 @@ class CurvatureOptimizer(Optimizer):
         group = dict(param_group)
         params = group["params"]
         if isinstance(params, set):
-            raise TypeError("params: got a set, which has no order. Supported: a list.")
+            raise TypeError("params: got a set, but parameters must be ordered. Supported: a list.")
         params = [params] if isinstance(params, Tensor) else self._registry.spell_out(params)
         group["params"] = params
         arguments.warn_near_misses(group, {*self.defaults, *_OTHER_KEYS})

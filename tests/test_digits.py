@@ -1,0 +1,98 @@
+"""The main job runs, and every layer that is called as a module is captured."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tnkfac
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "digits.py"
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("digits_example", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_one_epoch_writes_table_picture_and_curves(
+    digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert digits.main(["--epochs", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    for word in (*digits.OPTIMIZERS, "accuracy", "ms / step", "state MiB", "ConvTranspose2d"):
+        assert word in text
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    rows = (tmp_path / "digits.csv").read_text().splitlines()
+    assert len(rows) == 1 + 23 * len(digits.OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", ["SINGD diagonal", "SINGD dense"])
+def test_singd_reaches_97_percent(digits: ModuleType, name: str) -> None:
+    import argparse
+
+    curve, _ = digits.train(name, argparse.Namespace(seed=1, epochs=15, device="cpu"))
+    assert curve.accuracy >= 0.97
+    assert sum(curve.losses[-23:]) / 23 < 1e-4
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--epochs", "x"], ["--speed", "1"]])
+def test_bad_arguments_are_refused(digits: ModuleType, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        digits.main(arguments)
+
+
+def one_step(model: nn.Module, x: torch.Tensor) -> tnkfac.SINGD:
+    optimizer = tnkfac.SINGD(model.parameters(), structures="diagonal", kfac_approx="reduce")
+    F.cross_entropy(model(x), torch.arange(len(x)) % 10).backward()
+    optimizer.step()
+    return optimizer
+
+
+def check(optimizer: tnkfac.SINGD, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Exactly the parameters of ``kinds`` are captured and updated; batch norms fall back."""
+    wanted = {
+        f"{name}.{attribute}"
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        for attribute, _ in module.named_parameters(recurse=False)
+    }
+    rows = optimizer.report()
+    assert {row.name for row in rows if row.last_update == 0} == wanted
+    rest = {row.name: row.reason for row in rows if row.name not in wanted}
+    norms = {
+        f"{name}.{attribute}": f"{type(module).__name__} is not a supported layer"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for attribute in ("weight", "bias")
+    }
+    assert rest == norms
+    assert {row.name for row in rows} == {name for name, _ in model.named_parameters()}
+
+
+def test_report_on_the_digits_network(digits: ModuleType) -> None:
+    model = digits.DigitsNet()
+    optimizer = one_step(model, torch.randn(8, 1, 8, 8))
+    check(optimizer, model, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+
+
+def test_report_on_resnet18() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    make: Callable[..., nn.Module] = torchvision.models.resnet18
+    model = make(num_classes=10)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    optimizer = one_step(model, torch.randn(4, 3, 64, 64))
+    check(optimizer, model, (nn.Conv2d, nn.Linear))
+    assert all(not torch.equal(param, before[name]) for name, param in model.named_parameters())
