@@ -82,7 +82,7 @@ class Statistics:
         return layer
 
     def leaves(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Hidden leaves: parts of ``A``, parts of ``B``, and counts ``[n, n * s, terms]``.
+        """Hidden leaves: non-empty parts of ``A`` and ``B``, and counts ``[n, n * s, terms]``.
 
         Args:
             like: A tensor on the device and of the dtype of the layer.
@@ -93,11 +93,14 @@ class Statistics:
             or self._leaves[0].device != like.device
             or (self._leaves[0].dtype != dtype)
         ):
-            groups = self.layer.groups
-            shapes = [(groups, *shape) for shape in (*self.k.shapes, *self.c.shapes)]
+            shapes = [shape for shape in self._shapes() if 0 not in shape]
             zero = torch.zeros((), dtype=dtype, device=like.device)
             self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
         return self._leaves
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of all parts of ``A`` and ``B``."""
+        return [(self.layer.groups, *shape) for shape in (*self.k.shapes, *self.c.shapes)]
 
     def measure(
         self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
@@ -117,7 +120,8 @@ class Statistics:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
         count = _counts if torch.compiler.is_compiling() else _kept_counts
         counts = count(a.samples, rows, terms, dtype, g.device)
-        return (*self.k.statistic(a), *self.c.statistic(b), counts)
+        parts = (*self.k.statistic(a), *self.c.statistic(b))
+        return (*(part for part in parts if part.numel()), counts)
 
     @property
     def pending(self) -> bool:
@@ -134,7 +138,9 @@ class Statistics:
         Args:
             loss_scale: Number by which the loss was multiplied before it was back-propagated.
         """
-        *sums, counts = self.sums()
+        *collected, counts = self.sums()
+        filled = iter(collected)
+        sums = [counts.new_zeros(s) if 0 in s else next(filled) for s in self._shapes()]
         samples, rows, terms = counts.unbind()
         weight = 1 / (rows if self.approx == "expand" else samples)
         loss_terms = (1.0 if self.loss_average is None else terms) / loss_scale**2

@@ -71,7 +71,7 @@ class Plan:
             (
                 step.output,
                 step.inputs,
-                _call(step),
+                self._scaled(step),
                 tuple(slot for slot in set(step.inputs) if last[slot] == step.output),
             )
             for step in program.running
@@ -105,10 +105,10 @@ class Plan:
                 value = apply(value)
             values[slot] = value
         for output, inputs, call, dead in self._running:
-            value = call(*(values[slot] for slot in inputs))
-            if output == self._scaled_slot:
-                value = value * self._scale
-            values[output] = value
+            if len(inputs) == 2:
+                values[output] = call(values[inputs[0]], values[inputs[1]])
+            else:
+                values[output] = call(values[inputs[0]])
             for slot in dead:
                 del values[slot]
         result = values[self._program.result]
@@ -117,6 +117,13 @@ class Plan:
         if self._scaled_slot is None and self._scale != 1:
             return result * self._scale
         return result if self.flops else result.clone()
+
+    def _scaled(self, step: Step) -> Callable[..., Tensor]:
+        """The call of a step, times the scale if it belongs there."""
+        call, scale = _call(step), self._scale
+        if step.output != self._scaled_slot or scale == 1:
+            return call
+        return lambda *values: call(*values) * scale
 
     def _fold_constants(self, dtype: torch.dtype, device: torch.device) -> dict[int, Tensor]:
         """Values that depend on no variable, computed once per dtype and device."""
