@@ -1,0 +1,111 @@
+"""The path that never waits for a device gives what the path on the host gives.
+
+On CUDA a step does not know whether its batch is finite: it is queued with every update gated by
+a flag, and the flag is looked at later. Here the flag is kept a tensor on the CPU.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnkfac
+from tnkfac.optim import base
+
+
+class Delayed:
+    """Flags that reach the host one step later."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Tensor, Callable[[], None]]] = []
+
+    def send(self, skip: Tensor, undo: Callable[[], None]) -> None:
+        self.waiting.append((skip, undo))
+
+    def receive(self, wait: bool = False) -> None:
+        for skip, undo in self.waiting:
+            if skip.item():
+                undo()
+        self.waiting.clear()
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = base.non_finite
+
+    def flag(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.tensor(float(known(tensors)))
+
+    monkeypatch.setattr(base, "non_finite", flag)
+    monkeypatch.setattr(base, "Verdicts", Delayed)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, groups=2),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.ConvTranspose1d(4, 3, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    ).double()
+
+
+def batch(step: int, bad: bool = False) -> tuple[Tensor, Tensor]:
+    x = torch.linspace(0, 5, 8 * 2 * 8, dtype=torch.float64).reshape(8, 2, 8)
+    x = torch.sin(x * (step + 1))
+    return (x * float("nan") if bad else x), torch.arange(8) % 3
+
+
+def train(steps: int, bad: Iterable[int] = (), **options: Any) -> tuple[list[Tensor], Any]:
+    model = network()
+    optimizer = tnkfac.SINGD(model.parameters(), lr=0.03, T=2, weight_decay=0.1, **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y = batch(step, step in bad)
+        nn.functional.cross_entropy(model(x), y).backward()
+        for module in model.modules():  # a NaN batch spoils running statistics, not our concern
+            if isinstance(module, nn.BatchNorm1d):
+                module.reset_running_stats()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()], optimizer
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"structures": "dense"},
+    {"structures": "diagonal", "fallback": "sgd"},
+    {"structures": "block3diagonal", "grafting": None, "kl_clip": 1e-3},
+    {"structures": "dense", "grafting": "sgd", "momentum": 0.0},
+    {"structures": "diagonal", "decoupled_weight_decay": False, "grafting": None, "lr_cov": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gated_steps_equal_host_steps(
+    options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    expected, _ = train(6, **options)
+    request.getfixturevalue("on_device")
+    actual, _ = train(6, **options)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("bad", [0, 1, 2], ids=["first", "between-updates", "update"])
+def test_a_bad_batch_changes_nothing_and_its_update_is_made_up_for(
+    options: dict[str, Any], bad: int, on_device: None
+) -> None:
+    before, _ = train(bad, **options)
+    after, optimizer = train(bad + 1, [bad], **options)
+    for a, b in zip(after, before, strict=True):
+        assert torch.equal(a, b)
+    assert optimizer.skipped_updates == 1
+    state = [v for s in optimizer.state.values() for v in s.values()]
+    assert all(bool(v.isfinite().all()) for v in state)
+    _, optimizer = train(bad + 3, [bad], **options)
+    updates = {row.last_update for row in optimizer.report() if row.approximation}
+    assert updates <= {bad + 1, bad + 2}, updates
