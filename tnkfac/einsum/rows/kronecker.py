@@ -125,9 +125,9 @@ def kfc_grad_factor(v: Shape, *, groups: int = 1) -> Network:
         v: Per-sample output gradients ``[N, C_out, O1, ...]``.
         groups: Channel groups ``G``, one factor each.
     """
-    space, positions = _outputs("kfc_grad_factor", v, groups)
-    gram = rows(space, v).arranged(("n",), ("g",), ("ci",), *((p,) for p in positions))
-    gram = gram.gram({"n", "g", *positions}, rows=[("ci",)], keep=[("g",)])
+    outputs, positions = _outputs("kfc_grad_factor", v, groups)
+    open_rows = outputs.arranged(("n",), ("g",), ("ci",), *((p,) for p in positions))
+    gram = open_rows.gram({"n", "g", *positions}, rows=[("ci",)], keep=[("g",)])
     return gram.scaled(1 / v[0])
 
 
@@ -140,12 +140,12 @@ def kfac_reduce_grad_factor(v: Shape, *, groups: int = 1) -> Network:
         v: Per-sample output gradients ``[N, C_out, O1, ...]``.
         groups: Channel groups ``G``, one factor each.
     """
-    space, _ = _outputs("kfac_reduce_grad_factor", v, groups)
-    sums = rows(space, v).arranged(("n",), ("g",), ("ci",))
+    outputs, _ = _outputs("kfac_reduce_grad_factor", v, groups)
+    sums = outputs.arranged(("n",), ("g",), ("ci",))
     return sums.gram({"n", "g"}, rows=[("ci",)], keep=[("g",)]).scaled(1 / v[0])
 
 
-def _outputs(operation: str, v: Shape, groups: int) -> tuple[Space, tuple[str, ...]]:
+def _outputs(operation: str, v: Shape, groups: int) -> tuple[Network, tuple[str, ...]]:
     """Outputs are their own rows: those of a convolution with kernels of one tap."""
     space = Space.conv(operation, v[2:], 1, groups=groups)
-    return space, _legs(space)[1]
+    return rows(space, v).with_names({"x": "v"}), _legs(space)[1]
