@@ -48,3 +48,14 @@ def test_compiled_equals_eager(structures: str, approx: str, before: bool) -> No
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert all(row.last_update == 2 for row in optimizer.report() if row.approximation)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_leaves_the_taps_out(strict: bool) -> None:
+    model = network()
+    optimizer = tnkfac.SINGD(model.parameters())
+    x = torch.ones(6, 1, 8, 8, dtype=torch.float64)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
+    assert "autograd" not in str(program.graph).lower()
+    optimizer.close()

@@ -79,11 +79,13 @@ class Tap:
         if layer is None:  # lazy modules know their shape only now
             layer = self.layer = statistics.bind(module)
 
+        shape = output.shape
+
         def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-            return statistics.measure(layer, x, g, terms)
+            return statistics.measure(layer, x, g.reshape(shape), terms)  # g may be of the base
 
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            if torch.compiler._is_exporting_flag:
                 return None
             return _Identity.apply(output, x, measure, False, *statistics.leaves(output))
         if not _is_plain(module, output):
