@@ -2,39 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 
+from oracles.networks import evaluate, inputs
 from tnkfac.einsum import Network, networks, simplify
 from tnkfac.einsum.network import Delta, Ones, Pattern, Variable, parse
-from tnkfac.einsum.plans import compile_adjoint, compile_view, constant
 from tnkfac.einsum.rules import RULES, unfold_inputs
-
-F64 = torch.float64
-
-
-def evaluate(network: Network, tensors: dict[str, Tensor]) -> Tensor:
-    """One joint einsum over all operands: no plan, no order, no rule."""
-    labels: dict[str, int] = {}
-    operands: list[object] = []
-    for op in network.operands:
-        named = isinstance(op.source, Variable)
-        value = tensors[op.source.name] if named else constant(op.source, F64, torch.device("cpu"))
-        for step in compile_view(op.shape, op.view):
-            value = step(value)
-        operands += [value, [labels.setdefault(leg, len(labels)) for leg in op.legs]]
-    result = torch.einsum(*operands, [labels[leg] for leg in network.output.legs])
-    for step in compile_adjoint(network.output.shape, network.output.view):
-        result = step(result)
-    return result * network.scale
-
-
-def inputs(network: Network) -> dict[str, Tensor]:
-    return {
-        op.source.name: torch.randn(op.shape, dtype=F64)
-        for op in network.operands
-        if isinstance(op.source, Variable)
-    }
-
 
 X1, X2 = (2, 4, 9), (2, 4, 7, 6)
 W2 = (6, 2, 3, 2)

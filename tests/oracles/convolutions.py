@@ -20,7 +20,7 @@ from oracles.layer_cases import Geometry, draw_conv_geometry, draw_conv_transpos
 __all__ = ["CONV", "TRANSPOSED", "Case", "case", "gradients"]
 
 FLOAT64 = torch.float64
-LARGEST = 120_000  # entries of a Jacobian of the whole batch
+LARGEST = 150_000  # entries of a Jacobian of the whole batch
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -209,7 +209,13 @@ def _pad(x: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
 # --- draws --------------------------------------------------------------------------------------
 
 
-FOUR = {
+SPECIAL = {
+    # As many taps and positions as pixels, but the windows leave a gap and the last tap is off.
+    "1d-gap": (Geometry((4,), (2,), (3,), ((0, 1),), (1,)), False),
+    "2d-gap": (Geometry((6, 4), (3, 2), (4, 3), ((0, 1), (0, 1)), (1, 1)), False),
+    "1d-transposed-gap": (Geometry((2,), (2,), (3,), ((0, 1),), (1,), (0,)), True),
+    # Taps that meet nothing but padding, and a kernel larger than the input.
+    "2d-far-outside": (Geometry((3, 2), (2, 5), (1, 2), ((3, 0), (2, 3)), (1, 1)), False),
     "4d": (
         Geometry(
             input_size=(3, 2, 3, 2),
@@ -249,16 +255,21 @@ def _draw(seed: int, transposed: bool) -> Case:
             return case
 
 
-SEEDS = 12
-CONV = tuple(f"{s % 3 + 1}d-seed{s:02d}" for s in range(SEEDS)) + ("4d", "4d-dense")
-TRANSPOSED = tuple(f"{s % 3 + 1}d-transposed-seed{s:02d}" for s in range(SEEDS))
-TRANSPOSED += ("4d-transposed",)
+SEEDS = range(21)  # seven per number of axes
+CONV = (
+    *(f"{s % 3 + 1}d-seed{s:02d}" for s in SEEDS),
+    *(name for name, (_, transposed) in SPECIAL.items() if not transposed),
+)
+TRANSPOSED = (
+    *(f"{s % 3 + 1}d-transposed-seed{s:02d}" for s in SEEDS),
+    *(name for name, (_, transposed) in SPECIAL.items() if transposed),
+)
 
 
 @cache
 def case(name: str) -> Case:
     """The case of that name, its brute-force matrices computed at most once."""
-    if name in FOUR:
-        geometry, transposed = FOUR[name]
+    if name in SPECIAL:
+        geometry, transposed = SPECIAL[name]
         return Case(geometry, transposed, 2, 2, (4, 2), 4)
     return _draw(int(name[-2:]), "transposed" in name)

@@ -50,6 +50,8 @@ def _twin(network: Callable[..., Network], *tensors: str) -> Operation:
             options = {k: v for k, v in options.items() if k not in tensors}
         shapes = tuple(tensor.shape for tensor in given)
         rest = args[len(tensors) :]
+        if type(options.get("groups", 1)) is not int:  # True and 1.0 are equal to a cached 1
+            network(*shapes, *rest, **options)
         try:
             ready = planned(shapes, rest, tuple(options.items()))
         except TypeError:  # a list or a tensor among the hyper-parameters

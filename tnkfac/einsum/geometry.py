@@ -139,16 +139,21 @@ def per_axis(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...
     """Spell out an int or a sequence of ints for ``dims`` dimensions.
 
     Raises:
+        TypeError: If an entry is no int.
         ValueError: If the number of entries is neither one nor ``dims``.
     """
-    if isinstance(value, int):
-        return (value,) * dims
-    entries = tuple(value)
+    entries = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(_is_int(entry) for entry in entries):
+        raise TypeError(f"{name}: got {value!r}. Supported: an int, or one per dimension.")
     if len(entries) == 1:
         return entries * dims
     if len(entries) != dims:
         raise ValueError(f"{name} needs 1 or {dims} entries: got {value!r}.")
     return entries
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def same_padding(kernel_size: int, dilation: int) -> tuple[int, int]:
@@ -172,6 +177,7 @@ def resolve_padding(
         dilation: Dilation per dimension.
 
     Raises:
+        TypeError: If it is none of these.
         ValueError: For an unknown string, ``'same'`` with a stride, or a wrong number of entries.
     """
     dims = len(kernel_size)
@@ -183,14 +189,18 @@ def resolve_padding(
         if any(s != 1 for s in stride):
             raise ValueError(f"padding='same' needs stride 1: got {tuple(stride)}.")
         return tuple(same_padding(k, d) for k, d in zip(kernel_size, dilation, strict=True))
-    if isinstance(padding, int):
-        return ((padding, padding),) * dims
-    entries = tuple(padding)
-    if len(entries) == 1:
-        entries *= dims
-    if len(entries) != dims:
+    entries = tuple(padding) if isinstance(padding, Sequence) else (padding,)
+    pairs = [entry if isinstance(entry, Sequence) else (entry, entry) for entry in entries]
+    if not all(len(pair) == 2 and all(_is_int(p) for p in pair) for pair in pairs):
+        raise TypeError(
+            f"padding: got {padding!r}. Supported: int, an int or a pair (left, right) per "
+            "dimension, 'same', 'valid'."
+        )
+    if len(pairs) == 1:
+        pairs *= dims
+    if len(pairs) != dims:
         raise ValueError(f"padding needs 1 or {dims} entries: got {padding!r}.")
-    return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in entries)
+    return tuple((int(pair[0]), int(pair[1])) for pair in pairs)
 
 
 def conv_axes(

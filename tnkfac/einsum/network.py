@@ -158,7 +158,17 @@ class Network:
         return replace(self, scale=self.scale * factor)
 
     def arranged(self, *groups: Sequence[str]) -> Network:
-        """The same product with one axis per group of legs; output legs left out are summed."""
+        """The same product with one axis per group of legs; output legs left out are summed.
+
+        Raises:
+            ValueError: If a leg is not an output leg of this network.
+        """
+        unknown = {leg for group in groups for leg in group} - {*self.output.legs}
+        if unknown:
+            raise ValueError(
+                f"arranged: legs {sorted(unknown)} are not among the output legs "
+                f"{self.output.legs}."
+            )
         return Network(self.operands, grouped(Variable("output"), groups, self.sizes), self.scale)
 
     def doubled(self, shared: Collection[str]) -> Network:
@@ -172,7 +182,9 @@ class Network:
         """
         unknown = {*shared} - {*self.output.legs}
         if unknown:
-            raise ValueError(f"Legs {sorted(unknown)} are not among {self.output.legs}.")
+            raise ValueError(
+                f"gram: legs {sorted(unknown)} are not among the output legs {self.output.legs}."
+            )
         prime = {leg: f"{leg}'" for leg in self.sizes if leg not in shared}
         copies = (*self.operands, *(op.renamed(prime) for op in self.operands))
         sizes = self.sizes | {prime[leg]: self.sizes[leg] for leg in prime}
@@ -201,6 +213,12 @@ class Network:
         Raises:
             ValueError: If a named leg is not an output leg of this network.
         """
+        twice = {leg for group in rows for leg in group}
+        if twice - {*self.output.legs} or twice & {*shared}:
+            raise ValueError(
+                f"gram: rows {list(rows)} need unshared output legs: the output has "
+                f"{self.output.legs}, shared are {sorted(shared)}."
+            )
         second = ([f"{leg}'" for leg in group] for group in rows)
         return self.doubled(shared).arranged(*keep, *rows, *second)
 
@@ -225,7 +243,7 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once, or the leg exists.
         """
-        at = self._only(name)
+        at = self._only(name, "vmap")
         if leg in self.sizes:
             raise ValueError(f"vmap: leg {leg!r} exists already. Legs: {', '.join(self.sizes)}.")
 
@@ -247,7 +265,7 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once.
         """
-        at = self._only(name)
+        at = self._only(name, "vjp")
         seed = replace(self.output, source=Variable(cotangent))
         output = replace(self.operands[at], source=Variable("output"))
         rest = (*self.operands[:at], seed, *self.operands[at + 1 :])
@@ -259,7 +277,7 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once.
         """
-        self._only(name)
+        self._only(name, "jvp")
         return self.with_names({name: tangent})
 
     def jacobian(self, name: str) -> Network:
@@ -270,9 +288,10 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once.
         """
-        at = self._only(name)
+        at = self._only(name, "jacobian")
         gone = self.operands[at]
-        fresh = {leg: f"{leg}'" for leg in gone.legs if leg in self.output.legs}
+        doubled = [leg for leg in gone.legs if leg in self.output.legs]
+        fresh = _fresh(doubled, "'", self.sizes)
         rest = self.operands[:at] + self.operands[at + 1 :]
         ties = tuple(
             Operand(Delta(self.sizes[leg]), (self.sizes[leg],) * 2, (leg, new))
@@ -298,26 +317,40 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once or the results do not match.
         """
-        at = self._only(name)
+        at = self._only(name, "compose")
         outer = self.operands[at]
         if (outer.shape, outer.view) != (inner.output.shape, inner.output.view):
             raise ValueError(
                 f"compose: the result {inner.output} of shape {inner.shape} does not fit "
                 f"{name!r}, which is {outer} of shape {outer.shape}."
             )
-        names = {leg: f"{leg}°" for leg in inner.sizes}
+        names = _fresh(inner.sizes, "°", self.sizes | inner.sizes)
         names |= dict(zip(inner.output.legs, outer.legs, strict=True))
         operands = tuple(op.renamed(names) for op in inner.operands)
         rest = (*self.operands[:at], *operands, *self.operands[at + 1 :])
         return Network(rest, self.output, self.scale * inner.scale)
 
-    def _only(self, name: str) -> int:
+    def _only(self, name: str, method: str) -> int:
         found = [i for i, op in enumerate(self.operands) if op.source == Variable(name)]
         if len(found) != 1:
             raise ValueError(
-                f"{name!r} occurs {len(found)} times, not once. Tensors: {', '.join(self.names)}."
+                f"{method}: {name!r} occurs {len(found)} times, not once. "
+                f"Tensors: {', '.join(self.names)}."
             )
         return found[0]
+
+
+def _fresh(legs: Iterable[str], mark: str, taken: Collection[str]) -> dict[str, str]:
+    """New names for legs, marked until nobody bears them."""
+    used = {*taken}
+    names = {}
+    for leg in legs:
+        new = leg + mark
+        while new in used:
+            new += mark
+        used.add(new)
+        names[leg] = new
+    return names
 
 
 def _covered(operands: tuple[Operand, ...], output: Operand) -> tuple[Operand, ...]:

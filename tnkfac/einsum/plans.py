@@ -52,7 +52,7 @@ class Plan:
         """
         self.network = network
         small = simplify(network) if simplified else network
-        program = _best(small) if simplified else whole(small, paths.auto)
+        small, program = _best(network, small) if simplified else (small, whole(small, paths.auto))
         self._program = program
         self._names = network.names
         self._shapes = {
@@ -189,11 +189,12 @@ def constant(source: object, dtype: torch.dtype, device: torch.device) -> Tensor
     raise TypeError(f"{source!r} is not a constant.")
 
 
-def _best(network: Network) -> Program:
-    """The cheapest program over both forms, index patterns or unfolded views, and both orders."""
-    forms = dict.fromkeys((network, simplify(unfold_inputs(network))))
-    programs = [build(form, paths.auto) for form in forms for build in (whole, by_halves)]
-    return min((p for p in programs if p is not None), key=lambda program: program.cost)
+def _best(network: Network, small: Network) -> tuple[Network, Program]:
+    """The cheapest program over all forms, also that with unfolded inputs, and both orders."""
+    forms = dict.fromkeys((small, simplify(unfold_inputs(small)), network))
+    found = [(form, build(form, paths.auto)) for form in forms for build in (whole, by_halves)]
+    programs = [(form, program) for form, program in found if program is not None]
+    return min(programs, key=lambda pair: pair[1].cost)
 
 
 def _call(step: Step) -> Callable[..., Tensor]:
@@ -276,6 +277,7 @@ def _adjoint(step: ViewStep, shape: tuple[int, ...]) -> Apply:
     assert isinstance(step, Window)
     axis, pattern = step.axis, step.pattern
     exact = pattern.output_size * pattern.kernel_size == pattern.input_size
+    exact = exact and (pattern.stride == pattern.kernel_size or pattern.output_size == 1)
     if exact and pattern.left == 0 and pattern.dilation == 1:  # tiles without gaps
         return _reshape(shape)
     return lambda tensor: fold_windows(tensor, axis, pattern)

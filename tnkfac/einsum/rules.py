@@ -26,7 +26,8 @@ def _holders(network: Network, leg: str) -> list[Operand]:
 def _pattern_axis(operand: Operand) -> Axis | None:
     """The axis of an index pattern whose three legs are intact."""
     source = operand.source
-    return source.axis if isinstance(source, Pattern) and len(operand.legs) == 3 else None
+    intact = isinstance(source, Pattern) and len({*operand.legs}) == 3
+    return source.axis if isinstance(source, Pattern) and intact else None
 
 
 def _held_as_pixels(network: Network, axis: Axis, pixels: str) -> bool:
@@ -107,7 +108,8 @@ def non_overlapping_windows(network: Network) -> Network | None:
         if not others or not _held_as_pixels(network, axis, pixels):
             continue
         twins = any(_pattern_axis(op) is not None for op in others)
-        if twins and not axis.is_unpadded:  # deltas would count the taps on padding
+        # On padded axes deltas would count taps on padding, and a result would grow.
+        if not axis.is_unpadded and (twins or pixels in network.output.legs):
             continue
         return _windowed(network, operand, axis, k, o, pixels)
     return None

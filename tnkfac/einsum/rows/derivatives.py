@@ -183,9 +183,10 @@ def weight_jacobian(x: Shape, weight_shape: Shape, **hyper: Unpack[Hyper]) -> Ne
         weight_shape: ``(C_out, C_in / groups, K1, ...)``.
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``.
     """
+    _same_axes("weight_jacobian", x, weight_shape)
     space = Space.conv("weight_jacobian", x[2:], tuple(weight_shape[2:]), **hyper)
     equation = "n (g ci) {x}, {p}, delta g g', delta co co' -> n (g co) {y} (g' co') ci {k}"
-    return _jacobian(space, equation, x, weight_shape[0] // space.groups)
+    return _jacobian(space, equation, x, weight_shape[0] // space.groups, weight_shape)
 
 
 def weight_jacobian_transpose(
@@ -199,13 +200,28 @@ def weight_jacobian_transpose(
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``, ``output_padding``.
     """
     name = "weight_jacobian_transpose"
+    _same_axes(name, x, weight_shape)
     space = Space.conv_transpose(name, x[2:], tuple(weight_shape[2:]), **hyper)
     equation = "n (g ci) {x}, {p}, delta g g', delta co co' -> n (g co) {y} (g' ci) co' {k}"
-    return _jacobian(space, equation, x, weight_shape[1])
+    return _jacobian(space, equation, x, weight_shape[1], weight_shape)
 
 
-def _jacobian(space: Space, equation: str, x: Shape, channels: int) -> Network:
-    return space.network(equation, sizes={"co": channels}, x=x)
+def _same_axes(operation: str, x: Shape, weight_shape: Shape) -> None:
+    if len(weight_shape) != len(x):
+        raise ValueError(
+            f"{operation}: weight_shape: got {tuple(weight_shape)}, but an input of shape "
+            f"{tuple(x)} needs {len(x)} axes."
+        )
+
+
+def _jacobian(space: Space, equation: str, x: Shape, channels: int, weight_shape: Shape) -> Network:
+    network = space.network(equation, sizes={"co": channels}, x=x)
+    if network.shape[len(x) :] != tuple(weight_shape):
+        raise ValueError(
+            f"{space.operation}: weight_shape: got {tuple(weight_shape)}, but an input of shape "
+            f"{tuple(x)} with {space.groups} groups needs {network.shape[len(x) :]}."
+        )
+    return network
 
 
 def input_jacobian(weight: Shape, input_shape: Shape, **hyper: Unpack[Hyper]) -> Network:
@@ -252,7 +268,7 @@ def bias_vjp(v: Shape) -> Network:
     Args:
         v: Cotangent ``[N, C_out, O1, ...]``.
     """
-    return _over_positions(v, "c")
+    return over_positions("bias_vjp", "c", v=v)
 
 
 def per_sample_bias_vjp(v: Shape) -> Network:
@@ -261,12 +277,16 @@ def per_sample_bias_vjp(v: Shape) -> Network:
     Args:
         v: Cotangent ``[N, C_out, O1, ...]``.
     """
-    return _over_positions(v, "n c")
+    return over_positions("per_sample_bias_vjp", "n c", v=v)
 
 
-def _over_positions(v: Shape, result: str) -> Network:
+def over_positions(operation: str, result: str, **tensor: Shape) -> Network:
+    """Sum of a tensor ``[N, C_out, O1, ...]`` over positions, and over samples without ``n``."""
+    ((name, v),) = tensor.items()
     if len(v) < 2:
-        raise ValueError(f"v: got shape {tuple(v)}. Supported: [N, C_out, O1, ...].")
+        raise ValueError(
+            f"{operation}: {name}: got shape {tuple(v)}. Supported: [N, C_out, O1, ...]."
+        )
     positions = [f"o{d}" for d in range(1, len(v) - 1)]
     sizes = dict(zip(["n", "c", *positions], v, strict=True))
-    return parse(f"n c {' '.join(positions)} -> {result}", [Variable("v")], sizes)
+    return parse(f"n c {' '.join(positions)} -> {result}", [Variable(name)], sizes)

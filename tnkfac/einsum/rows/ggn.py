@@ -284,7 +284,7 @@ def bias_ggn_diagonal(s: Shape) -> Network:
     Args:
         s: ``[C, N, C_out, O1, ...]``.
     """
-    return _bias(s).gram({"c", "n", "co"}, keep=[("co",)])
+    return _bias("bias_ggn_diagonal", s).gram({"c", "n", "co"}, keep=[("co",)])
 
 
 def bias_ggn_gram(s: Shape) -> Network:
@@ -293,12 +293,14 @@ def bias_ggn_gram(s: Shape) -> Network:
     Args:
         s: ``[C, N, C_out, O1, ...]``.
     """
-    return _bias(s).gram({"co"}, rows=[("c", "n")])
+    return _bias("bias_ggn_gram", s).gram({"co"}, rows=[("c", "n")])
 
 
-def _bias(s: Shape) -> Network:
+def _bias(operation: str, s: Shape) -> Network:
     if len(s) < 3:
-        raise ValueError(f"s: got shape {tuple(s)}. Supported: [C, N, C_out, O1, ...].")
+        raise ValueError(
+            f"{operation}: s: got shape {tuple(s)}. Supported: [C, N, C_out, O1, ...]."
+        )
     positions = [f"o{d}" for d in range(1, len(s) - 2)]
     sizes = dict(zip(["c", "n", "co", *positions], s, strict=True))
     return parse(f"c n co {' '.join(positions)} -> c n co", [Variable("s")], sizes)

@@ -11,7 +11,7 @@ from math import prod
 from typing_extensions import Unpack
 
 from tnkfac.einsum.network import Network, Variable, parse
-from tnkfac.einsum.rows.derivatives import bias_vjp
+from tnkfac.einsum.rows.derivatives import over_positions
 from tnkfac.einsum.rows.forward import rows
 from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
 
@@ -94,7 +94,7 @@ def hessian_diagonal_bias(h: Shape) -> Network:
     Args:
         h: Hessian diagonal with respect to the output ``[N, C_out, O1, ...]``.
     """
-    return bias_vjp(h).with_names({"v": "h"})
+    return over_positions("hessian_diagonal_bias", "c", h=h)
 
 
 def kfra(g: Shape, weight: Shape, input_size: Shape, **hyper: Unpack[Hyper]) -> Network:

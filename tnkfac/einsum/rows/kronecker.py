@@ -147,5 +147,8 @@ def kfac_reduce_grad_factor(v: Shape, *, groups: int = 1) -> Network:
 
 def _outputs(operation: str, v: Shape, groups: int) -> tuple[Network, tuple[str, ...]]:
     """Outputs are their own rows: those of a convolution with kernels of one tap."""
+    if len(v) < 3:
+        raise ValueError(f"{operation}: v: got shape {tuple(v)}. Supported: [N, C_out, O1, ...].")
     space = Space.conv(operation, v[2:], 1, groups=groups)
-    return rows(space, v).with_names({"x": "v"}), _legs(space)[1]
+    outputs = space.network("n (g ci) {x}, {p} -> n g ci {k} {y}", v=v)
+    return outputs, _legs(space)[1]

@@ -91,13 +91,20 @@ class Space:
         **hyper: object,
     ) -> Space:
         if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"{operation}: groups: got {groups!r}. Supported: a positive int.")
+            kind = ValueError if type(groups) is int else TypeError
+            raise kind(f"{operation}: groups: got {groups!r}. Supported: a positive int.")
+        known = {"stride", "padding", "dilation", *(["output_padding"] if transposed else [])}
+        if hyper.keys() - known:
+            raise TypeError(
+                f"{operation}: got unexpected {sorted(hyper.keys() - known)} with "
+                f"{sorted(hyper.items())}. Supported: groups, {', '.join(sorted(known))}."
+            )
         if not input_size:
             raise ValueError(f"{operation}: the input has no spatial dimension.")
         try:
             found = axes(input_size, kernel_size, **hyper)  # type: ignore[operator]
-        except ValueError as error:
-            raise ValueError(
+        except (TypeError, ValueError) as error:
+            raise type(error)(
                 f"{operation}: input size {tuple(input_size)}, kernel size {kernel_size}, "
                 f"{hyper}: {error}"
             ) from None
