@@ -13,6 +13,7 @@ from functools import cached_property
 from math import prod
 
 from tnkfac.einsum.geometry import Axis
+from tnkfac.einsum.legs import fresh_names
 from tnkfac.einsum.views import Split, View, viewed_shape
 
 
@@ -163,12 +164,7 @@ class Network:
         Raises:
             ValueError: If a leg is not an output leg of this network.
         """
-        unknown = {leg for group in groups for leg in group} - {*self.output.legs}
-        if unknown:
-            raise ValueError(
-                f"arranged: legs {sorted(unknown)} are not among the output legs "
-                f"{self.output.legs}."
-            )
+        self._check_open("arranged", (leg for group in groups for leg in group))
         return Network(self.operands, grouped(Variable("output"), groups, self.sizes), self.scale)
 
     def doubled(self, shared: Collection[str]) -> Network:
@@ -180,11 +176,7 @@ class Network:
         Raises:
             ValueError: If a shared leg is not an output leg of this network.
         """
-        unknown = {*shared} - {*self.output.legs}
-        if unknown:
-            raise ValueError(
-                f"gram: legs {sorted(unknown)} are not among the output legs {self.output.legs}."
-            )
+        self._check_open("gram", shared)
         prime = {leg: f"{leg}'" for leg in self.sizes if leg not in shared}
         copies = (*self.operands, *(op.renamed(prime) for op in self.operands))
         sizes = self.sizes | {prime[leg]: self.sizes[leg] for leg in prime}
@@ -214,11 +206,9 @@ class Network:
             ValueError: If a named leg is not an output leg of this network.
         """
         twice = {leg for group in rows for leg in group}
-        if twice - {*self.output.legs} or twice & {*shared}:
-            raise ValueError(
-                f"gram: rows {list(rows)} need unshared output legs: the output has "
-                f"{self.output.legs}, shared are {sorted(shared)}."
-            )
+        self._check_open("gram", twice)
+        if twice & {*shared}:
+            raise ValueError(f"gram: rows {list(rows)} have legs of shared {sorted(shared)}.")
         second = ([f"{leg}'" for leg in group] for group in rows)
         return self.doubled(shared).arranged(*keep, *rows, *second)
 
@@ -291,7 +281,7 @@ class Network:
         at = self._only(name, "jacobian")
         gone = self.operands[at]
         doubled = [leg for leg in gone.legs if leg in self.output.legs]
-        fresh = _fresh(doubled, "'", self.sizes)
+        fresh = fresh_names(doubled, "'", self.sizes)
         rest = self.operands[:at] + self.operands[at + 1 :]
         ties = tuple(
             Operand(Delta(self.sizes[leg]), (self.sizes[leg],) * 2, (leg, new))
@@ -324,11 +314,19 @@ class Network:
                 f"compose: the result {inner.output} of shape {inner.shape} does not fit "
                 f"{name!r}, which is {outer} of shape {outer.shape}."
             )
-        names = _fresh(inner.sizes, "°", self.sizes | inner.sizes)
+        names = fresh_names(inner.sizes, "°", self.sizes | inner.sizes)
         names |= dict(zip(inner.output.legs, outer.legs, strict=True))
         operands = tuple(op.renamed(names) for op in inner.operands)
         rest = (*self.operands[:at], *operands, *self.operands[at + 1 :])
         return Network(rest, self.output, self.scale * inner.scale)
+
+    def _check_open(self, method: str, legs: Iterable[str]) -> None:
+        unknown = {*legs} - {*self.output.legs}
+        if unknown:
+            raise ValueError(
+                f"{method}: legs {sorted(unknown)} are not among the output legs "
+                f"{self.output.legs}."
+            )
 
     def _only(self, name: str, method: str) -> int:
         found = [i for i, op in enumerate(self.operands) if op.source == Variable(name)]
@@ -338,19 +336,6 @@ class Network:
                 f"Tensors: {', '.join(self.names)}."
             )
         return found[0]
-
-
-def _fresh(legs: Iterable[str], mark: str, taken: Collection[str]) -> dict[str, str]:
-    """New names for legs, marked until nobody bears them."""
-    used = {*taken}
-    names = {}
-    for leg in legs:
-        new = leg + mark
-        while new in used:
-            new += mark
-        used.add(new)
-        names[leg] = new
-    return names
 
 
 def _covered(operands: tuple[Operand, ...], output: Operand) -> tuple[Operand, ...]:
