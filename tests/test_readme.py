@@ -1,9 +1,15 @@
-"""What the README shows works: snippets run, links resolve, two commands start everything."""
+"""What the README shows works: snippets run, links resolve, two commands start everything.
 
+Every Python snippet is complete: it runs alone, in a namespace of its own.
+"""
+
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import tnkfac
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,16 +42,13 @@ def test_links_and_pictures_exist() -> None:
     assert [link for link in local if not (ROOT / link).exists()] == []
 
 
-def test_the_options_table_names_arguments_and_defaults_as_they_are() -> None:
-    import inspect
-
-    import tnkfac
-
+def test_the_options_table_has_every_argument_with_its_default() -> None:
     parameters = inspect.signature(tnkfac.SINGD).parameters
     section = README.split("## Options")[1].split("## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]*)\|", section, re.M)
-    for name, default in rows:
-        assert name in parameters, name
-        if default.strip():
-            actual = parameters[name].default
-            assert eval(default.strip("` ")) == actual, (name, default, actual)
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*)\|", section, re.M))
+    assert rows.keys() == parameters.keys()
+    given = {name: default.strip("` ") for name, default in rows.items()}
+    assert given.pop("params") == ""
+    assert {name: eval(text) for name, text in given.items()} == {
+        name: parameters[name].default for name in given
+    }

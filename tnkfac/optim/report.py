@@ -50,6 +50,6 @@ class Report(list[Row]):
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, tuple):
-        return " x ".join(map(str, value))
-    return "-" if value is None or value == "" else str(value)
+    if value is None or value == "" or value == ():
+        return "-"
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)

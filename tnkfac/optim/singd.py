@@ -209,6 +209,12 @@ class SINGD(CurvatureOptimizer):
         """See the class."""
         if kfac_like and alpha1 != 0:
             warnings.warn(f"alpha1={alpha1} has no effect with kfac_like=True.", stacklevel=2)
+        for name, ratio in (
+            ("max_state_ratio", max_state_ratio),
+            ("max_step_ratio", max_step_ratio),
+        ):
+            if ratio is not None:
+                warnings.warn(f"{name}={ratio} has no effect yet.", stacklevel=2)
         defaults = {
             "lr": lr,
             "momentum": momentum,
