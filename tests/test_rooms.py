@@ -21,7 +21,10 @@ REACHES = {
     "root": {"root", "einsum", "curvature"},
 }
 REACH_OPTIM = {"tnkfac/__init__.py", "tnkfac/__main__.py"}
-TORCH_IN_EINSUM = {f"tnkfac/einsum/{name}.py" for name in ("plans", "functional", "crs")}
+TORCH_IN_EINSUM = {f"tnkfac/einsum/{name}.py" for name in ("plans", "functional")}
+TORCH_IN_EINSUM |= {
+    str(path.relative_to(ROOT)) for path in (ROOT / "tnkfac/einsum/crs").glob("*.py")
+}
 HOOK = re.compile(r"register_\w*hook\w*")
 COLLECTIVE = re.compile(
     r"(all_|batch_|monitored_|i)?(barrier|broadcast|gather|isend|recv|reduce|scatter|send|to_all)\w*"

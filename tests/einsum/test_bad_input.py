@@ -272,3 +272,20 @@ def test_output_channels_of_a_jacobian_are_divisible(first: tuple[int, ...]) -> 
     """Rounding down would give the Jacobian of another layer."""
     words = (str((first[0], 2, 3)), "4")
     refused("weight_jacobian", ones(2, 8, 7), (first[0], 2, 3), groups=4, words=words)
+
+
+@pytest.mark.parametrize(
+    ("operation", "args", "argument"),
+    [
+        ("input_vjp", (W, V, 10), "input size"),
+        ("unfold_kernel", (W, 10), "input size"),
+        ("fold", (ones(2, 12, 5), 10, 3), "input size"),
+        ("kfra", (ones(6, 5, 6, 5), W, 7), "input size"),
+        ("input_jacobian", (W, 8), "input_shape"),
+        ("weight_jacobian", (X, 3), "weight_shape"),
+    ],
+)
+def test_a_number_for_a_shape(operation: str, args: tuple[object, ...], argument: str) -> None:
+    """Which dimension would it be? The message says what to pass."""
+    with pytest.raises(TypeError, match=f"{operation}: {argument}: got {args[-1]}|got 10"):
+        getattr(functional, operation)(*args)

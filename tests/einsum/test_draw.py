@@ -15,9 +15,11 @@ import pytest
 from tnkfac.einsum import networks, simplify
 from tnkfac.einsum.draw import draw_network
 from tnkfac.einsum.geometry import conv_axes
-from tnkfac.einsum.network import Delta, Network, Ones, Pattern, Variable, parse
+from tnkfac.einsum.network import Network, parse
+from tnkfac.einsum.operands import Delta, Ones, Pattern, Variable
 
 pytest.importorskip("matplotlib")
+from matplotlib.text import Text
 
 GROUPS, KERNEL, LARGE, SMALL = 2, (3, 4), (7, 10), (4, 5)
 
@@ -227,3 +229,11 @@ def test_the_message_without_matplotlib_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"tnkfac\[examples\]"):
         draw_network(DENSE)
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_network_draws_itself(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"network{suffix}"
+    figure = DENSE.draw(str(path), title="dense")
+    assert "dense" in [text.get_text() for text in figure.findobj(Text)]
+    assert path.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tnkfac.einsum import Network, functional, networks, plan
-from tnkfac.einsum.network import Variable, parse
+from tnkfac.einsum.network import parse
+from tnkfac.einsum.operands import Delta, Variable
 from tnkfac.einsum.plans import Plan
 
 
@@ -125,3 +126,15 @@ def test_gradients_flow_through_plans() -> None:
     w = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: functional.conv(x, w, stride=2), (x, w))
     assert torch.autograd.gradcheck(lambda x: functional.kfc_factor(x, 2, padding=1), (x,))
+
+
+def test_a_network_of_constants_only() -> None:
+    network = parse("i j, j k -> i k", (Delta(3), Delta(3)), {"i": 3, "j": 3, "k": 3})
+    assert torch.equal(plan(network)(), torch.eye(3))
+
+
+@pytest.mark.parametrize("operation", ["kfc_factor", "kfac_reduce_factor", "kfc_diagonal"])
+def test_no_samples(operation: str) -> None:
+    """A mean over nothing is zero, not a division by zero."""
+    factor = getattr(functional, operation)(torch.rand(0, 2, 5), 3)
+    assert torch.equal(factor, torch.zeros_like(factor))

@@ -5,7 +5,8 @@ import torch
 
 from oracles.networks import evaluate, inputs
 from tnkfac.einsum import Network, networks, simplify
-from tnkfac.einsum.network import Delta, Ones, Pattern, Variable, parse
+from tnkfac.einsum.network import parse
+from tnkfac.einsum.operands import Delta, Ones, Pattern, Variable
 from tnkfac.einsum.rules import RULES, unfold_inputs
 
 X1, X2 = (2, 4, 9), (2, 4, 7, 6)

@@ -85,3 +85,10 @@ def test_gram_refuses_other_legs(options: dict[str, list[tuple[str, ...]]]) -> N
 
 def test_arranged_refuses_unknown_legs() -> None:
     refused(lambda: ROWS.arranged(("n",), ("q",)), "'q'")
+
+
+def test_names_of_other_tensors_are_refused() -> None:
+    """Two operands of one name would be the same tensor."""
+    refused(lambda: CONV.vjp("x", cotangent="weight"), "vjp", "'weight'", "taken")
+    refused(lambda: CONV.jvp("x", "weight"), "jvp", "'weight'", "taken")
+    assert CONV.jvp("x", "x") == CONV

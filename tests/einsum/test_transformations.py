@@ -12,7 +12,8 @@ from oracles.compare import assert_close
 from oracles.convolutions import CONV, TRANSPOSED, Case, case
 from oracles.networks import evaluate, inputs
 from tnkfac.einsum import Network, functional, networks, plan, simplify
-from tnkfac.einsum.network import Delta, Ones, Pattern, Variable, parse
+from tnkfac.einsum.network import parse
+from tnkfac.einsum.operands import Delta, Ones, Pattern, Variable
 
 TOLERANCE = 1e-12
 FLOAT64 = torch.float64

@@ -9,7 +9,7 @@ from torch import Tensor
 from oracles.convolutions import Case
 from tnkfac.einsum import Network, networks
 from tnkfac.einsum.geometry import Axis
-from tnkfac.einsum.network import Delta, Ones, Operand, Pattern, Source, Variable, grouped
+from tnkfac.einsum.operands import Delta, Ones, Operand, Pattern, Source, Variable, grouped
 from tnkfac.einsum.plans import compile_adjoint, compile_view, constant
 
 __all__ = ["evaluate", "inputs", "random_network", "rows"]

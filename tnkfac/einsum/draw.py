@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnkfac.einsum.layout import FONT, SMALL, Diagram, Edge, Node, Point, place_nodes, text_size
-from tnkfac.einsum.network import Delta, Network, Operand, Pattern, Variable
+from tnkfac.einsum.network import Network
+from tnkfac.einsum.operands import Delta, Operand, Pattern, Variable
 from tnkfac.einsum.views import Merge
 
 if TYPE_CHECKING:

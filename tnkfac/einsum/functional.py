@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tnkfac.einsum import networks
 from tnkfac.einsum.geometry import Axis, resolve_padding
-from tnkfac.einsum.network import Network, Pattern
+from tnkfac.einsum.network import Network
+from tnkfac.einsum.operands import Pattern
 from tnkfac.einsum.plans import Plan, constant, plan
 
 Operation = Callable[..., Tensor]

@@ -1,4 +1,4 @@
-"""Symbolic tensor networks: operands, legs, and how tensors are viewed as operands.
+"""Symbolic tensor networks: products of operands, summed over legs.
 
 A :class:`Network` holds no tensor and needs no torch. It is a value: two networks that mean the
 same contraction in the same order are equal and hash alike, so plans can be cached by network.
@@ -10,82 +10,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from typing import TYPE_CHECKING
 
-from tnkfac.einsum.geometry import Axis
 from tnkfac.einsum.legs import fresh_names
-from tnkfac.einsum.views import Split, View, viewed_shape
+from tnkfac.einsum.operands import Delta, Ones, Operand, Source, Variable, grouped
 
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """A tensor that the caller supplies under this name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """Index pattern ``[k, o, i]`` of one spatial dimension, a constant."""
-
-    axis: Axis
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Kronecker delta ``[size, size]``, a constant."""
-
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ones:
-    """Vector of ones ``[size]``, a constant."""
-
-    size: int
-
-
-Source = Variable | Pattern | Delta | Ones
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A source, the view that takes its tensor to one axis per leg, and the legs.
-
-    For the output of a network the view is read backwards: it would take the result to its legs,
-    so its adjoint takes the contracted legs to the result.
-
-    Attributes:
-        source: Where the tensor comes from.
-        shape: Shape of the tensor before the view.
-        legs: One name per axis after the view.
-        view: Steps from the tensor to one axis per leg.
-    """
-
-    source: Source
-    shape: tuple[int, ...]
-    legs: tuple[str, ...]
-    view: View = ()
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Size of every leg."""
-        return viewed_shape(self.shape, self.view)
-
-    def renamed(self, names: Mapping[str, str]) -> Operand:
-        """The operand with some legs renamed."""
-        return replace(self, legs=tuple(names.get(leg, leg) for leg in self.legs))
-
-    def __str__(self) -> str:
-        """The legs in einops style, grouped like the axes of the tensor if the view only splits."""
-        splits = [step for step in self.view if isinstance(step, Split)]
-        if len(splits) < len(self.view):
-            return " ".join(self.legs)
-        groups = list(self.legs)
-        for step in reversed(splits):
-            end = step.axis + len(step.sizes)
-            groups[step.axis : end] = [f"({' '.join(groups[step.axis : end])})"]
-        return " ".join(groups)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -153,6 +84,25 @@ class Network:
     def equation(self) -> str:
         """The contraction in einops style, e.g. ``n (g ci) i1, k1 o1 i1 -> n (g ci k1) o1``."""
         return f"{', '.join(map(str, self.operands))} -> {self.output}"
+
+    def draw(self, path: str | None = None, title: str | None = None) -> Figure:
+        """Draw the diagram: tensors as nodes, legs as labelled lines, open legs dangling.
+
+        Needs matplotlib, which ``pip install tnkfac[examples]`` brings.
+
+        Args:
+            path: Where to write it, ``.svg`` or ``.png``; None only returns the figure.
+            title: Above the diagram.
+
+        Returns:
+            The ``matplotlib`` figure.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        from tnkfac.einsum.draw import draw_network
+
+        return draw_network(self, path, title)
 
     def scaled(self, factor: float) -> Network:
         """The network times a number."""
@@ -253,9 +203,11 @@ class Network:
             cotangent: Name of the tensor in place of the result.
 
         Raises:
-            ValueError: If the tensor does not occur exactly once.
+            ValueError: If the tensor does not occur exactly once, or the cotangent's name is
+                that of another tensor.
         """
         at = self._only(name, "vjp")
+        self._check_new("vjp", cotangent, name)
         seed = replace(self.output, source=Variable(cotangent))
         output = replace(self.operands[at], source=Variable("output"))
         rest = (*self.operands[:at], seed, *self.operands[at + 1 :])
@@ -265,9 +217,11 @@ class Network:
         """Jacobian-vector product: the tangent takes the place of the tensor.
 
         Raises:
-            ValueError: If the tensor does not occur exactly once.
+            ValueError: If the tensor does not occur exactly once, or the tangent's name is that
+                of another tensor.
         """
         self._only(name, "jvp")
+        self._check_new("jvp", tangent, name)
         return self.with_names({name: tangent})
 
     def jacobian(self, name: str) -> Network:
@@ -328,6 +282,10 @@ class Network:
                 f"{self.output.legs}."
             )
 
+    def _check_new(self, method: str, new: str, old: str) -> None:
+        if new != old and new in self.names:
+            raise ValueError(f"{method}: the name {new!r} is taken. Tensors: {self.names}.")
+
     def _only(self, name: str, method: str) -> int:
         found = [i for i, op in enumerate(self.operands) if op.source == Variable(name)]
         if len(found) != 1:
@@ -347,18 +305,6 @@ def _covered(operands: tuple[Operand, ...], output: Operand) -> tuple[Operand, .
         if leg not in present
     )
     return (*operands, *ones)
-
-
-def grouped(source: Source, groups: Iterable[Sequence[str]], sizes: Mapping[str, int]) -> Operand:
-    """An operand whose tensor has one axis per group of legs, first leg slowest."""
-    groups = list(groups)
-    shape = tuple(prod(sizes[leg] for leg in group) for group in groups)
-    view = tuple(
-        Split(axis, tuple(sizes[leg] for leg in group))
-        for axis, group in reversed(list(enumerate(groups)))
-        if len(group) != 1
-    )
-    return Operand(source, shape, tuple(leg for group in groups for leg in group), view)
 
 
 def parse(

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from opt_einsum import paths
 from torch import Tensor
 
 from tnkfac.einsum.geometry import Axis
-from tnkfac.einsum.network import Delta, Network, Ones, Pattern, Variable
+from tnkfac.einsum.network import Network
+from tnkfac.einsum.operands import Delta, Ones, Pattern, Variable
 from tnkfac.einsum.program import Program, Step, by_halves, peak_memory, slot_to_scale, whole
 from tnkfac.einsum.rules import simplify, unfold_inputs
 from tnkfac.einsum.views import Slice, View, Window
@@ -51,8 +53,8 @@ class Plan:
             simplified: Whether to rewrite it first; False is for comparison only.
         """
         self.network = network
-        small = simplify(network) if simplified else network
-        small, program = _best(network, small) if simplified else (small, whole(small, paths.auto))
+        plain = whole(network, _search)
+        small, program = _best(network, plain) if simplified else (network, plain)
         self._program = program
         self._names = network.names
         self._shapes = {
@@ -77,7 +79,7 @@ class Plan:
             for step in program.running
         ]
         self._finish = compile_adjoint(network.output.shape, small.output.view)
-        self.flops = sum(step.flops for step in program.running)
+        self.flops = program.flops
         self.peak_memory = peak_memory(program)
 
     def __call__(self, **tensors: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class Plan:
         for name, shape in self._shapes.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name}: got shape {tuple(tensors[name].shape)}, not {shape}.")
-        first = tensors[self._names[0]]
+        first = tensors[self._names[0]] if self._names else torch.empty(0)
         values: dict[int, Tensor] = dict(self._fold_constants(first.dtype, first.device))
         for slot, name, view in self._views:
             value = tensors[name]
@@ -189,12 +191,35 @@ def constant(source: object, dtype: torch.dtype, device: torch.device) -> Tensor
     raise TypeError(f"{source!r} is not a constant.")
 
 
-def _best(network: Network, small: Network) -> tuple[Network, Program]:
-    """The cheapest program over all forms, also that with unfolded inputs, and both orders."""
-    forms = dict.fromkeys((small, simplify(unfold_inputs(small)), network))
-    found = [(form, build(form, paths.auto)) for form in forms for build in (whole, by_halves)]
-    programs = [(form, program) for form, program in found if program is not None]
-    return min(programs, key=lambda pair: pair[1].cost)
+def _best(network: Network, plain: Program) -> tuple[Network, Program]:
+    """The cheapest program over all forms, also that with unfolded inputs, and both orders.
+
+    Of those that do no more multiply-adds than the plain program of the network itself: what a
+    form writes less of never pays for more arithmetic.
+    """
+    small = simplify(network)
+    found: list[tuple[Network, Program | None]] = [(network, plain)]
+    for form in dict.fromkeys((small, simplify(unfold_inputs(small)))):
+        halves = by_halves(form, _search)
+        found.append((form, halves))
+        if halves is None or len(form.operands) < 5:  # else the plain program is near
+            found.append((form, whole(form, _search)))
+    allowed = [
+        (form, program)
+        for form, program in found
+        if program is not None and program.flops <= plain.flops
+    ]
+    return min(allowed, key=lambda pair: pair[1].cost)
+
+
+def _search(
+    terms: list[frozenset[str]], output: frozenset[str], sizes: dict[str, int]
+) -> list[tuple[int, ...]]:
+    """The best order for up to four operands; for more, a greedy one, which takes a fifth."""
+    order: list[tuple[int, ...]]
+    find: Any = paths.optimal if len(terms) < 5 else paths.greedy
+    order = find(terms, output, sizes)
+    return order
 
 
 def _call(step: Step) -> Callable[..., Tensor]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from tnkfac.einsum.network import Network, Operand, Variable
+from tnkfac.einsum.network import Network
+from tnkfac.einsum.operands import Operand, Variable
 
 Legs = tuple[str, ...]
 Search = Callable[[list[frozenset[str]], frozenset[str], dict[str, int]], Iterable[tuple[int, ...]]]
@@ -101,6 +102,11 @@ class Program:
     def running(self) -> list[Step]:
         """Steps that depend on a variable."""
         return [step for step in self.steps if not self.constant[step.output]]
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds of everything that depends on a variable."""
+        return sum(step.flops for step in self.running)
 
     @property
     def cost(self) -> int:

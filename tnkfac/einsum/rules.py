@@ -12,7 +12,8 @@ from functools import partial
 from itertools import combinations
 
 from tnkfac.einsum.geometry import Axis
-from tnkfac.einsum.network import Delta, Network, Ones, Operand, Pattern, Source, Variable
+from tnkfac.einsum.network import Network
+from tnkfac.einsum.operands import Delta, Ones, Operand, Pattern, Source, Variable
 from tnkfac.einsum.views import Merge, Slice, Squeeze, Step, Window
 
 Rule = Callable[[Network], Network | None]

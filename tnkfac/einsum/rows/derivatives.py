@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing_extensions import Unpack
 
-from tnkfac.einsum.network import Network, Variable, parse
-from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper, leading
+from tnkfac.einsum.network import Network, parse
+from tnkfac.einsum.operands import Variable
+from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper, leading, spatial
 
 
 def weight_vjp(x: Shape, v: Shape, kernel_size: Ints, **hyper: Unpack[Hyper]) -> Network:
@@ -87,7 +88,7 @@ def input_vjp(weight: Shape, v: Shape, input_size: Shape, **hyper: Unpack[Hyper]
         input_size: Spatial shape of the input.
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``.
     """
-    space = Space.conv("input_vjp", tuple(input_size), weight[2:], **hyper)
+    space = Space.conv("input_vjp", input_size, weight[2:], **hyper)
     return _input_vjp(space, weight, v)
 
 
@@ -103,7 +104,7 @@ def input_vjp_transpose(
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``, ``output_padding``.
     """
     name = "input_vjp_transpose"
-    space = Space.conv_transpose(name, tuple(input_size), weight[2:], **hyper)
+    space = Space.conv_transpose(name, input_size, weight[2:], **hyper)
     return _input_vjp(space, weight, v)
 
 
@@ -184,7 +185,7 @@ def weight_jacobian(x: Shape, weight_shape: Shape, **hyper: Unpack[Hyper]) -> Ne
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``.
     """
     _same_axes("weight_jacobian", x, weight_shape)
-    space = Space.conv("weight_jacobian", x[2:], tuple(weight_shape[2:]), **hyper)
+    space = Space.conv("weight_jacobian", x[2:], weight_shape[2:], **hyper)
     equation = "n (g ci) {x}, {p}, delta g g', delta co co' -> n (g co) {y} (g' co') ci {k}"
     return _jacobian(space, equation, x, weight_shape[0] // space.groups, weight_shape)
 
@@ -201,12 +202,13 @@ def weight_jacobian_transpose(
     """
     name = "weight_jacobian_transpose"
     _same_axes(name, x, weight_shape)
-    space = Space.conv_transpose(name, x[2:], tuple(weight_shape[2:]), **hyper)
+    space = Space.conv_transpose(name, x[2:], weight_shape[2:], **hyper)
     equation = "n (g ci) {x}, {p}, delta g g', delta co co' -> n (g co) {y} (g' ci) co' {k}"
     return _jacobian(space, equation, x, weight_shape[1], weight_shape)
 
 
 def _same_axes(operation: str, x: Shape, weight_shape: Shape) -> None:
+    spatial(operation, "weight_shape", weight_shape)
     if len(weight_shape) != len(x):
         raise ValueError(
             f"{operation}: weight_shape: got {tuple(weight_shape)}, but an input of shape "
@@ -232,7 +234,9 @@ def input_jacobian(weight: Shape, input_shape: Shape, **hyper: Unpack[Hyper]) ->
         input_shape: ``(N, C_in, I1, ...)``.
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``.
     """
-    space = Space.conv("input_jacobian", tuple(input_shape[2:]), weight[2:], **hyper)
+    space = Space.conv(
+        "input_jacobian", spatial("input_jacobian", "input_shape", input_shape), weight[2:], **hyper
+    )
     return _input_jacobian(space, weight, input_shape)
 
 
@@ -247,7 +251,9 @@ def input_jacobian_transpose(
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``, ``output_padding``.
     """
     name = "input_jacobian_transpose"
-    space = Space.conv_transpose(name, tuple(input_shape[2:]), weight[2:], **hyper)
+    space = Space.conv_transpose(
+        name, spatial(name, "input_shape", input_shape), weight[2:], **hyper
+    )
     return _input_jacobian(space, weight, input_shape)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from tnkfac.einsum.geometry import Axis
-from tnkfac.einsum.network import Network, Variable, parse
+from tnkfac.einsum.network import Network, parse
+from tnkfac.einsum.operands import Variable
 from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
 
 
@@ -85,7 +86,7 @@ def fold(z: Shape, output_size: Shape, kernel_size: Ints, **hyper: Unpack[Hyper]
         kernel_size: Taps, one number or one per dimension.
         **hyper: ``stride``, ``padding``, ``dilation``; ``groups`` do not change the result.
     """
-    return _fold(Space.conv("fold", tuple(output_size), kernel_size, **hyper), z)
+    return _fold(Space.conv("fold", output_size, kernel_size, **hyper), z)
 
 
 def fold_transpose(
@@ -99,7 +100,7 @@ def fold_transpose(
         kernel_size: Taps, one number or one per dimension.
         **hyper: ``stride``, ``padding``, ``dilation``, ``output_padding``.
     """
-    space = Space.conv_transpose("fold_transpose", tuple(output_size), kernel_size, **hyper)
+    space = Space.conv_transpose("fold_transpose", output_size, kernel_size, **hyper)
     return _fold(space, z)
 
 
@@ -115,7 +116,7 @@ def unfold_kernel(weight: Shape, input_size: Shape, **hyper: Unpack[Hyper]) -> N
         input_size: Spatial shape of the input.
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``.
     """
-    space = Space.conv("unfold_kernel", tuple(input_size), weight[2:], **hyper)
+    space = Space.conv("unfold_kernel", input_size, weight[2:], **hyper)
     return _unfold_kernel(space, weight)
 
 
@@ -130,7 +131,7 @@ def unfold_kernel_transpose(
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``, ``output_padding``.
     """
     name = "unfold_kernel_transpose"
-    space = Space.conv_transpose(name, tuple(input_size), weight[2:], **hyper)
+    space = Space.conv_transpose(name, input_size, weight[2:], **hyper)
     return _unfold_kernel(space, weight)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from typing_extensions import Unpack
 
-from tnkfac.einsum.network import Network, Variable, parse
+from tnkfac.einsum.network import Network, parse
+from tnkfac.einsum.operands import Variable
 from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
 
 BLOCKS = ("filter", "output_channel", "group")

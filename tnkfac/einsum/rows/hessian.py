@@ -10,7 +10,8 @@ from math import prod
 
 from typing_extensions import Unpack
 
-from tnkfac.einsum.network import Network, Variable, parse
+from tnkfac.einsum.network import Network, parse
+from tnkfac.einsum.operands import Variable
 from tnkfac.einsum.rows.derivatives import over_positions
 from tnkfac.einsum.rows.forward import rows
 from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
@@ -27,7 +28,7 @@ def hessian_diagonal_input(
         input_size: Spatial shape of the input.
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``.
     """
-    space = Space.conv("hessian_diagonal_input", tuple(input_size), weight[2:], **hyper)
+    space = Space.conv("hessian_diagonal_input", input_size, weight[2:], **hyper)
     return _input(space, h, weight)
 
 
@@ -43,7 +44,7 @@ def hessian_diagonal_input_transpose(
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``, ``output_padding``.
     """
     name = "hessian_diagonal_input_transpose"
-    space = Space.conv_transpose(name, tuple(input_size), weight[2:], **hyper)
+    space = Space.conv_transpose(name, input_size, weight[2:], **hyper)
     return _input(space, h, weight)
 
 
@@ -106,7 +107,7 @@ def kfra(g: Shape, weight: Shape, input_size: Shape, **hyper: Unpack[Hyper]) -> 
         input_size: Spatial shape of the input.
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``.
     """
-    return _kfra(Space.conv("kfra", tuple(input_size), weight[2:], **hyper), g, weight)
+    return _kfra(Space.conv("kfra", input_size, weight[2:], **hyper), g, weight)
 
 
 def kfra_transpose(
@@ -120,7 +121,7 @@ def kfra_transpose(
         input_size: Spatial shape of the input.
         **hyper: ``stride``, ``padding``, ``dilation``, ``groups``, ``output_padding``.
     """
-    space = Space.conv_transpose("kfra_transpose", tuple(input_size), weight[2:], **hyper)
+    space = Space.conv_transpose("kfra_transpose", input_size, weight[2:], **hyper)
     return _kfra(space, g, weight)
 
 

@@ -101,19 +101,19 @@ def _legs(space: Space) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _expand(space: Space, x: Shape) -> Network:
     features, positions = _legs(space)
     gram = rows(space, x).gram({"n", "g", *positions}, rows=[features], keep=[("g",)])
-    return gram.scaled(1 / (x[0] * prod(space.output_size)))
+    return gram.scaled(1 / (max(x[0], 1) * prod(space.output_size)))
 
 
 def _reduce(space: Space, x: Shape) -> Network:
     features, _ = _legs(space)
     means = rows(space, x).arranged(("n",), ("g",), features).scaled(1 / prod(space.output_size))
-    return means.gram({"n", "g"}, rows=[features], keep=[("g",)]).scaled(1 / x[0])
+    return means.gram({"n", "g"}, rows=[features], keep=[("g",)]).scaled(1 / max(x[0], 1))
 
 
 def _diagonal(space: Space, x: Shape) -> Network:
     features, positions = _legs(space)
     gram = rows(space, x).gram({"n", "g", *positions, *features}, keep=[("g",), features])
-    return gram.scaled(1 / (x[0] * prod(space.output_size)))
+    return gram.scaled(1 / (max(x[0], 1) * prod(space.output_size)))
 
 
 def kfc_grad_factor(v: Shape, *, groups: int = 1) -> Network:
@@ -128,7 +128,7 @@ def kfc_grad_factor(v: Shape, *, groups: int = 1) -> Network:
     outputs, positions = _outputs("kfc_grad_factor", v, groups)
     open_rows = outputs.arranged(("n",), ("g",), ("ci",), *((p,) for p in positions))
     gram = open_rows.gram({"n", "g", *positions}, rows=[("ci",)], keep=[("g",)])
-    return gram.scaled(1 / v[0])
+    return gram.scaled(1 / max(v[0], 1))
 
 
 def kfac_reduce_grad_factor(v: Shape, *, groups: int = 1) -> Network:
@@ -142,7 +142,7 @@ def kfac_reduce_grad_factor(v: Shape, *, groups: int = 1) -> Network:
     """
     outputs, _ = _outputs("kfac_reduce_grad_factor", v, groups)
     sums = outputs.arranged(("n",), ("g",), ("ci",))
-    return sums.gram({"n", "g"}, rows=[("ci",)], keep=[("g",)]).scaled(1 / v[0])
+    return sums.gram({"n", "g"}, rows=[("ci",)], keep=[("g",)]).scaled(1 / max(v[0], 1))
 
 
 def _outputs(operation: str, v: Shape, groups: int) -> tuple[Network, tuple[str, ...]]:

@@ -16,7 +16,8 @@ from math import prod
 from typing_extensions import TypedDict, Unpack
 
 from tnkfac.einsum.geometry import Axis, Padding, conv_axes, conv_transpose_axes
-from tnkfac.einsum.network import Delta, Network, Pattern, Source, Variable, grouped, parse
+from tnkfac.einsum.network import Network, parse
+from tnkfac.einsum.operands import Delta, Pattern, Source, Variable, grouped
 
 Ints = int | Sequence[int]
 Shape = tuple[int, ...]
@@ -99,6 +100,11 @@ class Space:
                 f"{operation}: got unexpected {sorted(hyper.keys() - known)} with "
                 f"{sorted(hyper.items())}. Supported: groups, {', '.join(sorted(known))}."
             )
+        if not isinstance(input_size, Sequence) or isinstance(input_size, str):
+            raise TypeError(
+                f"{operation}: input size: got {input_size!r}. Supported: one int per dimension."
+            )
+        input_size = tuple(input_size)
         if not input_size:
             raise ValueError(f"{operation}: the input has no spatial dimension.")
         try:
@@ -244,3 +250,14 @@ def leading(count: int) -> tuple[str, str]:
     """Names of ``count`` additional leading axes, and the same with a space behind."""
     legs = " ".join(f"v{a}" for a in range(1, count + 1))
     return legs, f"{legs} " if legs else ""
+
+
+def spatial(operation: str, argument: str, shape: Shape) -> Shape:
+    """Spatial part of a shape.
+
+    Raises:
+        TypeError: If it is not a sequence.
+    """
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"{operation}: {argument}: got {shape!r}. Supported: a tuple of ints.")
+    return tuple(shape[2:])
