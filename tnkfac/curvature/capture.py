@@ -9,11 +9,14 @@ checkpointing and compilation, and leaves no tensor behind when no backward foll
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature.accumulate import Statistics
@@ -186,3 +189,63 @@ class FirstForward:
             return
         if getattr(owner, self._method)(module):
             self.remove()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer in a forward pass.
+
+    Attributes:
+        x: Input as the module received it, detached.
+        edge: Where the gradient with respect to the output can be asked for, also after the output
+            was changed in place.
+        shape: Shape of the output.
+    """
+
+    x: Tensor
+    edge: GradientEdge
+    shape: torch.Size
+
+    def gradient(self, outputs: Tensor, vector: Tensor) -> Tensor:
+        """Vector-Jacobian product of ``outputs`` with respect to the output of this call."""
+        found = gradients([self], outputs, vector)
+        return found[0]
+
+
+def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Tensor]:
+    """Vector-Jacobian products of ``outputs`` with respect to the outputs of all calls.
+
+    The graph is kept, so that more vectors may follow. Calls that the outputs do not depend on
+    get zeros.
+    """
+    edges = [call.edge for call in calls]
+    found = torch.autograd.grad(outputs, edges, vector, retain_graph=True, allow_unused=True)
+    return [
+        call.x.new_zeros(call.shape) if g is None else g.reshape(call.shape)
+        for call, g in zip(calls, found, strict=True)
+    ]
+
+
+@contextmanager
+def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
+    """Record all calls of some layers, in training and in ``eval()`` mode.
+
+    Args:
+        modules: Supported layers, each called as a module.
+
+    Yields:
+        For every module, its calls so far. Calls whose output requires no gradient are left out.
+    """
+    calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
+
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if output.requires_grad:
+            x = args[0] if args else kwargs["input"]
+            calls[module].append(Call(x.detach(), get_gradient_edge(output), output.shape))
+
+    handles = [m.register_forward_hook(record, with_kwargs=True, prepend=True) for m in calls]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
