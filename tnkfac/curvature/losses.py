@@ -108,7 +108,7 @@ class SquaredError(Loss):
 
     def sampled_gradient(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         """Normal numbers of variance two."""
-        return _normal(outputs, generator) * 2.0**0.5
+        return _normal(outputs, generator).mul(2.0**0.5)
 
 
 class BinaryCrossEntropy(Loss):
