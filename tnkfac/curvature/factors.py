@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.grams import APPROXIMATIONS, Approx, Gram, accumulation_dtype
@@ -56,7 +58,7 @@ def input_factor(
     x = layer.standard_input(_accumulating(x))
     gram = Gram(layer, x, check_approx(approx), is_input=True)
     terms = gram.samples * (gram.positions if approx == "expand" else 1)
-    return _read(gram, structure, 1 / _positive(terms, x))
+    return _read(replace(gram, scale=1 / _positive(terms, x)), structure)
 
 
 def grad_factor(
@@ -95,7 +97,8 @@ def grad_factor(
     layer: Layer = describe(module)
     g = layer.standard_output(_accumulating(g))
     gram = Gram(layer, g, check_approx(approx), is_input=False)
-    return _read(gram, structure, _positive(gram.samples, g) if loss_terms is None else loss_terms)
+    scale = _positive(gram.samples, g) if loss_terms is None else loss_terms
+    return _read(replace(gram, scale=float(scale)), structure)
 
 
 def _accumulating(tensor: Tensor) -> Tensor:
@@ -110,8 +113,7 @@ def _positive(count: int, tensor: Tensor) -> int:
     return count
 
 
-def _read(gram: Gram, structure: str, scale: float) -> Factor:
-    parts: Parts = tuple(
-        part * scale for part in resolve_structure(structure, gram.dim).statistic(gram)
-    )
+def _read(gram: Gram, structure: str) -> Factor:
+    with torch.autocast(gram.tensor.device.type, enabled=False):
+        parts: Parts = resolve_structure(structure, gram.dim).statistic(gram)
     return parts[0] if len(parts) == 1 else parts

@@ -1,22 +1,20 @@
 """Gram matrices of a layer: ``sum u u^T`` over a batch, read without forming more than is asked.
 
-A :class:`Gram` is not yet formed. It knows its rows as a tensor network, and each way to read it
-(dense, diagonal, blocks) is the contraction of two copies that share different legs.
+A :class:`Gram` is not yet formed. Each way to read it (dense, diagonal, blocks) takes the cheapest
+exact route, see :mod:`tnkfac.curvature.routes` and :mod:`tnkfac.curvature.readings`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature import plain
+from tnkfac.curvature import plain, readings
 from tnkfac.curvature.layers import Layer
-from tnkfac.einsum import Network, Plan, plan
 
 Approx = Literal["expand", "reduce"]
 APPROXIMATIONS: tuple[Approx, ...] = ("expand", "reduce")
@@ -36,6 +34,7 @@ class Gram:
         approx: ``"expand"`` or ``"reduce"``.
         is_input: Whether the rows are those of the unfolded input.
         output_size: Spatial shape of the output, where the input alone does not tell it.
+        scale: Number that multiplies what is read.
     """
 
     layer: Layer
@@ -43,6 +42,7 @@ class Gram:
     approx: Approx
     is_input: bool
     output_size: tuple[int, ...] | None = None
+    scale: float = 1.0
 
     @property
     def samples(self) -> int:
@@ -73,97 +73,85 @@ class Gram:
 
     def dense(self) -> Tensor:
         """The whole matrix ``[G, D, D]``, bias last."""
-        gram = self._read("dense")
-        if not self._ones:
-            return gram
+        if torch.compiler.is_compiling():
+            return self._with_bias(self._read_plainly("dense"))
         size = self.dim
-        full = gram.new_empty(gram.shape[0], size, size)
-        column = self._read("sum")
-        full[:, :-1, :-1] = gram
-        full[:, :-1, -1] = column
-        full[:, -1, :-1] = column
-        full[:, -1, -1] = self._corner
+        full = self.tensor.new_empty(self.layer.groups, size, size)
+        features = size - self._ones
+        readings.fill_dense(self, full[:, :features, :features])
+        if self._ones:
+            column = readings.total(self)
+            full[:, :-1, -1] = column
+            full[:, -1, :-1] = column
+            full[:, -1, -1] = self._corner
         return full
 
     def diagonal(self) -> Tensor:
         """The diagonal ``[G, D]``, bias last. No unfolded input is formed."""
-        diagonal = self._read("diagonal")
-        if not self._ones:
-            return diagonal
-        return torch.nn.functional.pad(diagonal, (0, 1), value=float(self._corner))
+        if torch.compiler.is_compiling():
+            diagonal = self._read_plainly("diagonal")
+        else:
+            diagonal = readings.diagonal(self)
+        return F.pad(diagonal, (0, 1), value=float(self._corner)) if self._ones else diagonal
 
     def blocks(self, size: int) -> tuple[Tensor, Tensor]:
         """Diagonal blocks ``[G, D // size, size, size]`` and the last ``[G, r, r]``."""
-        rows = self.rows()
-        count = rows.shape[2] // size
-        whole = rows[:, :, : count * size].reshape(*rows.shape[:2], count, size)
-        rest = rows[:, :, count * size :]
-        blocks = torch.einsum("gmbi,gmbj->gbij", whole, whole)
-        return blocks, torch.einsum("gmi,gmj->gij", rest, rest)
+        if torch.compiler.is_compiling():
+            rows = self._read_plainly("rows")
+            if self._ones:
+                rows = F.pad(rows, (0, 1), value=self.scale**0.5)
+            count = rows.shape[2] // size
+            whole = rows[:, :, : count * size].reshape(*rows.shape[:2], count, size)
+            rest = rows[:, :, count * size :]
+            blocks = torch.einsum("gmbi,gmbj->gbij", whole, whole)
+            return blocks, torch.einsum("gmi,gmj->gij", rest, rest)
+        groups, left = self.layer.groups, self.dim % size
+        blocks = self.tensor.new_empty(groups, self.dim // size, size, size)
+        last = self.tensor.new_empty(groups, left, left)
+        features = self.dim - self._ones
+        if not self._ones:
+            readings.fill_blocks(self, blocks, last)
+        elif left:
+            readings.fill_blocks(self, blocks, last[:, :-1, :-1])
+        else:
+            readings.fill_blocks(self, blocks[:, :-1], blocks[:, -1, :-1, :-1])
+        if self._ones:
+            final = last if left else blocks[:, -1]
+            column = readings.total(self)[:, features - final.shape[1] + 1 :]
+            final[:, :-1, -1] = column
+            final[:, -1, :-1] = column
+            final[:, -1, -1] = self._corner
+        return blocks, last
 
-    def rows(self) -> Tensor:
-        """The rows themselves ``[G, M, D]``: unfolded, with a one at the bias."""
-        rows = self._read("rows")
-        return torch.nn.functional.pad(rows, (0, 1), value=1.0) if self._ones else rows
+    def _with_bias(self, gram: Tensor) -> Tensor:
+        if not self._ones:
+            return gram
+        column = self._read_plainly("sum").unsqueeze(2)
+        corner = column.new_full((gram.shape[0], 1, 1), float(self._corner))
+        below = torch.cat([column.transpose(1, 2), corner], 2)
+        return torch.cat([torch.cat([gram, column], 2), below], 1)
 
     @property
-    def _corner(self) -> int:
-        return self.samples * (self.positions if self.approx == "expand" else 1)
-
-    def _read(self, reading: Reading) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._read_plainly(reading)
-        key = (self.layer, tuple(self.tensor.shape), self.output_size, self.is_input)
-        return _planned(*key, self.approx, reading)(x=self.tensor)
+    def _corner(self) -> float:
+        return self.scale * self.samples * (self.positions if self.approx == "expand" else 1)
 
     def _read_plainly(self, reading: Reading) -> Tensor:
-        """The same without plans, for tracing and as the twin in tests."""
+        """The features of a reading without routes or caches, for tracing and as their twin."""
         args = (self.is_input, self.output_size)
         if self.approx == "expand" and reading in ("diagonal", "sum"):
             x = self.tensor.square() if reading == "diagonal" else self.tensor
-            return plain.summed(self.layer, x, *args).sum(1)
+            return plain.summed(self.layer, x, *args).sum(1).mul(self.scale)
         if self.approx == "expand":
             rows = plain.unfolded(self.layer, self.tensor, *args).flatten(1, 2)
         else:
             rows = plain.summed(self.layer, self.tensor, *args)
             rows = rows / self.positions if self.is_input else rows
+        if reading == "sum":
+            return rows.sum(1).mul(self.scale)
+        rows = rows.mul(self.scale**0.5)
         if reading == "rows":
             return rows
-        if reading == "sum":
-            return rows.sum(1)
         return rows.square().sum(1) if reading == "diagonal" else rows.transpose(1, 2) @ rows
-
-
-@lru_cache(maxsize=4096)
-def _planned(
-    layer: Layer,
-    shape: tuple[int, ...],
-    output_size: tuple[int, ...] | None,
-    is_input: bool,
-    approx: Approx,
-    reading: Reading,
-) -> Plan:
-    rows = layer.input_rows(shape, output_size) if is_input else layer.output_rows(shape)
-    return plan(_network(rows, is_input, approx, reading))
-
-
-def _network(rows: Network, is_input: bool, approx: Approx, reading: Reading) -> Network:
-    legs = rows.output.legs
-    features = tuple(leg for leg in legs if leg[0] in "ck")
-    positions = tuple(leg for leg in legs if leg not in (*features, "n", "g"))
-    if approx == "reduce":
-        rows = rows.arranged(("n",), ("g",), features)
-        if is_input:
-            count = prod(rows.sizes[leg] for leg in positions)
-            rows = rows.scaled(1 / count)
-        positions = ()
-    if reading == "sum":
-        return rows.arranged(("g",), features)
-    if reading == "rows":
-        return rows.arranged(("g",), ("n", *positions), features)
-    if reading == "diagonal":
-        return rows.gram({"n", "g", *positions, *features}, keep=[("g",), features])
-    return rows.gram({"n", "g", *positions}, rows=[features], keep=[("g",)])
 
 
 def gram_pair(layer: Layer, x: Tensor, g: Tensor, approx: Approx) -> tuple[Gram, Gram]:

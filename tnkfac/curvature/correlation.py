@@ -1,0 +1,190 @@
+"""Gram matrices of unfolded inputs without unfolding: lags and borders.
+
+The entry of taps ``k`` and ``l`` of a Gram matrix is ``sum_o x[s o + a_k] x[s o + a_l]``, and over
+*all* positions ``o``, also those beyond the output, it depends on the lag ``a_l - a_k`` only. So
+
+- all lags of all channel pairs are correlated once: for stride one, a weight gradient of the
+  convolution of ``x`` with itself; with a stride, that of its phases (every ``s``-th pixel);
+- the few positions that do not exist are taken away. Along one axis they meet few pixels, which
+  become channels, and along the other axes there are lags again. Positions that do not exist along
+  several axes are added back: the sum runs over all subsets of axes, with alternating signs;
+- every pair of taps looks its value up.
+
+For a 3x3 kernel these are 25 lags, half of them by symmetry, in place of 81 pairs of taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature.lags import correlate
+from tnkfac.curvature.pairs import Border, Lags, Pairs, axis_lags, tap_pairs
+from tnkfac.curvature.taps import Classes
+
+TABLE = 2**18
+"""Most numbers of the table that entries of the Gram matrix are looked up in at one time."""
+
+
+def fill_correlation_gram(out: Tensor, x: Tensor, classes: Classes, scale: float) -> None:
+    """Fill ``out`` with the scaled Gram matrix of all windows.
+
+    Args:
+        out: ``[G, D, D]``, overwritten; ``D = C / G * K1 * ..``.
+        x: ``[N, C, I1, ..]``.
+        classes: Classes of taps per axis; of a convolution one, of a transposed one several.
+        scale: Number that multiplies the result.
+    """
+    groups, channels = out.shape[0], x.shape[1] // out.shape[0]
+    lags = [axis_lags(axis) for axis in classes]
+    found = correlate(x, groups, lags).mul_(scale).flatten(2)
+    tables = [
+        _Table(x, groups, [tap_pairs(t, n) for t, n in zip(taps, lags, strict=True)], lags, scale)
+        for taps in product(*classes)
+    ]
+    index = _lookup(classes, tuple(lags), channels).to(x.device)
+    width = channels * sum(table.width for table in tables) + 1
+    rows = found.shape[0]
+    chunk = max(1, TABLE // width)
+    taps = out.shape[1] // channels
+    target = out.view(rows, -1) if out.is_contiguous() else None
+    numbers = x.new_zeros(min(chunk, rows), width)
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        numbers = numbers[: last - first]
+        start = 0
+        for table in tables:
+            end = start + channels * table.width
+            table.fill(numbers[:, start:end], found, first, last)
+            start = end
+        if target is not None:
+            torch.index_select(numbers, 1, index, out=target[first:last])
+            continue
+        picked = numbers.index_select(1, index).view((last - first), taps, -1)
+        for row in range(first, last):
+            group, channel = divmod(row, channels)
+            out[group, channel * taps : (channel + 1) * taps] = picked[row - first]
+
+
+class _Table:
+    """Values of all entries of one class of taps, for some rows at a time."""
+
+    def __init__(
+        self, x: Tensor, groups: int, pairs: list[Pairs], lags: list[Lags], scale: float
+    ) -> None:
+        self._pairs = pairs
+        self.width = prod(len(p.lags) for p in pairs)
+        self._sizes = [len(p.lags) for p in pairs]
+        self._lags = _flat([p.lags for p in pairs], [n.count for n in lags], x.device)
+        self._corrections: list[tuple[list[int], Tensor, Tensor]] = []
+        for axes in product((False, True), repeat=len(pairs)):
+            if any(axes) and all(p.borders for p, at in zip(pairs, axes, strict=True) if at):
+                inner = [a for a, at in enumerate(axes) if at]
+                sign = scale if len(inner) % 2 == 0 else -scale
+                values = _corrections(x, groups, pairs, lags, inner).mul_(sign)
+                counts = list(values.shape[2:])
+                index = [
+                    range(n) if at else p.lags for p, at, n in zip(pairs, axes, counts, strict=True)
+                ]
+                flat = _flat(index, counts, x.device)
+                self._corrections.append((inner, values.flatten(2), flat))
+
+    def fill(self, table: Tensor, found: Tensor, first: int, last: int) -> None:
+        """Values for rows ``first`` to ``last``, into ``[rows, C / G * width]``."""
+        channels = found.shape[1]
+        lags = found[first:last].flatten(0, 1).index_select(1, self._lags)
+        values = lags.view(last - first, channels, *self._sizes)
+        for inner, correction, flat in self._corrections:
+            part = values
+            for a in inner:
+                active = self._pairs[a].active
+                part = part.narrow(2 + a, active, self._sizes[a] - active)
+            picked = correction[first:last].flatten(0, 1).index_select(1, flat)
+            part.add_(picked.view(part.shape))
+        table.copy_(values.flatten(1))
+
+
+def _flat(index: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device) -> Tensor:
+    """Indices into flattened axes of all combinations of indices per axis."""
+    flat = torch.zeros((), dtype=torch.int64)
+    for picked, count in zip(index, counts, strict=True):
+        flat = flat[..., None] * count + torch.tensor(list(picked))
+    return flat.flatten().to(device)
+
+
+def _corrections(
+    x: Tensor, groups: int, pairs: list[Pairs], lags: list[Lags], inner: list[int]
+) -> Tensor:
+    """Products over positions that exist along none of the axes ``inner``.
+
+    Returns:
+        ``[C, C / G, ..]`` with one axis per spatial axis: the active entries of those in ``inner``,
+        all lags of the others.
+    """
+    total: Tensor | None = None
+    for borders in product(*(pairs[a].borders for a in inner)):
+        part = _at_borders(x, groups, pairs, lags, dict(zip(inner, borders, strict=True)))
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _at_borders(
+    x: Tensor, groups: int, pairs: list[Pairs], lags: list[Lags], borders: dict[int, Border]
+) -> Tensor:
+    """The same for one side of each of the axes."""
+    dims = len(pairs)
+    for a, border in borders.items():
+        x = x.narrow(2 + a, border.first, border.pixels)
+    outer = [a for a in range(dims) if a not in borders]
+    x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    x = x.permute(0, 1, *(3 + a for a in borders), 2, *(3 + a for a in outer))
+    pixels = [border.pixels for border in borders.values()]
+    found = correlate(x.flatten(1, 2 + len(pixels)), groups, [lags[a] for a in outer])
+    # [G, p1, .., C / G, q1, .., C / G, lags..]: pixels in front are slices, which add up fast.
+    found = found.view(groups, *pixels, x.shape[2 + len(pixels)], *pixels, -1, *found.shape[2:])
+    count = len(borders)
+    for done, (a, border) in enumerate(borders.items()):
+        parts = [
+            (entry, found.select(1 + done, p).select(1 + count, q)) for entry, p, q in border.parts
+        ]
+        found = found.new_zeros(len(pairs[a].lags) - pairs[a].active, *parts[0][1].shape)
+        for entry, part in parts:
+            found[entry] += part
+    place = {a: count - 1 - at for at, a in enumerate(borders)}  # the last entries are in front
+    place |= {a: count + 3 + at for at, a in enumerate(outer)}
+    found = found.permute(count, count + 1, count + 2, *(place[a] for a in range(dims)))
+    return found.flatten(0, 1).contiguous()
+
+
+@lru_cache(maxsize=512)
+def _lookup(classes: Classes, lags: tuple[Lags, ...], channels: int) -> Tensor:
+    """Where in a row of all tables, the last number being zero, the entries of the matrix are.
+
+    Returns:
+        ``[K * C / G * K]``: for one channel, first tap, second channel, second tap.
+    """
+    kernel = [sum(taps.count for taps in axis) for axis in classes]
+    dims = len(kernel)
+    index = torch.full((channels, *kernel, *kernel), -1)  # second channel, first and second tap
+    start = 0
+    for taps in product(*classes):
+        pairs = [tap_pairs(t, n) for t, n in zip(taps, lags, strict=True)]
+        width = prod(len(p.lags) for p in pairs)
+        flat = torch.zeros((), dtype=torch.int64)
+        for p in pairs:
+            entries = torch.tensor(p.entries)
+            flat = flat[..., None, None] * len(p.lags) + entries
+        flat = flat.permute(*range(0, 2 * dims, 2), *range(1, 2 * dims, 2))
+        slots = tuple(t.slots for t in taps)
+        rows = start + width * torch.arange(channels).view(-1, *[1] * (2 * dims))
+        index[(slice(None), *slots, *slots)] = rows + flat
+        start += channels * width
+    index[index < 0] = start
+    order = (*range(1, 1 + dims), 0, *range(1 + dims, 1 + 2 * dims))
+    return index.permute(order).flatten()

@@ -1,0 +1,154 @@
+"""Correlations of the channels of an input at all lags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnkfac.curvature.pairs import Lags
+
+BLOCK = 32
+"""Neighbouring pixels per row of the products that correlate single channels."""
+
+
+def correlate(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
+    """Correlate the channels of every group at all lags, over all pixels.
+
+    Args:
+        x: ``[N, C, I1, ..]``.
+        groups: Channel groups ``G``.
+        lags: Lags of every spatial axis.
+
+    Returns:
+        ``[C, C / G, M1, .., Md]`` with ``M`` lags per axis, ordered as :meth:`Lags.index` says.
+    """
+    if not lags:
+        rows = x.view(x.shape[0], groups, -1).permute(1, 2, 0)
+        return torch.bmm(rows, rows.mT).flatten(0, 1)
+    strides = [axis.stride for axis in lags]
+    if max(strides) == 1:
+        return symmetric_lags(x, groups, lags)
+    phased = symmetric_lags(_phases(x, lags), groups, lags)
+    dims, channels = len(lags), x.shape[1] // groups
+    split = phased.reshape(-1, *strides, channels, *strides, *phased.shape[2:])
+    axes = [(1 + a, 2 + dims + a, 2 + 2 * dims + a) for a in range(dims)]
+    ordered = split.permute(0, 1 + dims, *(at for axis in axes for at in axis))
+    return ordered.reshape(-1, channels, *(axis.count for axis in lags))
+
+
+def _phases(x: Tensor, lags: Sequence[Lags]) -> Tensor:
+    """Every ``stride``-th pixel as a channel of its own, ``[N, C * s1 * .., I1 / s1, ..]``."""
+    pads: list[int] = []
+    for a, axis in enumerate(lags):
+        pads = [0, -x.shape[2 + a] % axis.stride, *pads]
+    dims = len(lags)
+    x = F.pad(x, pads)
+    for a, axis in enumerate(lags):
+        x = x.reshape(*x.shape[: 2 + 2 * a], -1, axis.stride, *x.shape[3 + 2 * a :])
+    order = (0, 1, *(3 + 2 * a for a in range(dims)), *(2 + 2 * a for a in range(dims)))
+    return x.permute(order).flatten(1, 1 + dims)
+
+
+def symmetric_lags(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
+    """All lags within a phase, ``[C, C / G, 2 L1 + 1, ..]``, exactly symmetric.
+
+    At ``L + lag`` stands ``sum_{n, i} x[n, c, i] x[n, d, i + step * lag]``. Lags below zero of the
+    first axis come from the others, turned round.
+    """
+    most, steps = [axis.most for axis in lags], [axis.step for axis in lags]
+    depthwise = x.shape[1] == groups
+    half = _block_lags(x, most, steps) if depthwise else _convolved_lags(x, groups, most, steps)
+    first = most[0]
+    spread = half.new_empty(*half.shape[:2], 2 * first + 1, *half.shape[3:])
+    turned = _turned(half, groups)
+    spread[:, :, first + 1 :] = half[:, :, 1:]
+    spread[:, :, :first] = turned[:, :, :first]
+    spread[:, :, first] = (half[:, :, 0] + turned[:, :, -1]) / 2
+    return spread
+
+
+def _turned(lags: Tensor, groups: int) -> Tensor:
+    """``R[d, c, -lag]`` in place of ``R[c, d, lag]``."""
+    per_group = lags.view(groups, -1, *lags.shape[1:]).transpose(1, 2).flatten(0, 1)
+    return per_group.flip(list(range(2, lags.ndim)))
+
+
+def _convolved_lags(x: Tensor, groups: int, most: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """Lags from zero up of the first axis, ``[C, C / G, L1 + 1, 2 L2 + 1, ..]``."""
+    dims = len(most)
+    ahead = F.pad(x, [0, 0] * (dims - 1) + [0, most[0] * steps[0]]) if most[0] else x
+    size = (x.shape[1], x.shape[1] // groups, most[0] + 1, *(2 * m + 1 for m in most[1:]))
+    weight = x.new_empty(1).expand(size)
+    padding = [0, *(m * s for m, s in zip(most[1:], steps[1:], strict=True))]
+    ones, zeros = [1] * dims, [0] * dims
+    args = (None, ones, padding, list(steps), False, zeros, groups, (False, True, False))
+    with full_precision(x.device):
+        found: Tensor = torch.ops.aten.convolution_backward(x, ahead, weight, *args)[1]
+    return found
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No TensorFloat-32 in convolutions on CUDA, where it is on by default."""
+    if device.type != "cuda" or not torch.backends.cudnn.allow_tf32:
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """The same of single channels, ``[C, 1, L1 + 1, 2 L2 + 1, ..]``.
+
+    Libraries are slow where every channel is a group of its own. Here the pixels of a channel are
+    laid out in one line, with zeros in between, so that a lag in space is one along the line.
+    Blocks of neighbours times the stretches around them are ordinary matrix products; the lags are
+    sums along their diagonals.
+    """
+    if len(most) == 1:
+        return _block_lags(x.unsqueeze(2), [0, *most], [1, *steps])[:, :, 0, most[0] :]
+    count, channels, *sizes = x.shape
+    ends = [m * s for m, s in zip(most, steps, strict=True)]
+    padded = [i + e for i, e in zip(sizes, ends, strict=True)]
+    jumps = [prod(padded[a + 1 :]) for a in range(len(padded))]  # along the line, per pixel
+    before = sum(e * j for e, j in zip(ends[1:], jumps[1:], strict=True))
+    after = before + ends[0] * jumps[0]
+    length = count * prod(padded)
+    blocks = -(-length // BLOCK)
+    offsets = [
+        sum(lag * s * j for lag, s, j in zip(outer, steps, jumps, strict=False))
+        for outer in product(range(most[0] + 1), *(range(-m, m + 1) for m in most[1:-1]))
+    ]
+    reach = range(-ends[-1], ends[-1] + 1, steps[-1])
+    width = BLOCK + reach[-1] - reach[0]
+    lags = x.new_empty(channels, len(offsets), len(reach))
+    chunk = min(channels, max(1, 2**18 // (blocks * width * len(offsets))))
+    line = x.new_zeros(chunk, before + blocks * BLOCK + after + BLOCK)
+    around = x.new_empty(chunk, blocks, len(offsets), width)
+    for c in range(0, channels, chunk):
+        part = x[:, c : c + chunk].transpose(0, 1)
+        count_now = part.shape[0]
+        line, around = line[:count_now], around[:count_now]
+        filled = line[:, before : before + length].view(count_now, count, *padded)
+        for a, i in enumerate(sizes):
+            filled = filled.narrow(2 + a, 0, i)
+        filled.copy_(part)
+        for at, o in enumerate(offsets):
+            start = line.storage_offset() + before + o + reach[0]
+            stretch = line.as_strided((count_now, blocks, width), (line.stride(0), BLOCK, 1), start)
+            around[:, :, at] = stretch
+        left = line[:, before : before + blocks * BLOCK].view(count_now, blocks, BLOCK)
+        products = torch.bmm(left.mT, around.flatten(2))
+        size = (count_now, BLOCK, len(offsets), len(reach))
+        move = (products.stride(0), products.stride(1) + 1, width, reach.step)
+        lags[c : c + chunk] = products.as_strided(size, move).sum(1)
+    return lags.view(channels, 1, most[0] + 1, *(2 * m + 1 for m in most[1:]))

@@ -1,0 +1,155 @@
+"""Which pixels the taps of a layer read: the geometry behind every way to form a Gram matrix.
+
+Along one axis, output position ``o`` and tap ``k`` of a convolution meet at pixel
+``stride * o + dilation * k - left``. In a transposed convolution only every ``stride``-th output
+position meets a tap at all. Its positions fall into residue classes, and within one class the taps
+that are met read the input like an ordinary convolution of stride one. A :class:`Taps` is one such
+class; a convolution has a single one per axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+from tnkfac.curvature.layers import Layer
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Taps ``first, first + every, ...`` of one axis, which read pixel ``stride * o + offset``.
+
+    Offsets are equally spaced: tap number ``j`` of the class has ``offset + j * step``.
+
+    Attributes:
+        first: First tap.
+        every: Distance to the next tap.
+        count: Number of taps.
+        offset: Pixel of the first tap at ``o = 0``; negative in the padding.
+        step: Pixels from one tap to the next; negative in transposed convolutions.
+        stride: Pixels from one position to the next.
+        positions: Number of positions ``o = 0, 1, ..``.
+        pixels: Number of pixels of the axis.
+    """
+
+    first: int
+    every: int
+    count: int
+    offset: int
+    step: int
+    stride: int
+    positions: int
+    pixels: int
+
+    @property
+    def offsets(self) -> range:
+        """Offset of every tap."""
+        return range(self.offset, self.offset + self.step * self.count, self.step)
+
+    @property
+    def low(self) -> int:
+        """Smallest offset."""
+        return min(self.offset, self.offset + self.step * (self.count - 1))
+
+    @property
+    def high(self) -> int:
+        """Largest offset."""
+        return max(self.offset, self.offset + self.step * (self.count - 1))
+
+    @property
+    def reach(self) -> range:
+        """All positions, existing or not, at which some tap meets a pixel."""
+        first = -(self.high // self.stride)
+        return range(first, (self.pixels - 1 - self.low) // self.stride + 1)
+
+    @property
+    def outside(self) -> list[int]:
+        """Positions that meet a pixel but do not exist."""
+        return [o for o in self.reach if not 0 <= o < self.positions]
+
+    def active(self, position: int) -> tuple[int, int]:
+        """First and last tap number of the class that meets a pixel at a position."""
+        start = self.stride * position
+        met = [j for j, a in enumerate(self.offsets) if 0 <= start + a < self.pixels]
+        return (met[0], met[-1]) if met else (0, -1)
+
+    def between(self, first: int, last: int) -> Taps:
+        """Only the taps with these numbers."""
+        return Taps(
+            self.first + first * self.every,
+            self.every,
+            last - first + 1,
+            self.offset + first * self.step,
+            self.step,
+            self.stride,
+            self.positions,
+            self.pixels,
+        )
+
+    @property
+    def slots(self) -> slice:
+        """The taps among all taps of the kernel."""
+        return slice(self.first, self.first + self.every * (self.count - 1) + 1, self.every)
+
+
+Classes = tuple[tuple[Taps, ...], ...]
+"""Classes of taps, per axis."""
+
+
+@lru_cache(maxsize=4096)
+def tap_classes(layer: Layer, input_size: tuple[int, ...], output_size: tuple[int, ...]) -> Classes:
+    """The classes of every spatial axis of a layer.
+
+    Args:
+        layer: A convolution or transposed convolution.
+        input_size: Spatial shape of its standard input.
+        output_size: Spatial shape of its output.
+
+    Raises:
+        ValueError: If the kernel does not fit into the padded input.
+    """
+    layer.axes(input_size, output_size)
+    axes = _conv_taps if layer.kind == "conv" else _transposed_taps
+    return tuple(
+        axes(
+            layer.kernel_size[a],
+            layer.stride[a],
+            layer.padding[a][0],
+            layer.dilation[a],
+            input_size[a],
+            output_size[a],
+        )
+        for a in range(layer.dims)
+    )
+
+
+@lru_cache(maxsize=4096)
+def one_tap(sizes: tuple[int, ...]) -> Classes:
+    """Every pixel is a position, as in outputs.
+
+    Args:
+        sizes: Spatial shape.
+    """
+    return tuple((Taps(0, 1, 1, 0, 1, 1, size, size),) for size in sizes)
+
+
+def _conv_taps(k: int, stride: int, left: int, dilation: int, i: int, o: int) -> tuple[Taps, ...]:
+    return (Taps(0, 1, k, -left, dilation, stride, o, i),)
+
+
+def _transposed_taps(
+    k: int, stride: int, left: int, dilation: int, i: int, o: int
+) -> tuple[Taps, ...]:
+    """Output position ``stride * t + residue`` meets tap ``k`` at pixel ``t + offset``."""
+    every = stride // gcd(stride, dilation)
+    step = -dilation * every // stride
+    classes = []
+    for first in range(min(every, k)):
+        residue = (dilation * first - left) % stride
+        offset = (residue + left - dilation * first) // stride
+        positions = len(range(residue, o, stride))
+        classes.append(
+            Taps(first, every, len(range(first, k, every)), offset, step, 1, positions, i)
+        )
+    return tuple(classes)

@@ -1,0 +1,188 @@
+"""Unfolding with bounded memory: windows of a few samples at a time, and products of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnkfac.curvature.taps import Classes, Taps
+
+CHUNK = 2**21
+"""Most numbers that are unfolded at one time: they stay in the cache, and memory is bounded."""
+
+HALVED = 512
+"""From this size on, a symmetric product on the CPU is computed in halves."""
+
+
+def windows(x: Tensor, taps: Sequence[Taps], ranges: Sequence[range]) -> Tensor:
+    """View all windows at some positions, zeros where they leave the input.
+
+    Args:
+        x: ``[N, C, I1, ..]``; a view of it if no window leaves it, else of a padded copy.
+        taps: One class per axis.
+        ranges: Positions per axis, consecutive ones.
+
+    Returns:
+        View ``[N, C, K1, .., Kd, O1, .., Od]``.
+    """
+    pads: list[int] = []
+    starts = []
+    for axis, o in zip(taps, ranges, strict=True):
+        first = axis.stride * o[0] + axis.low
+        last = axis.stride * o[-1] + axis.high
+        left, right = max(0, -first), max(0, last - axis.pixels + 1)
+        pads = [left, right, *pads]
+        starts.append(axis.stride * o[0] + axis.offset + left)
+    if any(pads):
+        x = F.pad(x, pads)
+    strides = x.stride()[2:]
+    offset = x.storage_offset() + sum(s * a for s, a in zip(strides, starts, strict=True))
+    steps = [s * axis.step for s, axis in zip(strides, taps, strict=True)]
+    flipped = [a for a, step in enumerate(steps) if step < 0]
+    for a in flipped:  # a view cannot run backwards: begin at the last tap, and turn round later
+        offset += steps[a] * (taps[a].count - 1)
+    size = (*x.shape[:2], *(axis.count for axis in taps), *map(len, ranges))
+    moves = (s * axis.stride for s, axis in zip(strides, taps, strict=True))
+    seen = x.as_strided(size, (*x.stride()[:2], *map(abs, steps), *moves), offset)
+    return seen.flip([2 + a for a in flipped]) if flipped else seen
+
+
+def rows(x: Tensor, groups: int, taps: Sequence[Taps], ranges: Sequence[range]) -> Tensor:
+    """Unfold: ``[G, C / G * K, N * O]``, a copy.
+
+    Args:
+        x: ``[N, C, I1, ..]``.
+        groups: Channel groups ``G``.
+        taps: One class per axis.
+        ranges: Positions per axis.
+    """
+    dims = len(taps)
+    seen = windows(x, taps, ranges)
+    order = (*range(1, 2 + dims), 0, *range(2 + dims, 2 + 2 * dims))
+    count = x.shape[0] * prod(map(len, ranges))
+    return seen.permute(order).reshape(groups, -1, count)
+
+
+def chunks(x: Tensor, classes: Classes) -> list[Tensor]:
+    """Split the batch so that no part unfolds to more than :data:`CHUNK` numbers, or to a quarter.
+
+    A single sample is never split.
+    """
+    if not x.shape[0]:
+        return []
+    each = max(_unfolded(taps, x.shape[1]) for taps in product(*classes))
+    most = min(CHUNK, max(each * x.shape[0] // 4, 2**16))
+    return list(torch.split(x, max(1, most // max(each, 1))))
+
+
+def _unfolded(taps: Sequence[Taps], channels: int) -> int:
+    return channels * prod(axis.count * axis.positions for axis in taps)
+
+
+def window_rows(x: Tensor, groups: int, classes: Classes) -> Iterator[Tensor]:
+    """Unfold class by class, zeros where a class has no tap: ``[G, D, M]`` each.
+
+    Args:
+        x: ``[N, C, I1, ..]``.
+        groups: Channel groups ``G``.
+        classes: Classes of taps per axis.
+    """
+    kernel = [sum(taps.count for taps in axis) for axis in classes]
+    for taps in product(*classes):
+        ranges = [range(axis.positions) for axis in taps]
+        if not all(ranges):
+            continue
+        unfolded = rows(x, groups, taps, ranges)
+        if all(len(axis) == 1 for axis in classes):
+            yield unfolded
+            continue
+        spread = x.new_zeros(groups, x.shape[1] // groups, *kernel, unfolded.shape[2])
+        counts = [axis.count for axis in taps]
+        slots = (slice(None), slice(None), *(axis.slots for axis in taps))
+        spread[slots] = unfolded.view(groups, -1, *counts, unfolded.shape[2])
+        yield spread.flatten(1, -2)
+
+
+def fill_windows_gram(out: Tensor, x: Tensor, classes: Classes, scale: float) -> None:
+    """Fill ``out`` with the scaled Gram matrix of all windows, a few samples at a time.
+
+    Args:
+        out: ``[G, D, D]``, overwritten.
+        x: ``[N, C, I1, ..]``.
+        classes: Classes of taps per axis; taps of different classes never meet.
+        scale: Number that multiplies the result.
+    """
+    groups, channels = out.shape[0], x.shape[1] // out.shape[0]
+    if all(len(axis) == 1 for axis in classes):
+        _fill_class(out, x, [axis[0] for axis in classes], scale)
+        return
+    kernel = [sum(taps.count for taps in axis) for axis in classes]
+    out.zero_()
+    target = out.view(groups, channels, *kernel, channels, *kernel)
+    for taps in product(*classes):
+        counts = [axis.count for axis in taps]
+        size = channels * prod(counts)
+        block = out.new_empty(groups, size, size)
+        _fill_class(block, x, taps, scale)
+        slots = (slice(None), *(axis.slots for axis in taps))
+        target[(slice(None), *slots, *slots)] = block.view(
+            groups, channels, *counts, channels, *counts
+        )
+
+
+def _fill_class(out: Tensor, x: Tensor, taps: Sequence[Taps], scale: float) -> None:
+    """Fill ``out`` with the Gram matrix of one class."""
+    ranges = [range(axis.positions) for axis in taps]
+    parts = chunks(x, tuple((axis,) for axis in taps)) if all(ranges) else []
+    if not parts:
+        out.zero_()
+        return
+    for at, part in enumerate(parts):
+        _add_product(out, rows(part, out.shape[0], taps, ranges), scale, float(at > 0))
+    _mirror(out)
+
+
+def fill_gram(out: Tensor, rows: Tensor, scale: float) -> None:
+    """``out = scale * rows rows^T`` for every group.
+
+    Args:
+        out: ``[G, D, D]``, overwritten.
+        rows: ``[G, D, M]``.
+        scale: Factor of the product.
+    """
+    _add_product(out, rows, scale, 0.0)
+    _mirror(out)
+
+
+def _in_halves(out: Tensor) -> bool:
+    """Large matrices on the CPU are computed in halves: the off-diagonal block is needed once."""
+    return out.shape[0] == 1 and out.device.type == "cpu" and out.shape[1] >= HALVED
+
+
+def _add_product(out: Tensor, rows: Tensor, scale: float, beta: float) -> None:
+    """``out = beta * out + scale * rows rows^T``, without the lower blocks of halves."""
+    if _in_halves(out):
+        half = out.shape[1] // 2
+        for part in (slice(0, half), slice(half, None)):
+            _add_product(out[:, part, part], rows[:, part], scale, beta)
+        out, rows, right = out[:, :half, half:], rows[:, :half], rows[:, half:].mT
+    else:
+        right = rows.mT
+    if out.shape[0] == 1:
+        torch.addmm(out[0], rows[0], right[0], beta=beta, alpha=scale, out=out[0])
+    else:
+        torch.baddbmm(out, rows, right, beta=beta, alpha=scale, out=out)
+
+
+def _mirror(out: Tensor) -> None:
+    """Fill the lower blocks of halves."""
+    if _in_halves(out):
+        half = out.shape[1] // 2
+        out[:, half:, :half] = out[:, :half, half:].mT
+        for part in (slice(0, half), slice(half, None)):
+            _mirror(out[:, part, part])
