@@ -3,6 +3,7 @@
 from tnkfac.curvature.accumulate import Factors, LossAverage, Statistics
 from tnkfac.curvature.capture import FirstForward, Tap, attach
 from tnkfac.curvature.discover import Owner, find_owners, root_of
+from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.preconditioner import Preconditioner, stationary_point
@@ -22,6 +23,7 @@ __all__ = [
     "attach",
     "check_structure",
     "describe",
+    "explain",
     "find_owners",
     "grad_factor",
     "input_factor",

@@ -6,7 +6,6 @@ on one core of a current CPU. Only their order matters, and it carries over to o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -169,7 +168,8 @@ def _lags_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Route
                 numbers += pieces
     cost += 3 * channels * each * width + 6e5
     cost *= 1.2 if phases == 1 else 2.0 if groups == 1 else 4.0
-    cost += 2 * channels * each * prod(layer.kernel_size) ** 2
+    many = prod(map(len, classes)) > 4  # most of what is looked up is zero then
+    cost += (8 if many else 2) * channels * each * prod(layer.kernel_size) ** 2
     name = "lags" if layer.kind == "conv" and phases == 1 else "polyphase lags"
     return Route("tap classes" if layer.kind != "conv" else name, operations, numbers, cost)
 
@@ -187,15 +187,3 @@ def _triangle(features: int, groups: int) -> float:
     while groups == 1 and features >= HALVED:
         fraction, features = (0.5 + fraction) / 2, features // 2
     return fraction
-
-
-def describe_routes(routes: Sequence[Route], itemsize: int) -> str:
-    """A table of routes, the chosen one marked."""
-    lines = [f"{'route':<16}{'multiply-adds':>16}{'extra memory':>15}{'estimate':>12}"]
-    for at, route in enumerate(routes):
-        lines.append(
-            f"{route.name:<16}{route.operations:>16,}"
-            f"{route.numbers * itemsize / 2**20:>11.2f} MiB{route.cost / 1e6:>9.2f} ms"
-            f"{'  <- chosen' if at == 0 else ''}"
-        )
-    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Which route a factor takes, and what the others would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from tnkfac.curvature import plain
+from tnkfac.curvature.factors import check_approx
+from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.routes import Route, block_routes, expand_routes
+from tnkfac.curvature.structures import BlockDiagonal, Diagonal, resolve_structure
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Candidates for one factor; printing it gives a table.
+
+    Attributes:
+        title: What was asked for.
+        routes: The candidates, the chosen one first.
+    """
+
+    title: str
+    routes: tuple[Route, ...]
+
+    @property
+    def chosen(self) -> str:
+        """Name of the route that is taken."""
+        return self.routes[0].name
+
+    def __str__(self) -> str:
+        """A table, memory in float32."""
+        lines = [self.title]
+        lines += [f"  {'route':<16}{'multiply-adds':>18}{'extra memory':>15}{'estimate':>13}"]
+        for at, route in enumerate(self.routes):
+            memory, time = route.numbers * 4 / 2**20, route.cost / 1e6
+            chosen = "  <- chosen" if at == 0 else ""
+            numbers = f"{route.operations:>18,}{memory:>11.2f} MiB{time:>10.2f} ms"
+            lines.append(f"  {route.name:<16}{numbers}{chosen}")
+        return "\n".join(lines)
+
+
+def explain(
+    module: nn.Module,
+    x_shape: Sequence[int],
+    approx: str = "expand",
+    structure: str = "dense",
+) -> Explanation:
+    """Print by which exact route the input factor of a layer is computed, and why.
+
+    Args:
+        module: ``Linear``, ``Conv1d/2d/3d`` or ``ConvTranspose1d/2d/3d``.
+        x_shape: Shape of its input, as the module receives it.
+        approx: ``"expand"`` or ``"reduce"``.
+        structure: ``"dense"``, ``"diagonal"`` or ``"block{k}diagonal"``.
+
+    Returns:
+        The candidates with their multiply-adds, their memory besides input and result, and the
+        estimated time on one core, by which they are chosen.
+
+    Raises:
+        TypeError: If the module is not supported.
+        ValueError: For an unknown approximation or structure, or a shape that does not fit.
+
+    Example:
+        >>> explanation = explain(torch.nn.Conv2d(64, 64, 3, padding=1), (8, 64, 56, 56))
+        Conv2d, input (8, 64, 56, 56), expand, dense
+          route                multiply-adds   extra memory     estimate
+          lags                 1,624,965,120       7.20 MiB     29.56 ms  <- chosen
+          im2col               8,323,596,288       8.00 MiB     98.59 ms
+        >>> explanation.chosen
+        'lags'
+    """
+    layer = describe(module)
+    x = layer.standard_input(torch.empty(tuple(x_shape), device="meta"))
+    title = f"{type(module).__name__}, input {tuple(x_shape)}, {check_approx(approx)}, {structure}"
+    explanation = Explanation(title, _routes(layer, tuple(x.shape), approx, structure))
+    print(explanation)
+    return explanation
+
+
+def _routes(layer: Layer, shape: tuple[int, ...], approx: str, structure: str) -> tuple[Route, ...]:
+    kind = resolve_structure(structure, layer.in_dim)
+    features, batch, size = layer.in_dim - layer.bias, shape[0], prod(shape)
+    squared = batch * features**2 * layer.groups
+    diagonal = isinstance(kind, Diagonal)
+    if layer.kind == "linear":
+        rows = shape[1] if approx == "expand" else 1
+        return (Route("view", size if diagonal else squared * rows, 0, squared * rows / 70),)
+    if approx == "reduce":
+        sums = size * layer.kernel_size[0]
+        held = batch * layer.groups * features + size // shape[2] * layer.kernel_size[0]
+        products = batch * layer.groups * features if diagonal else squared
+        return (Route("average", sums + products, held, 0.5 * size + products / 25),)
+    if diagonal:
+        return (Route("box sums", 2 * size, size // batch, 0.5 * size),)
+    output_size = tuple(plain.output_size(layer, torch.Size(shape), None))
+    if isinstance(kind, BlockDiagonal):
+        return block_routes(layer, shape, output_size, kind.size)
+    return expand_routes(layer, shape, output_size)
