@@ -69,14 +69,14 @@ def rows(x: Tensor, groups: int, taps: Sequence[Taps], ranges: Sequence[range]) 
 
 
 def chunks(x: Tensor, classes: Classes) -> list[Tensor]:
-    """Split the batch so that no part unfolds to more than :data:`CHUNK` numbers, or to a quarter.
+    """Split the batch so that no part unfolds to more than :data:`CHUNK` numbers, or an eighth.
 
     A single sample is never split.
     """
     if not x.shape[0]:
         return []
     each = max(_unfolded(taps, x.shape[1]) for taps in product(*classes))
-    most = min(CHUNK, max(each * x.shape[0] // 4, 2**16))
+    most = min(CHUNK, max(each * x.shape[0] // 8, 2**16))
     return list(torch.split(x, max(1, most // max(each, 1))))
 
 
