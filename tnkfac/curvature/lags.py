@@ -16,6 +16,9 @@ from tnkfac.curvature.pairs import Lags
 BLOCK = 32
 """Neighbouring pixels per row of the products that correlate single channels."""
 
+TOGETHER = 2**21
+"""Numbers of the samples that are convolved at one time, unless there are more lags."""
+
 
 def correlate(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
     """Correlate the channels of every group at all lags, over all pixels.
@@ -80,10 +83,25 @@ def _turned(lags: Tensor, groups: int) -> Tensor:
 
 
 def _convolved_lags(x: Tensor, groups: int, most: Sequence[int], steps: Sequence[int]) -> Tensor:
-    """Lags from zero up of the first axis, ``[C, C / G, L1 + 1, 2 L2 + 1, ..]``."""
+    """Lags from zero up of the first axis, ``[C, C / G, L1 + 1, 2 L2 + 1, ..]``.
+
+    A few samples at a time: the copies that are made of them stay in the cache.
+    """
+    size = (x.shape[1], x.shape[1] // groups, most[0] + 1, *(2 * m + 1 for m in most[1:]))
+    numbers = max(TOGETHER, prod(size))
+    parts = torch.split(x, max(1, numbers // max(1, x[0].numel())))
+    total = _convolved(parts[0], groups, size, most, steps)
+    for part in parts[1:]:
+        total += _convolved(part, groups, size, most, steps)
+    return total
+
+
+def _convolved(
+    x: Tensor, groups: int, size: Sequence[int], most: Sequence[int], steps: Sequence[int]
+) -> Tensor:
+    """The weight gradient of a convolution of ``x`` with itself, of shape ``size``."""
     dims = len(most)
     ahead = F.pad(x, [0, 0] * (dims - 1) + [0, most[0] * steps[0]]) if most[0] else x
-    size = (x.shape[1], x.shape[1] // groups, most[0] + 1, *(2 * m + 1 for m in most[1:]))
     weight = x.new_empty(1).expand(size)
     padding = [0, *(m * s for m, s in zip(most[1:], steps[1:], strict=True))]
     ones, zeros = [1] * dims, [0] * dims

@@ -18,8 +18,11 @@ from tnkfac.curvature.planned import planned_gram
 from tnkfac.curvature.taps import Classes, tap_classes
 from tnkfac.curvature.windows import CHUNK, HALVED
 
-MOSTLY_PADDING = 0.5
+MOSTLY_PADDING = 0.75
 """Below this fraction of pixels among what is unfolded, a network is worth its plan."""
+
+FEW_PIXELS = 100
+"""Up to so many pixels of channels on their own, products of all pixels are cheap."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def expand_routes(
     routes = [_windows_route(layer, shape, classes)]
     if routes[0].name != "view":
         routes.append(_lags_route(layer, shape, classes))
-        if _density(classes) < MOSTLY_PADDING:
+        alone = shape[1] == layer.groups and prod(shape[2:]) <= FEW_PIXELS
+        if alone or _density(classes) < MOSTLY_PADDING:
             routes.append(_network_route(layer, shape, output_size))
     return tuple(sorted(routes, key=lambda route: route.cost))
 
