@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from memory import peak_bytes
 from operations import distinct_layers, geometric_mean, timed
 from peers import TRANSPOSED, Problem, einconv_simplified, im2col, transposed_module
-from torch import Tensor, nn
-
 from tnkfac.curvature import input_factor
 
 QUANTITIES = tuple((a, s) for a in ("expand", "reduce") for s in ("dense", "diagonal"))

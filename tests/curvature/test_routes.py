@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from memory import peak_bytes
+from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature import describe, explain, input_factor, readings
 from tnkfac.curvature.correlation import fill_correlation_gram
 from tnkfac.curvature.grams import Gram, gram_pair
