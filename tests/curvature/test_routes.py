@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from memory import peak_bytes
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
-from tnkfac.curvature import describe, explain, input_factor, readings
-from tnkfac.curvature.correlation import fill_correlation_gram
+from tnkfac.curvature import describe, explain, input_factor
 from tnkfac.curvature.grams import Gram, gram_pair
-from tnkfac.curvature.lags import symmetric_lags
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.pairs import Lags
-from tnkfac.curvature.plain import output_size, unfolded
-from tnkfac.curvature.planned import planned_gram
-from tnkfac.curvature.taps import tap_classes
-from tnkfac.curvature.windows import fill_gram, fill_windows_gram
+from tnkfac.curvature.routes import readings
+from tnkfac.curvature.routes.correlation import fill_correlation_gram
+from tnkfac.curvature.routes.lags import symmetric_lags
+from tnkfac.curvature.routes.pairs import Lags
+from tnkfac.curvature.routes.plain import output_size, unfolded
+from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.taps import tap_classes
+from tnkfac.curvature.routes.windows import fill_gram, fill_windows_gram
 
 Case = tuple[nn.Module, tuple[int, ...]]
 

@@ -3,6 +3,7 @@
 from tnkfac.curvature.accumulate import Factors, LossAverage, Statistics
 from tnkfac.curvature.capture import FirstForward, Tap, attach
 from tnkfac.curvature.discover import Owner, find_owners, root_of
+from tnkfac.curvature.estimators import Kronecker, kfac
 from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
@@ -12,6 +13,7 @@ from tnkfac.curvature.structures import Parts, Structure, check_structure, resol
 __all__ = [
     "Factors",
     "FirstForward",
+    "Kronecker",
     "Layer",
     "LossAverage",
     "Owner",
@@ -27,6 +29,7 @@ __all__ = [
     "find_owners",
     "grad_factor",
     "input_factor",
+    "kfac",
     "resolve_structure",
     "root_of",
     "stationary_point",

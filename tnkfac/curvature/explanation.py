@@ -9,10 +9,10 @@ from math import prod
 import torch
 from torch import nn
 
-from tnkfac.curvature import plain
 from tnkfac.curvature.factors import check_approx
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.routes import Route, block_routes, expand_routes
+from tnkfac.curvature.routes import plain
+from tnkfac.curvature.routes.costs import Route, block_routes, expand_routes
 from tnkfac.curvature.structures import BlockDiagonal, Diagonal, resolve_structure
 
 

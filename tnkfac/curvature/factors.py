@@ -43,7 +43,8 @@ def input_factor(
 
     Returns:
         ``[G, D, D]``, ``[G, D]``, or the pair ``([G, D // k, k, k], [G, r, r])``; ``D`` counts
-        ``C_in / G * K`` features, and the bias last if the module has one. In float32 at least.
+        ``C_in / G * K`` features, and the bias last if the module has one. In float32 at least;
+        zero for an empty batch.
 
     Raises:
         TypeError: If the module is not supported.
@@ -58,7 +59,7 @@ def input_factor(
     x = layer.standard_input(_accumulating(x))
     gram = Gram(layer, x, check_approx(approx), is_input=True)
     terms = gram.samples * (gram.positions if approx == "expand" else 1)
-    return _read(replace(gram, scale=1 / _positive(terms, x)), structure)
+    return _read(replace(gram, scale=1 / max(terms, 1)), structure)
 
 
 def grad_factor(
@@ -82,7 +83,7 @@ def grad_factor(
             a summed loss.
 
     Returns:
-        ``[G, C_out / G, C_out / G]``, or as for :func:`input_factor`. In float32 at least.
+        ``[G, C_out / G, C_out / G]``, or as for :func:`input_factor`.
 
     Raises:
         TypeError: If the module is not supported.
@@ -97,7 +98,7 @@ def grad_factor(
     layer: Layer = describe(module)
     g = layer.standard_output(_accumulating(g))
     gram = Gram(layer, g, check_approx(approx), is_input=False)
-    scale = _positive(gram.samples, g) if loss_terms is None else loss_terms
+    scale = gram.samples if loss_terms is None else loss_terms
     return _read(replace(gram, scale=float(scale)), structure)
 
 
@@ -105,12 +106,6 @@ def _accumulating(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise TypeError(f"Expected a tensor of floating-point numbers: got {tensor!r}.")
     return tensor.detach().to(accumulation_dtype(tensor.dtype))
-
-
-def _positive(count: int, tensor: Tensor) -> int:
-    if count < 1:
-        raise ValueError(f"The batch is empty: got shape {tuple(tensor.shape)}.")
-    return count
 
 
 def _read(gram: Gram, structure: str) -> Factor:

@@ -1,11 +1,12 @@
 """Gram matrices of a layer: ``sum u u^T`` over a batch, read without forming more than is asked.
 
 A :class:`Gram` is not yet formed. Each way to read it (dense, diagonal, blocks) takes the cheapest
-exact route, see :mod:`tnkfac.curvature.routes` and :mod:`tnkfac.curvature.readings`.
+exact route, see :mod:`tnkfac.curvature.routes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature import plain, readings
 from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.routes import plain, readings
 
 Approx = Literal["expand", "reduce"]
 APPROXIMATIONS: tuple[Approx, ...] = ("expand", "reduce")
@@ -67,6 +68,10 @@ class Gram:
         return self.is_input and self.layer.bias
 
     @property
+    def _empty(self) -> bool:
+        return self.tensor.numel() == 0
+
+    @property
     def dim(self) -> int:
         """Number of features ``D``, the bias included."""
         return self.layer.in_dim if self.is_input else self.layer.out_dim
@@ -76,6 +81,8 @@ class Gram:
         if torch.compiler.is_compiling():
             return self._with_bias(self._read_plainly("dense"))
         size = self.dim
+        if self._empty:
+            return self.tensor.new_zeros(self.layer.groups, size, size)
         full = self.tensor.new_empty(self.layer.groups, size, size)
         features = size - self._ones
         readings.fill_dense(self, full[:, :features, :features])
@@ -90,6 +97,8 @@ class Gram:
         """The diagonal ``[G, D]``, bias last. No unfolded input is formed."""
         if torch.compiler.is_compiling():
             diagonal = self._read_plainly("diagonal")
+        elif self._empty:
+            return self.tensor.new_zeros(self.layer.groups, self.dim)
         else:
             diagonal = readings.diagonal(self)
         return F.pad(diagonal, (0, 1), value=float(self._corner)) if self._ones else diagonal
@@ -109,6 +118,8 @@ class Gram:
         blocks = self.tensor.new_empty(groups, self.dim // size, size, size)
         last = self.tensor.new_empty(groups, left, left)
         features = self.dim - self._ones
+        if self._empty:
+            return blocks.zero_(), last.zero_()
         if not self._ones:
             readings.fill_blocks(self, blocks, last)
         elif left:
@@ -163,10 +174,19 @@ def gram_pair(layer: Layer, x: Tensor, g: Tensor, approx: Approx) -> tuple[Gram,
         g: Gradient of the scalar that was back-propagated, shaped like the output.
         approx: ``"expand"`` or ``"reduce"``.
     """
-    outputs = layer.standard_output(g)
-    size = tuple(outputs.shape[2:]) if layer.kind == "conv_transpose" else None
-    inputs = layer.standard_input(x)
-    return Gram(layer, inputs, approx, True, size), Gram(layer, outputs, approx, False)
+    return input_gram(layer, x, g.shape, approx), output_gram(layer, g, approx)
+
+
+def input_gram(layer: Layer, x: Tensor, output_shape: Sequence[int], approx: Approx) -> Gram:
+    """The Gram of the unfolded input of one call that returned an output of some shape."""
+    transposed = layer.kind == "conv_transpose"
+    size = tuple(output_shape[-layer.dims :]) if transposed else None
+    return Gram(layer, layer.standard_input(x), approx, True, size)
+
+
+def output_gram(layer: Layer, g: Tensor, approx: Approx) -> Gram:
+    """The Gram of the gradient with respect to the output of one call."""
+    return Gram(layer, layer.standard_output(g), approx, False)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

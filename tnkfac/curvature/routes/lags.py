@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.pairs import Lags
+from tnkfac.curvature.routes.pairs import Lags
 
 BLOCK = 32
 """Neighbouring pixels per row of the products that correlate single channels."""

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.taps import Classes, Taps
+from tnkfac.curvature.routes.taps import Classes, Taps
 
 SMALL = 128
 """Up to so many pixels, one product with all axes at once is faster than one per axis."""

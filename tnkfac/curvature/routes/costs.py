@@ -11,12 +11,12 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
-from tnkfac.curvature.lags import BLOCK
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.pairs import axis_lags, tap_pairs
-from tnkfac.curvature.planned import planned_gram
-from tnkfac.curvature.taps import Classes, tap_classes
-from tnkfac.curvature.windows import CHUNK, HALVED
+from tnkfac.curvature.routes.lags import BLOCK
+from tnkfac.curvature.routes.pairs import axis_lags, tap_pairs
+from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.taps import Classes, tap_classes
+from tnkfac.curvature.routes.windows import CHUNK, HALVED
 
 MOSTLY_PADDING = 0.75
 """Below this fraction of pixels among what is unfolded, a network is worth its plan."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tnkfac.curvature.taps import Taps
+from tnkfac.curvature.routes.taps import Taps
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,19 @@ class Loss(ABC):
     def terms(self, outputs: Tensor) -> int:
         """Number of terms of the loss in a batch of outputs ``[N, ...]``."""
         return outputs.numel()
+
+    def samples(self, outputs: Tensor, positions: bool) -> int:
+        """Number of likelihoods in a batch of outputs ``[N, ...]``.
+
+        Args:
+            outputs: Outputs of the model.
+            positions: Whether all axes between the first and the last count.
+        """
+        return prod(outputs.shape[:-1]) if positions and outputs.ndim > 1 else outputs.shape[0]
+
+    @abstractmethod
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Raise a ``ValueError`` if outputs and targets do not belong together."""
 
     @abstractmethod
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -59,11 +74,31 @@ class Loss(ABC):
 
 
 class CrossEntropy(Loss):
-    """``CrossEntropyLoss`` with class indices: classes on axis 1, other axes share the weight."""
+    """``CrossEntropyLoss``: classes on axis 1 of the outputs ``[N, C, ...]``."""
 
     def terms(self, outputs: Tensor) -> int:
         """One per sample and position."""
         return outputs.numel() // outputs.shape[1]
+
+    def samples(self, outputs: Tensor, positions: bool) -> int:
+        """Its terms."""
+        return self.terms(outputs)
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Class indices ``[N, ...]`` without ``ignore_index``, or probabilities ``[N, C, ...]``."""
+        if outputs.ndim < 2:
+            raise ValueError(f"outputs: got {tuple(outputs.shape)}. Supported: [N, C, ...].")
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"y: got {type(targets).__name__}. Supported: a tensor.")
+        classes = (outputs.shape[0], *outputs.shape[2:])
+        probabilities = targets.is_floating_point()
+        if targets.shape != (outputs.shape if probabilities else torch.Size(classes)):
+            raise ValueError(
+                f"y: got {tuple(targets.shape)} for outputs {tuple(outputs.shape)}. Supported: "
+                f"class indices {classes}, or probabilities shaped like the outputs."
+            )
+        if not probabilities and bool((targets < 0).any()):
+            raise ValueError("y: got a negative class (ignore_index). Supported: classes.")
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of ``-log p[target]``."""
@@ -94,6 +129,10 @@ class CrossEntropy(Loss):
 class SquaredError(Loss):
     """``MSELoss``: a Gaussian of variance one half for every entry."""
 
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Equal shapes."""
+        _check_equal_shapes(outputs, targets)
+
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of ``(output - target)^2``."""
         return F.mse_loss(outputs, targets, reduction="sum")
@@ -113,6 +152,10 @@ class SquaredError(Loss):
 
 class BinaryCrossEntropy(Loss):
     """``BCEWithLogitsLoss``: a Bernoulli distribution for every entry."""
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Equal shapes."""
+        _check_equal_shapes(outputs, targets)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the binary cross-entropies."""
@@ -161,6 +204,12 @@ def describe_loss(loss_fn: nn.Module) -> Loss:
     if loss_fn.reduction not in ("mean", "sum"):
         raise ValueError(f"loss_fn: got reduction={loss_fn.reduction!r}. Supported: mean, sum.")
     return _LOSSES[kind](mean=loss_fn.reduction == "mean")
+
+
+def _check_equal_shapes(outputs: Tensor, targets: Any) -> None:
+    if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+        given = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"y: got {given}. Supported: shaped like outputs {tuple(outputs.shape)}.")
 
 
 def _one_entry(values: Tensor) -> Iterator[Tensor]:

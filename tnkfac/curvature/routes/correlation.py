@@ -23,9 +23,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.lags import correlate
-from tnkfac.curvature.pairs import Border, Lags, Pairs, axis_lags, tap_pairs
-from tnkfac.curvature.taps import Classes
+from tnkfac.curvature.routes.lags import correlate
+from tnkfac.curvature.routes.pairs import Border, Lags, Pairs, axis_lags, tap_pairs
+from tnkfac.curvature.routes.taps import Classes
 
 TABLE = 2**18
 """Most numbers of the table that entries of the Gram matrix are looked up in at one time."""

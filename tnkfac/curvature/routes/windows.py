@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.taps import Classes, Taps
+from tnkfac.curvature.routes.taps import Classes, Taps
 
 CHUNK = 2**21
 """Most numbers that are unfolded at one time: they stay in the cache, and memory is bounded."""

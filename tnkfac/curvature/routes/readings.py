@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import plain
-from tnkfac.curvature.boxes import box_sums, sum_of_squares
-from tnkfac.curvature.correlation import fill_correlation_gram
-from tnkfac.curvature.planned import planned_gram
-from tnkfac.curvature.routes import block_routes, expand_routes
-from tnkfac.curvature.taps import Classes, one_tap, tap_classes
-from tnkfac.curvature.windows import chunks, fill_gram, fill_windows_gram, window_rows
+from tnkfac.curvature.routes import plain
+from tnkfac.curvature.routes.boxes import box_sums, sum_of_squares
+from tnkfac.curvature.routes.correlation import fill_correlation_gram
+from tnkfac.curvature.routes.costs import block_routes, expand_routes
+from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.taps import Classes, one_tap, tap_classes
+from tnkfac.curvature.routes.windows import chunks, fill_gram, fill_windows_gram, window_rows
 
 if TYPE_CHECKING:
     from tnkfac.curvature.grams import Gram

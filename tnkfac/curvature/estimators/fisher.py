@@ -1,0 +1,240 @@
+"""Kronecker factors of a whole model: GGN and Fisher matrices over data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnkfac.curvature.capture import Call, gradients, recording
+from tnkfac.curvature.estimators.evaluation import (
+    Data,
+    batches,
+    check_choice,
+    check_model,
+    check_samples,
+    predict,
+    undisturbed,
+)
+from tnkfac.curvature.estimators.kronecker import Kronecker
+from tnkfac.curvature.estimators.losses import Loss, describe_loss
+from tnkfac.curvature.factors import check_approx
+from tnkfac.curvature.grams import Approx, Gram, accumulation_dtype, input_gram, output_gram
+from tnkfac.curvature.layers import LAYERS, Layer, describe, layer_type
+
+FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only")
+LOSS_AVERAGES = ("batch", "batch+sequence", None)
+
+
+class _Told(str):
+    """The default of ``loss_average``: equal to a name, but no statement of the caller's."""
+
+
+_BATCH = _Told("batch")
+
+
+def kfac(
+    model: nn.Module,
+    loss_fn: nn.Module,
+    data: Data,
+    *,
+    approx: str = "expand",
+    fisher_type: str = "type-2",
+    mc_samples: int = 1,
+    loss_average: str | None = _BATCH,
+    generator: torch.Generator | None = None,
+) -> dict[str, Kronecker]:
+    """Kronecker-factored curvature of every supported layer, streamed over data.
+
+    The loss is the mean (or the sum, as ``loss_fn`` says) over all of ``data``. The block of
+    a layer and channel group is ``B (x) A`` with ``A`` as in :func:`tnkfac.curvature.input_factor`
+    and ``B = sum g g^T / R`` over samples, vectors and (expand) positions, where ``g`` is what
+    back-propagation of the vectors below gives at the layer's output and ``R`` what the mean
+    divides by (arXiv 1503.05671, 1602.01407, 2311.00636). For one layer without weight sharing
+    and ``"type-2"`` this is the exact Gauss-Newton matrix.
+
+    Args:
+        model: Any module that returns one tensor. It runs in the mode it is in; parameters,
+            their ``.grad`` and buffers are left as they are.
+        loss_fn: ``CrossEntropyLoss``, ``MSELoss`` or ``BCEWithLogitsLoss``, mean or sum.
+        data: Iterable of ``(x, y)``. Empty batches count nothing.
+        approx: ``"expand"`` (KFC) or ``"reduce"``.
+        fisher_type: Vectors that are back-propagated: ``"type-2"``, all columns of a square root of
+            the loss' Hessian; ``"mc"``, gradients at targets drawn from the model;
+            ``"empirical"``, gradients at the targets, with ``B = T sum g g^T`` for the mean's
+            gradients over ``T`` samples (for cross-entropy, its terms); ``"forward-only"``, none,
+            and ``B = I``.
+        mc_samples: Targets drawn per sample, for ``"mc"``.
+        loss_average: What the caller believes the loss to be averaged over: ``"batch"``,
+            ``"batch+sequence"`` (positions of the output, too), or None for a sum.
+        generator: For the drawn targets, on the device of the outputs; by default the global one.
+
+    Returns:
+        A :class:`Kronecker` for every layer with a trainable weight that ran, by module name.
+
+    Raises:
+        TypeError: If model, loss or data are not of a supported type.
+        ValueError: For unknown names, a loss with class weights or ``ignore_index``, a
+            ``loss_average`` that contradicts ``loss_fn``, or a model without supported layers.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten())
+        >>> data = [(torch.rand(2, 1, 6, 6), torch.rand(2, 64)) for _ in range(3)]
+        >>> factors = kfac(model, torch.nn.MSELoss(), data, fisher_type="mc")
+        >>> factors["0"].A.shape, factors["0"].B.shape
+        (torch.Size([1, 10, 10]), torch.Size([1, 4, 4]))
+    """
+    check_model(model)
+    loss = describe_loss(loss_fn)
+    kind = check_approx(approx)
+    check_choice("fisher_type", fisher_type, FISHER_TYPES)
+    check_samples(mc_samples)
+    _check_average(loss, loss_average)
+    layers = _trainable_layers(model)
+    sums = {module: _Sums(layer, kind) for module, (_, layer) in layers.items()}
+    divisor = terms = 0
+    with undisturbed(model), recording(layers) as calls:
+        for x, y in batches(data):
+            for recorded in calls.values():
+                recorded.clear()
+            outputs = predict(model, x)
+            if outputs.numel() == 0:
+                continue
+            loss.check(outputs, y)
+            if loss_average is not None and loss_average is not _BATCH:
+                _check_positions(loss, loss_average, outputs)
+            divisor += loss.divisor(outputs)
+            terms += loss.samples(outputs, loss_average == "batch+sequence")
+            _add(
+                sums, calls, outputs, _vectors(loss, fisher_type, outputs, y, mc_samples, generator)
+            )
+    found = {}
+    for module, (name, _) in layers.items():
+        if terms and sums[module].A is None:
+            warnings.warn(f"kfac: layer {name!r} did not run and is left out.", stacklevel=2)
+            continue
+        weight = _weight(loss, fisher_type, divisor, terms)
+        found[name] = sums[module].kronecker(weight, like=module.get_parameter("weight"))
+    return found
+
+
+def _weight(loss: Loss, fisher_type: str, divisor: int, terms: int) -> float | None:
+    """What multiplies the sum of ``g g^T`` of the summed loss; None for an identity."""
+    if fisher_type == "forward-only":
+        return None
+    if not loss.mean or divisor == 0:
+        return 1.0
+    return terms / divisor**2 if fisher_type == "empirical" else 1 / divisor
+
+
+@dataclass
+class _Sums:
+    """Un-normalised factors of one layer."""
+
+    layer: Layer
+    approx: Approx
+    A: Tensor | None = None
+    B: Tensor | None = None
+    rows: int = 0
+
+    def add_input(self, gram: Gram) -> None:
+        self.A = _plus(self.A, gram)
+        self.rows += gram.samples * (gram.positions if self.approx == "expand" else 1)
+
+    def add_gradient(self, gram: Gram) -> None:
+        self.B = _plus(self.B, gram)
+
+    def kronecker(self, weight: float | None, like: Tensor) -> Kronecker:
+        sizes = (self.layer.in_dim, self.layer.out_dim)
+        dtype = accumulation_dtype(like.dtype)
+        A, B = (like.new_zeros((self.layer.groups, d, d), dtype=dtype) for d in sizes)
+        if self.A is not None:
+            A = self.A / self.rows
+        if weight is None:
+            B = B + torch.eye(sizes[1], dtype=dtype, device=like.device)
+        elif self.B is not None:
+            B = self.B * weight
+        return Kronecker(self.layer, A.detach(), B.detach())
+
+
+def _plus(total: Tensor | None, gram: Gram) -> Tensor:
+    with torch.autocast(gram.tensor.device.type, enabled=False):
+        part = gram.dense()
+    return part if total is None else total.add_(part)
+
+
+def _add(
+    sums: dict[nn.Module, _Sums],
+    calls: dict[nn.Module, list[Call]],
+    outputs: Tensor,
+    vectors: Iterable[Tensor],
+) -> None:
+    """Add the statistics of one batch."""
+    flat = [(sums[module], call) for module, recorded in calls.items() for call in recorded]
+    for total, call in flat:
+        x = call.x.to(accumulation_dtype(call.x.dtype))
+        total.add_input(input_gram(total.layer, x, call.shape, total.approx))
+    for vector in vectors:
+        found = gradients([call for _, call in flat], outputs, vector)
+        for (total, _), g in zip(flat, found, strict=True):
+            g = g.to(accumulation_dtype(g.dtype))
+            total.add_gradient(output_gram(total.layer, g, total.approx))
+
+
+def _vectors(
+    loss: Loss,
+    fisher_type: str,
+    outputs: Tensor,
+    y: Any,
+    mc_samples: int,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """What is back-propagated from the outputs, of the summed loss."""
+    if fisher_type == "type-2":
+        yield from loss.root_columns(outputs)
+    elif fisher_type == "mc":
+        for _ in range(mc_samples):
+            yield loss.sampled_gradient(outputs, generator) / mc_samples**0.5
+    elif fisher_type == "empirical":
+        leaf = outputs.detach().requires_grad_()
+        yield torch.autograd.grad(loss.value(leaf, y), leaf)[0]
+
+
+def _trainable_layers(model: nn.Module) -> dict[nn.Module, tuple[str, Layer]]:
+    """Supported layers with a trainable weight, and their names."""
+    layers = {}
+    for name, module in model.named_modules():
+        if layer_type(module) is None:
+            continue
+        weight, bias = (module._parameters.get(p) for p in ("weight", "bias"))
+        if weight is not None and weight.requires_grad:
+            trained = bias is not None and bias.requires_grad
+            layers[module] = (name, replace(describe(module), bias=trained))
+    if not layers:
+        names = ", ".join(kind.__name__ for kind in LAYERS)
+        raise ValueError(f"model: got no layer with a trainable weight. Supported: {names}.")
+    return layers
+
+
+def _check_average(loss: Loss, loss_average: str | None) -> None:
+    check_choice("loss_average", loss_average, LOSS_AVERAGES)
+    if loss_average is not _BATCH and loss.mean != (loss_average is not None):
+        reduction = "mean" if loss.mean else "sum"
+        raise ValueError(
+            f"loss_average: got {loss_average!r}, but loss_fn has reduction={reduction!r}. "
+            "Supported: 'batch' and 'batch+sequence' for a mean, None for a sum."
+        )
+
+
+def _check_positions(loss: Loss, loss_average: str, outputs: Tensor) -> None:
+    """Cross-entropy of ``[N, C, positions]`` is a mean over the positions as well."""
+    if loss_average == "batch" and loss.samples(outputs, False) != outputs.shape[0]:
+        raise ValueError(
+            f"loss_average: got 'batch', but loss_fn averages over the positions of outputs "
+            f"{tuple(outputs.shape)}, too. Supported: 'batch+sequence'."
+        )
