@@ -18,8 +18,9 @@ from tnkfac.curvature.routes.lags import symmetric_lags
 from tnkfac.curvature.routes.pairs import Lags
 from tnkfac.curvature.routes.plain import output_size, unfolded
 from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.symmetric import FEW, fill_gram
 from tnkfac.curvature.routes.taps import tap_classes
-from tnkfac.curvature.routes.windows import fill_gram, fill_windows_gram
+from tnkfac.curvature.routes.windows import fill_windows_gram
 
 Case = tuple[nn.Module, tuple[int, ...]]
 
@@ -284,9 +285,10 @@ def test_lags_of_single_channels_equal_those_of_a_convolution(dims: int, step: i
     torch.testing.assert_close(found, per_group, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dim", [100, 512, 1100])
-def test_products_in_halves(dim: int) -> None:
-    rows = torch.randn(1, dim, 130, dtype=torch.float64)
+@pytest.mark.parametrize("columns", [FEW - 1, FEW])
+@pytest.mark.parametrize("dim", [100, 512, 1301])
+def test_products_in_halves(dim: int, columns: int) -> None:
+    rows = torch.randn(1, dim, columns, dtype=torch.float64)
     out = torch.full((1, dim, dim), float("nan"), dtype=torch.float64)
     fill_gram(out, rows, 2.0)
     torch.testing.assert_close(out, 2 * rows @ rows.mT, rtol=1e-12, atol=1e-12)

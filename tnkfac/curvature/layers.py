@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
@@ -220,22 +221,39 @@ def _linear(module: Any) -> Layer:
 
 
 def _conv(module: Any) -> Layer:
-    pads = resolve_padding(module.padding, module.kernel_size, module.stride, module.dilation)
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return _conv_layer(
+        (module.in_channels, module.out_channels, module.bias is not None, module.groups),
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        padding,
+        tuple(module.dilation),
+        module.padding_mode,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _conv_layer(
+    channels: tuple[int, int, bool, int],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    mode: str,
+) -> Layer:
+    pads = resolve_padding(padding, kernel_size, stride, dilation)
     prepad: tuple[int, ...] = ()
-    if module.padding_mode != "zeros":
+    if mode != "zeros":
         prepad = tuple(p for pair in reversed(pads) for p in pair)
         pads = ((0, 0),) * len(pads)
     return Layer(
         "conv",
-        module.in_channels,
-        module.out_channels,
-        module.bias is not None,
-        module.groups,
-        tuple(module.kernel_size),
-        tuple(module.stride),
+        *channels,
+        kernel_size,
+        stride,
         pads,
-        tuple(module.dilation),
-        padding_mode=module.padding_mode,
+        dilation,
+        padding_mode=mode,
         prepad=prepad if any(prepad) else (),
     )
 

@@ -15,8 +15,9 @@ from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.routes.lags import BLOCK
 from tnkfac.curvature.routes.pairs import axis_lags, tap_pairs
 from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.symmetric import triangle
 from tnkfac.curvature.routes.taps import Classes, tap_classes
-from tnkfac.curvature.routes.windows import CHUNK, HALVED
+from tnkfac.curvature.routes.windows import CHUNK
 
 MOSTLY_PADDING = 0.75
 """Below this fraction of pixels among what is unfolded, a network is worth its plan."""
@@ -114,18 +115,20 @@ def block_routes(
 
 def _windows_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Route:
     batch, channels = shape[:2]
-    operations = numbers = held = 0
+    operations = numbers = held = most = 0
     for taps in product(*classes):
         features = channels // layer.groups * prod(t.count for t in taps)
         rows = batch * prod(t.positions for t in taps)
         operations += layer.groups * features**2 * rows
         numbers += layer.groups * features * rows
+        most = max(most, rows)
         held = max(held, min(CHUNK, layer.groups * features * rows))
     features = channels // layer.groups * prod(layer.kernel_size)
     once = layer.kind == "conv" and all(
         t.stride >= t.step * t.count or t.count == 1 for (t,) in classes
     )
-    cost = operations * _triangle(features, layer.groups) / _rate(features, layer.groups)
+    halves = triangle(features, layer.groups, most)
+    cost = operations * halves / _rate(features, layer.groups)
     cost += numbers * 0.6 + 3e4 * (1 + numbers / CHUNK)
     cost += layer.groups * features**2 * (2.0 if len(classes[0]) == 1 else 5.0)
     return Route("view" if once else "im2col", operations, held, cost)
@@ -183,11 +186,3 @@ def _rate(features: int, groups: int) -> float:
     if groups > 1:
         return max(20.0, 70.0 * min(1.0, features / 144))
     return 70.0 * min(1.0, features / 96)
-
-
-def _triangle(features: int, groups: int) -> float:
-    """Fraction of a symmetric product that is computed, see :func:`.windows.fill_gram`."""
-    fraction = 1.0
-    while groups == 1 and features >= HALVED:
-        fraction, features = (0.5 + fraction) / 2, features // 2
-    return fraction

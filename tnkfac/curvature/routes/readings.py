@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.routes import plain
 from tnkfac.curvature.routes.boxes import box_sums, sum_of_squares
 from tnkfac.curvature.routes.correlation import fill_correlation_gram
 from tnkfac.curvature.routes.costs import block_routes, expand_routes
 from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.symmetric import fill_gram
 from tnkfac.curvature.routes.taps import Classes, one_tap, tap_classes
-from tnkfac.curvature.routes.windows import chunks, fill_gram, fill_windows_gram, window_rows
+from tnkfac.curvature.routes.windows import chunks, fill_pixels_gram, fill_windows_gram, window_rows
 
 if TYPE_CHECKING:
     from tnkfac.curvature.grams import Gram
@@ -29,7 +31,10 @@ def fill_dense(gram: Gram, out: Tensor) -> None:
     elif layer.kind == "linear":
         fill_gram(out, x.flatten(0, 1).T.unsqueeze(0), gram.scale)
     elif not gram.is_input:
-        fill_windows_gram(out, x, _one_tap(x), gram.scale)
+        fill_pixels_gram(out, x, gram.scale)
+    elif layer.kind == "conv" and _is_pointwise(layer):
+        steps = (slice(None, None, stride) for stride in layer.stride)
+        fill_pixels_gram(out, x[(slice(None), slice(None), *steps)], gram.scale)
     else:
         sizes = _output_size(gram)
         route = expand_routes(layer, tuple(x.shape), sizes)[0].name
@@ -38,6 +43,10 @@ def fill_dense(gram: Gram, out: Tensor) -> None:
             return
         fill = fill_windows_gram if route in ("im2col", "view") else fill_correlation_gram
         fill(out, x, _classes(gram), gram.scale)
+
+
+def _is_pointwise(layer: Layer) -> bool:
+    return set(layer.kernel_size) == {1} and not any(map(any, layer.padding))
 
 
 def diagonal(gram: Gram) -> Tensor:

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnkfac.curvature.routes.symmetric import add_product, halved_from, mirror
 from tnkfac.curvature.routes.taps import Classes, Taps
 
 CHUNK = 2**21
 """Most numbers that are unfolded at one time: they stay in the cache, and memory is bounded."""
 
-HALVED = 512
-"""From this size on, a symmetric product on the CPU is computed in halves."""
+
+NARROW = 128
+"""Up to so many channels, one product per sample beats a copy of them all."""
 
 
 def windows(x: Tensor, taps: Sequence[Taps], ranges: Sequence[range]) -> Tensor:
@@ -142,47 +144,31 @@ def _fill_class(out: Tensor, x: Tensor, taps: Sequence[Taps], scale: float) -> N
     if not parts:
         out.zero_()
         return
+    halved = halved_from(out, x.shape[0] * prod(map(len, ranges)))
     for at, part in enumerate(parts):
-        _add_product(out, rows(part, out.shape[0], taps, ranges), scale, float(at > 0))
-    _mirror(out)
+        add_product(out, rows(part, out.shape[0], taps, ranges), scale, float(at > 0), halved)
+    mirror(out, halved)
 
 
-def fill_gram(out: Tensor, rows: Tensor, scale: float) -> None:
-    """``out = scale * rows rows^T`` for every group.
+def fill_pixels_gram(out: Tensor, x: Tensor, scale: float) -> None:
+    """Fill ``out`` with the scaled Gram matrix of all pixels.
 
     Args:
         out: ``[G, D, D]``, overwritten.
-        rows: ``[G, D, M]``.
-        scale: Factor of the product.
+        x: ``[N, G * D, I1, ..]``.
+        scale: Number that multiplies the result.
     """
-    _add_product(out, rows, scale, 0.0)
-    _mirror(out)
-
-
-def _in_halves(out: Tensor) -> bool:
-    """Large matrices on the CPU are computed in halves: the off-diagonal block is needed once."""
-    return out.shape[0] == 1 and out.device.type == "cpu" and out.shape[1] >= HALVED
-
-
-def _add_product(out: Tensor, rows: Tensor, scale: float, beta: float) -> None:
-    """``out = beta * out + scale * rows rows^T``, without the lower blocks of halves."""
-    if _in_halves(out):
-        half = out.shape[1] // 2
-        for part in (slice(0, half), slice(half, None)):
-            _add_product(out[:, part, part], rows[:, part], scale, beta)
-        out, rows, right = out[:, :half, half:], rows[:, :half], rows[:, half:].mT
-    else:
-        right = rows.mT
-    if out.shape[0] == 1:
-        torch.addmm(out[0], rows[0], right[0], beta=beta, alpha=scale, out=out[0])
-    else:
-        torch.baddbmm(out, rows, right, beta=beta, alpha=scale, out=out)
-
-
-def _mirror(out: Tensor) -> None:
-    """Fill the lower blocks of halves."""
-    if _in_halves(out):
-        half = out.shape[1] // 2
-        out[:, half:, :half] = out[:, :half, half:].mT
-        for part in (slice(0, half), slice(half, None)):
-            _mirror(out[:, part, part])
+    groups, size = out.shape[:2]
+    pixels = x.flatten(2)
+    pixels = pixels.view(len(x), groups, size, pixels.shape[2])
+    if size <= min(NARROW, pixels.shape[3]):
+        out.zero_()
+        for part in torch.split(pixels, max(1, CHUNK // (groups * size**2))):
+            out.add_(torch.matmul(part, part.mT).sum(0), alpha=scale)
+        return
+    halved = halved_from(out, x.shape[0] * pixels.shape[3])
+    each = max(1, groups * size * pixels.shape[3])
+    for at, part in enumerate(torch.split(pixels, max(1, CHUNK // each))):
+        rows = part.permute(1, 2, 0, 3).flatten(2)
+        add_product(out, rows, scale, float(at > 0), halved)
+    mirror(out, halved)
