@@ -186,8 +186,8 @@ def bars(rows: list[Row]) -> Iterator[tuple[str, float, bool]]:
             (max(used) <= 0.25),
         )
     if large:
-        most = max(r["ours_mib"] / r["padded_mib"] for r in large)
-        yield "reduce, K >= 3, memory over the padded input: at most 1", most, most <= 1
+        most = max(r["ours_mib"] - r["padded_mib"] for r in large)  # a table of box ends is left
+        yield "reduce, K >= 3, MiB beyond the padded input: at most 0.05", most, most <= 0.05
     errors = [r["error"] for r in rows if r["error"] == r["error"]]
     if errors:
         yield "largest relative error in float32: at most 2e-5", max(errors), max(errors) <= 2e-5

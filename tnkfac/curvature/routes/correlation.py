@@ -42,11 +42,11 @@ def fill_correlation_gram(out: Tensor, x: Tensor, classes: Classes, scale: float
     """
     groups, channels = out.shape[0], x.shape[1] // out.shape[0]
     lags = [axis_lags(axis) for axis in classes]
-    found = correlate(x, groups, lags).mul_(scale).flatten(2)
     tables = [
         _Table(x, groups, [tap_pairs(t, n) for t, n in zip(taps, lags, strict=True)], lags, scale)
         for taps in product(*classes)
     ]
+    found = correlate(x, groups, lags).mul_(scale).flatten(2)
     index = _lookup(classes, tuple(lags), channels).to(x.device)
     width = channels * sum(table.width for table in tables) + 1
     rows = found.shape[0]
@@ -150,12 +150,12 @@ def _at_borders(
     found = found.view(groups, *pixels, x.shape[2 + len(pixels)], *pixels, -1, *found.shape[2:])
     count = len(borders)
     for done, (a, border) in enumerate(borders.items()):
-        parts = [
-            (entry, found.select(1 + done, p).select(1 + count, q)) for entry, p, q in border.parts
-        ]
-        found = found.new_zeros(len(pairs[a].lags) - pairs[a].active, *parts[0][1].shape)
-        for entry, part in parts:
-            found[entry] += part
+        shape = found.select(1 + done, 0).select(1 + count, 0).shape
+        summed = found.new_zeros(len(pairs[a].lags) - pairs[a].active, *shape)
+        for entry, p, q in border.parts:
+            summed[entry] += found.select(1 + done, p).select(1 + count, q)
+        found = summed
+        del summed
     place = {a: count - 1 - at for at, a in enumerate(borders)}  # the last entries are in front
     place |= {a: count + 3 + at for at, a in enumerate(outer)}
     found = found.permute(count, count + 1, count + 2, *(place[a] for a in range(dims)))

@@ -174,7 +174,7 @@ def _lags_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Route
                 cost += work / (70 * min(1.0, each * met / 24)) + 10 * pieces + 3.5e5
                 numbers += pieces
     cost += 3 * channels * each * width + 6e5
-    cost *= 1.2 if phases == 1 else 2.0 if groups == 1 else 4.0
+    cost *= 1.45 if phases == 1 else 2.0 if groups == 1 else 4.0
     many = prod(map(len, classes)) > 4  # most of what is looked up is zero then
     cost += (8 if many else 2) * channels * each * prod(layer.kernel_size) ** 2
     name = "lags" if layer.kind == "conv" and phases == 1 else "polyphase lags"

@@ -69,17 +69,16 @@ def symmetric_lags(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
     half = _block_lags(x, most, steps) if depthwise else _convolved_lags(x, groups, most, steps)
     first = most[0]
     spread = half.new_empty(*half.shape[:2], 2 * first + 1, *half.shape[3:])
-    turned = _turned(half, groups)
-    spread[:, :, first + 1 :] = half[:, :, 1:]
-    spread[:, :, :first] = turned[:, :, :first]
-    spread[:, :, first] = (half[:, :, 0] + turned[:, :, -1]) / 2
+    spread[:, :, first:] = half
+    del half
+    per_group = spread.view(groups, -1, *spread.shape[1:])
+    rest = list(range(3, spread.ndim))
+    for lag in range(first):  # R[c, d, -lag] is R[d, c, lag]
+        ahead = per_group[:, :, :, 2 * first - lag].transpose(1, 2)
+        per_group[:, :, :, lag] = ahead.flip(rest) if rest else ahead
+    middle = per_group[:, :, :, first]
+    per_group[:, :, :, first] = (middle + middle.transpose(1, 2).flip(rest)) / 2
     return spread
-
-
-def _turned(lags: Tensor, groups: int) -> Tensor:
-    """``R[d, c, -lag]`` in place of ``R[c, d, lag]``."""
-    per_group = lags.view(groups, -1, *lags.shape[1:]).transpose(1, 2).flatten(0, 1)
-    return per_group.flip(list(range(2, lags.ndim)))
 
 
 def _convolved_lags(x: Tensor, groups: int, most: Sequence[int], steps: Sequence[int]) -> Tensor:

@@ -70,15 +70,20 @@ def rows(x: Tensor, groups: int, taps: Sequence[Taps], ranges: Sequence[range]) 
     return seen.permute(order).reshape(groups, -1, count)
 
 
-def chunks(x: Tensor, classes: Classes) -> list[Tensor]:
+def chunks(x: Tensor, classes: Classes, result: int = 0) -> list[Tensor]:
     """Split the batch so that no part unfolds to more than :data:`CHUNK` numbers, or an eighth.
 
     A single sample is never split.
+
+    Args:
+        x: ``[N, C, I1, ..]``.
+        classes: Classes of taps per axis.
+        result: Numbers of what every part is added to: an eighth of them may be unfolded, too.
     """
     if not x.shape[0]:
         return []
     each = max(_unfolded(taps, x.shape[1]) for taps in product(*classes))
-    most = min(CHUNK, max(each * x.shape[0] // 8, 2**16))
+    most = min(CHUNK, max((each * x.shape[0] + result) // 8, 2**16))
     return list(torch.split(x, max(1, most // max(each, 1))))
 
 
@@ -140,7 +145,7 @@ def fill_windows_gram(out: Tensor, x: Tensor, classes: Classes, scale: float) ->
 def _fill_class(out: Tensor, x: Tensor, taps: Sequence[Taps], scale: float) -> None:
     """Fill ``out`` with the Gram matrix of one class."""
     ranges = [range(axis.positions) for axis in taps]
-    parts = chunks(x, tuple((axis,) for axis in taps)) if all(ranges) else []
+    parts = chunks(x, tuple((axis,) for axis in taps), out.numel()) if all(ranges) else []
     if not parts:
         out.zero_()
         return
