@@ -6,6 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oracles.factors import Layer, canonical_weight
 
@@ -67,7 +68,8 @@ def loss_hessian(model: nn.Module, loss_fn: nn.Module, data: Data) -> Tensor:
     """Hessian ``[P, P]`` of the loss over all data."""
     x, y = joint(data)
     outputs = _outputs(model, x)
-    return hessian(lambda vector: loss_fn(outputs(vector), y))(flat_parameters(model))
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        return hessian(lambda vector: loss_fn(outputs(vector), y))(flat_parameters(model))
 
 
 def sample_gradients(model: nn.Module, loss_fn: nn.Module, data: Data) -> Tensor:

@@ -3,7 +3,14 @@
 from tnkfac.curvature.accumulate import Factors, LossAverage, Statistics
 from tnkfac.curvature.capture import FirstForward, Tap, attach
 from tnkfac.curvature.discover import Owner, find_owners, root_of
-from tnkfac.curvature.estimators import Kronecker, kfac
+from tnkfac.curvature.estimators import (
+    Kronecker,
+    diagonal,
+    gram,
+    kfac,
+    ntk,
+    per_sample_gradients,
+)
 from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
@@ -25,11 +32,15 @@ __all__ = [
     "attach",
     "check_structure",
     "describe",
+    "diagonal",
     "explain",
     "find_owners",
     "grad_factor",
+    "gram",
     "input_factor",
     "kfac",
+    "ntk",
+    "per_sample_gradients",
     "resolve_structure",
     "root_of",
     "stationary_point",

@@ -242,10 +242,10 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
 
 @contextmanager
 def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
-    """Record all calls of some layers, in training and in ``eval()`` mode.
+    """Record all calls of some modules, in training and in ``eval()`` mode.
 
     Args:
-        modules: Supported layers, each called as a module.
+        modules: Layers or other modules that take a tensor first and return one.
 
     Yields:
         For every module, its calls so far. Calls whose output requires no gradient are left out.
@@ -253,8 +253,8 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Cal
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if output.requires_grad:
-            x = args[0] if args else kwargs["input"]
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad:
             calls[module].append(Call(x.detach(), get_gradient_edge(output), output.shape))
 
     handles = [m.register_forward_hook(record, with_kwargs=True, prepend=True) for m in calls]

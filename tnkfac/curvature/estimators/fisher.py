@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from tnkfac.curvature.estimators.evaluation import (
     undisturbed,
 )
 from tnkfac.curvature.estimators.kronecker import Kronecker
-from tnkfac.curvature.estimators.losses import Loss, describe_loss
+from tnkfac.curvature.estimators.losses import Loss, describe_loss, vectors
 from tnkfac.curvature.factors import check_approx
 from tnkfac.curvature.grams import Approx, Gram, accumulation_dtype, input_gram, output_gram
 from tnkfac.curvature.layers import LAYERS, Layer, describe, layer_type
@@ -97,39 +96,38 @@ def kfac(
     _check_average(loss, loss_average)
     layers = _trainable_layers(model)
     sums = {module: _Sums(layer, kind) for module, (_, layer) in layers.items()}
-    divisor = terms = 0
-    with undisturbed(model), recording(layers) as calls:
+    terms = samples = 0
+    with undisturbed(model):
         for x, y in batches(data):
-            for recorded in calls.values():
-                recorded.clear()
-            outputs = predict(model, x)
+            with recording(layers) as calls:
+                outputs = predict(model, x)
             if outputs.numel() == 0:
                 continue
             loss.check(outputs, y)
             if loss_average is not None and loss_average is not _BATCH:
                 _check_positions(loss, loss_average, outputs)
-            divisor += loss.divisor(outputs)
-            terms += loss.samples(outputs, loss_average == "batch+sequence")
-            _add(
-                sums, calls, outputs, _vectors(loss, fisher_type, outputs, y, mc_samples, generator)
-            )
+            terms += loss.terms(outputs)
+            samples += loss.samples(outputs, loss_average == "batch+sequence")
+            propagated = vectors(loss, fisher_type, outputs, y, mc_samples, generator)
+            _add(sums, calls, outputs, propagated)
     found = {}
     for module, (name, _) in layers.items():
         if terms and sums[module].A is None:
             warnings.warn(f"kfac: layer {name!r} did not run and is left out.", stacklevel=2)
             continue
-        weight = _weight(loss, fisher_type, divisor, terms)
+        weight = _weight(loss, fisher_type, terms, samples)
         found[name] = sums[module].kronecker(weight, like=module.get_parameter("weight"))
     return found
 
 
-def _weight(loss: Loss, fisher_type: str, divisor: int, terms: int) -> float | None:
+def _weight(loss: Loss, fisher_type: str, terms: int, samples: int) -> float | None:
     """What multiplies the sum of ``g g^T`` of the summed loss; None for an identity."""
     if fisher_type == "forward-only":
         return None
-    if not loss.mean or divisor == 0:
-        return 1.0
-    return terms / divisor**2 if fisher_type == "empirical" else 1 / divisor
+    divisor = loss.divisor(terms)
+    if fisher_type == "empirical" and loss.mean:
+        return samples / divisor**2
+    return 1 / divisor
 
 
 @dataclass
@@ -172,37 +170,18 @@ def _add(
     sums: dict[nn.Module, _Sums],
     calls: dict[nn.Module, list[Call]],
     outputs: Tensor,
-    vectors: Iterable[Tensor],
+    propagated: Iterable[Tensor],
 ) -> None:
     """Add the statistics of one batch."""
     flat = [(sums[module], call) for module, recorded in calls.items() for call in recorded]
     for total, call in flat:
         x = call.x.to(accumulation_dtype(call.x.dtype))
         total.add_input(input_gram(total.layer, x, call.shape, total.approx))
-    for vector in vectors:
+    for vector in propagated:
         found = gradients([call for _, call in flat], outputs, vector)
         for (total, _), g in zip(flat, found, strict=True):
             g = g.to(accumulation_dtype(g.dtype))
             total.add_gradient(output_gram(total.layer, g, total.approx))
-
-
-def _vectors(
-    loss: Loss,
-    fisher_type: str,
-    outputs: Tensor,
-    y: Any,
-    mc_samples: int,
-    generator: torch.Generator | None,
-) -> Iterator[Tensor]:
-    """What is back-propagated from the outputs, of the summed loss."""
-    if fisher_type == "type-2":
-        yield from loss.root_columns(outputs)
-    elif fisher_type == "mc":
-        for _ in range(mc_samples):
-            yield loss.sampled_gradient(outputs, generator) / mc_samples**0.5
-    elif fisher_type == "empirical":
-        leaf = outputs.detach().requires_grad_()
-        yield torch.autograd.grad(loss.value(leaf, y), leaf)[0]
 
 
 def _trainable_layers(model: nn.Module) -> dict[nn.Module, tuple[str, Layer]]:

@@ -27,9 +27,9 @@ class Loss(ABC):
 
     mean: bool
 
-    def divisor(self, outputs: Tensor) -> int:
-        """What a mean over this batch divides the sum by; 1 for a summed loss."""
-        return self.terms(outputs) if self.mean else 1
+    def divisor(self, terms: int) -> int:
+        """What the loss of all data divides the sum over so many terms by."""
+        return max(terms, 1) if self.mean else 1
 
     def terms(self, outputs: Tensor) -> int:
         """Number of terms of the loss in a batch of outputs ``[N, ...]``."""
@@ -51,6 +51,12 @@ class Loss(ABC):
     @abstractmethod
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The summed loss, differentiable."""
+
+    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of the summed loss with respect to the outputs, shaped like them."""
+        leaf = outputs.detach().requires_grad_()
+        found: Tensor = torch.autograd.grad(self.value(leaf, targets), leaf)[0]
+        return found
 
     @abstractmethod
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:
@@ -204,6 +210,33 @@ def describe_loss(loss_fn: nn.Module) -> Loss:
     if loss_fn.reduction not in ("mean", "sum"):
         raise ValueError(f"loss_fn: got reduction={loss_fn.reduction!r}. Supported: mean, sum.")
     return _LOSSES[kind](mean=loss_fn.reduction == "mean")
+
+
+def vectors(
+    loss: Loss,
+    fisher_type: str,
+    outputs: Tensor,
+    targets: Any,
+    mc_samples: int,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """What a Fisher or Gauss-Newton matrix of the summed loss back-propagates from the outputs.
+
+    Args:
+        loss: The loss.
+        fisher_type: ``"type-2"``, ``"mc"``, ``"empirical"``, or ``"forward-only"`` for nothing.
+        outputs: ``[N, ...]``.
+        targets: For ``"empirical"``.
+        mc_samples: Draws, for ``"mc"``.
+        generator: For the draws.
+    """
+    if fisher_type == "type-2":
+        yield from loss.root_columns(outputs)
+    elif fisher_type == "mc":
+        for _ in range(mc_samples):
+            yield loss.sampled_gradient(outputs, generator) / mc_samples**0.5
+    elif fisher_type == "empirical":
+        yield loss.gradient(outputs, targets)
 
 
 def _check_equal_shapes(outputs: Tensor, targets: Any) -> None:

@@ -1,0 +1,81 @@
+"""Gradients of every sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tnkfac.curvature.capture import recording
+from tnkfac.curvature.estimators.evaluation import (
+    Data,
+    batches,
+    check_model,
+    predict,
+    undisturbed,
+)
+from tnkfac.curvature.estimators.losses import describe_loss
+from tnkfac.curvature.estimators.rows import SampleRows, check_independent, owners, trainable
+from tnkfac.curvature.grams import accumulation_dtype
+
+
+def per_sample_gradients(model: nn.Module, loss_fn: nn.Module, data: Data) -> dict[str, Tensor]:
+    """What every sample contributes to the gradient of the loss over all data.
+
+    Args:
+        model: Any module that returns one tensor ``[N, ...]``.
+        loss_fn: ``CrossEntropyLoss``, ``MSELoss`` or ``BCEWithLogitsLoss``, mean or sum.
+        data: Iterable of ``(x, y)``.
+
+    Returns:
+        ``[N, *parameter.shape]`` for every trainable parameter, by name, with all samples of the
+        data in order. Their sum is the gradient: those of a mean loss carry its ``1/N``.
+
+    Raises:
+        TypeError: If model, loss or data are not of a supported type.
+        ValueError: For a loss with class weights or ``ignore_index``, or batch normalisation in
+            training mode.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = [(torch.rand(4, 3), torch.tensor([0, 1, 1, 0]))]
+        >>> per_sample_gradients(model, torch.nn.CrossEntropyLoss(), data)["weight"].shape
+        torch.Size([4, 2, 3])
+    """
+    check_model(model)
+    loss = describe_loss(loss_fn)
+    parameters = trainable(model)
+    check_independent(model)
+    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    terms = 0
+    with undisturbed(model):
+        for x, y in batches(data):
+            with recording(owners(parameters, model)) as calls:
+                outputs = predict(model, x)
+            if outputs.numel() == 0:
+                continue
+            loss.check(outputs, y)
+            terms += loss.terms(outputs)
+            rows = SampleRows(parameters, calls, outputs)
+            vector = loss.gradient(outputs, y)
+            for name, part in all_rows(rows, vector, parameters).items():
+                found[name].append(part)
+    return {
+        name: torch.cat(parts) / loss.divisor(terms)
+        if parts
+        else torch.zeros(0, *parameters[name].shape, device=parameters[name].device)
+        for name, parts in found.items()
+    }
+
+
+def all_rows(
+    rows: SampleRows, vector: Tensor, parameters: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Per-sample gradients of one batch for one vector, ``[N, *parameter.shape]`` each."""
+    back = rows.backpropagate(vector)
+    found = {name: rows.rows(name, back, slice(None)).detach() for name in rows.together}
+    single: dict[str, list[Tensor]] = {}
+    for _, name, row in rows.one_by_one(vector):
+        single.setdefault(name, []).append(row.to(accumulation_dtype(row.dtype)))
+    found |= {name: torch.stack(parts) for name, parts in single.items()}
+    return {name: found[name] for name in parameters}
