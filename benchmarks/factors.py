@@ -48,11 +48,13 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         shape = (args.batch, layer["in_channels"], *layer["input_size"])
         x = torch.randn(shape, device=args.device)
         for approx, structure in QUANTITIES:
+            if args.quantity not in f"{approx} {structure}":
+                continue
             yield Problem(
                 layer["network"], layer["name"], layer["category"], module, x, approx, structure
             )
     for name, row in list(TRANSPOSED.items())[:: 4 if args.quick else 1]:
-        if args.only in f"transposed {name}":
+        if args.only in f"transposed {name}" and args.quantity in "expand dense":
             transposed = transposed_module(row).to(args.device)
             x = torch.randn(args.batch, row[1], *[row[2]] * row[0], device=args.device)
             yield Problem("transposed", name, "transposed", transposed, x, "expand", "dense")
@@ -267,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=3.0, help="seconds per factor")
     parser.add_argument("--most", type=float, default=2**30, help="most numbers to unfold")
     parser.add_argument("--only", default="", help="part of 'network layer'")
+    parser.add_argument("--quantity", default="", help="part of 'expand dense' and so on")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
@@ -281,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(measure(problem, args))
         print(f"\r{len(rows)} factors", end="", file=sys.stderr, flush=True)
     if not rows:
-        parser.error(f"--only {args.only!r} matches no layer.")
+        parser.error("--only and --quantity leave nothing to measure.")
     print_table(rows, "network")
     print_table(rows, "category")
     losing = [r for r in rows if r["ratio"] < SLOWEST]

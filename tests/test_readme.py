@@ -1,4 +1,4 @@
-"""What the README shows works: snippets run, links resolve, two commands start everything.
+"""What README and docs show works: snippets run, links resolve, two commands start everything.
 
 Every Python snippet is complete: it runs alone, in a namespace of its own.
 """
@@ -13,16 +13,23 @@ import tnkfac
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = {
+    f"{page.name} {number}": snippet
+    for page in PAGES
+    for number, snippet in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    )
+}
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_every_python_snippet_runs_on_its_own(number: int) -> None:
-    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {"__name__": "snippet"})
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_every_python_snippet_runs_on_its_own(name: str) -> None:
+    exec(compile(SNIPPETS[name], name, "exec"), {"__name__": "snippet"})
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) >= 4
+    assert len(SNIPPETS) >= 10
 
 
 def test_quick_start_is_two_commands_of_one_line() -> None:
@@ -35,11 +42,12 @@ def test_quick_start_is_two_commands_of_one_line() -> None:
     assert "pytest" in lines[1]
 
 
-def test_links_and_pictures_exist() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    local = [link for link in links if not link.startswith("http")]
-    assert len(local) >= 4
-    assert [link for link in local if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    local = [link.partition("#")[0] for link in links if not link.startswith("http")]
+    assert local
+    assert [link for link in local if not (page.parent / link).exists()] == []
 
 
 def test_the_options_table_has_every_argument_with_its_default() -> None:

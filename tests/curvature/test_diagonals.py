@@ -487,6 +487,45 @@ def test_nothing_changes_and_empty_batches_count_nothing(kind: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+class Branching(nn.Module):
+    """A layer that the sign of the input turns off, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.never = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.always(x)
+        return self.sometimes(x).tanh() if self.on else x
+
+
+def test_parameters_that_are_not_used() -> None:
+    """Zeros, without a pass per sample; also where only one of two batches uses them."""
+    model = Branching()
+    data = [(torch.randn(3, 3), torch.randint(3, (3,))) for _ in range(2)]
+
+    class Switching(list):  # type: ignore[type-arg]
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for on, batch in zip((True, False), data, strict=True):
+                model.on = on
+                yield batch
+
+    expected: dict[str, Tensor] = {}
+    for on, batch in zip((True, False), data, strict=True):
+        model.on = on
+        for name, value in unflatten(
+            model, ggn(model, nn.CrossEntropyLoss(reduction="sum"), [batch]).diagonal()
+        ).items():
+            expected[name] = expected.get(name, 0) + value / 6
+    assert_same(diagonal(model, nn.CrossEntropyLoss(), Switching()), expected, EXACT)
+    rows = per_sample_gradients(model, nn.CrossEntropyLoss(), Switching())
+    assert rows["never.weight"].shape == (6, 3, 3)
+    assert float(rows["sometimes.weight"][3:].abs().sum()) == 0
+    matrix = gram(model, nn.CrossEntropyLoss(), Switching())
+    total = sum(float(value.sum()) for value in expected.values())
+    assert_close(matrix.trace(), torch.tensor(total), EXACT)
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model, data = make("linear")
     model[0].weight.requires_grad_(False)

@@ -34,13 +34,13 @@ class Explanation:
         return self.routes[0].name
 
     def __str__(self) -> str:
-        """A table, memory in float32."""
+        """A table: memory in float32, and the cost, of operations and memory traffic together."""
         lines = [self.title]
-        lines += [f"  {'route':<16}{'multiply-adds':>18}{'extra memory':>15}{'estimate':>13}"]
+        lines += [f"  {'route':<16}{'multiply-adds':>18}{'extra memory':>15}{'cost':>10}"]
         for at, route in enumerate(self.routes):
-            memory, time = route.numbers * 4 / 2**20, route.cost / 1e6
+            memory, times = route.numbers * 4 / 2**20, route.cost / max(self.routes[0].cost, 1.0)
             chosen = "  <- chosen" if at == 0 else ""
-            numbers = f"{route.operations:>18,}{memory:>11.2f} MiB{time:>10.2f} ms"
+            numbers = f"{route.operations:>18,}{memory:>11.2f} MiB{times:>9.1f}x"
             lines.append(f"  {route.name:<16}{numbers}{chosen}")
         return "\n".join(lines)
 
@@ -70,9 +70,9 @@ def explain(
     Example:
         >>> explanation = explain(torch.nn.Conv2d(64, 64, 3, padding=1), (8, 64, 56, 56))
         Conv2d, input (8, 64, 56, 56), expand, dense
-          route                multiply-adds   extra memory     estimate
-          lags                 1,624,965,120       7.20 MiB     29.56 ms  <- chosen
-          im2col               8,323,596,288       8.00 MiB     98.59 ms
+          route                multiply-adds   extra memory      cost
+          lags                 1,564,426,240       7.73 MiB      1.0x  <- chosen
+          im2col               8,323,596,288       8.00 MiB      2.4x
         >>> explanation.chosen
         'lags'
     """

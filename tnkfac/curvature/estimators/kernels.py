@@ -133,10 +133,12 @@ class _Jacobian:
             found.single.append({name: torch.stack(part) for name, part in parts.items()})
         return found
 
-    def of_parameter(self, name: str, channels: slice | None) -> Tensor:
-        """``[C, N, P]``, or the part of some output channels."""
+    def of_parameter(self, name: str, numbers: int, channels: slice | None) -> Tensor:
+        """``[C, N, P]`` for a parameter of ``P`` numbers, or the part of some output channels."""
         if name in self.single[0]:
             return torch.stack([part[name] for part in self.single])
+        if name in self.rows.unused:
+            return self.rows.like.new_zeros(len(self.back), self.rows.samples, numbers)
         everything = slice(None)
         parts = [self.rows.rows(name, back, everything, channels) for back in self.back]
         return torch.stack([part.flatten(1) for part in parts])
@@ -153,8 +155,12 @@ def _inner_products(jacobians: Sequence[_Jacobian], parameters: dict[str, nn.Par
     if not jacobians:
         return total
     for name, parameter in parameters.items():
+        if all(name in jacobian.rows.unused for jacobian in jacobians):
+            continue
         for channels in _slices(jacobians, name, parameter, size):
-            parts = [jacobian.of_parameter(name, channels) for jacobian in jacobians]
+            parts = [
+                jacobian.of_parameter(name, parameter.numel(), channels) for jacobian in jacobians
+            ]
             rows = torch.cat(parts, 1).flatten(0, 1).to(total.dtype)
             total.addmm_(rows, rows.T)
     return total

@@ -58,17 +58,21 @@ class _Use:
     call: Call
 
     @property
+    def layered(self) -> bool:
+        """Whether this is the weight or bias of a supported layer."""
+        return layer_type(self.module) is not None and self.name in ("weight", "bias")
+
+    @property
     def sliceable(self) -> bool:
         """Whether the rows of some output channels are those of a smaller layer."""
-        layered = layer_type(self.module) is not None and self.name == "weight"
-        return layered and describe(self.module).groups == 1
+        return self.layered and self.name == "weight" and describe(self.module).groups == 1
 
     def rows(self, g: Tensor, samples: slice, channels: slice | None) -> Tensor:
         """``[n, *parameter.shape]`` for some samples (and output channels of a weight)."""
         x, g = self.call.x[samples], g[samples]
         dtype = accumulation_dtype(g.dtype)
         g = g.to(dtype)
-        if layer_type(self.module) is None:
+        if not self.layered:
             return self._mapped(x, g)
         layer = describe(self.module)
         g = layer.standard_output(g)
@@ -122,6 +126,7 @@ class SampleRows:
             outputs: Outputs ``[N, ...]`` of the model.
         """
         self.samples = outputs.shape[0]
+        self.like = outputs.detach()
         self._parameters = parameters
         self._outputs = outputs
         self._calls = [call for recorded in calls.values() for call in recorded]
@@ -135,6 +140,7 @@ class SampleRows:
                         use = (at, _Use(module, attribute, call))
                         self._uses.setdefault(names[id(p)], []).append(use)
                 at += 1
+        self._alone: list[str] = []
         self._checked = False
 
     def backpropagate(self, vector: Tensor) -> list[Tensor]:
@@ -149,6 +155,11 @@ class SampleRows:
     def together(self) -> list[str]:
         """Parameters whose samples are done at once."""
         return list(self._uses)
+
+    @property
+    def unused(self) -> list[str]:
+        """Parameters that the outputs do not depend on."""
+        return [n for n in self._parameters if n not in self._uses and n not in self._alone]
 
     def sliceable(self, name: str) -> bool:
         """Whether :meth:`rows` of this parameter takes channels."""
@@ -174,11 +185,10 @@ class SampleRows:
 
     def one_by_one(self, vector: Tensor) -> Iterator[tuple[int, str, Tensor]]:
         """Sample, parameter and gradient of all parameters that are not done at once."""
-        names = [name for name in self._parameters if name not in self._uses]
-        if not names:
+        if not self._alone:
             return
         for n in range(self.samples):
-            for name, row in zip(names, self._sample(vector, n, names), strict=True):
+            for name, row in zip(self._alone, self._sample(vector, n, self._alone), strict=True):
                 yield n, name, row
 
     def _sample(self, vector: Tensor, n: int, names: Sequence[str]) -> list[Tensor]:
@@ -193,20 +203,20 @@ class SampleRows:
 
     def _check(self, vector: Tensor, found: Sequence[Tensor]) -> None:
         """Keep together only what agrees with a backward pass of the first sample."""
-        fits = {
-            name: uses
-            for name, uses in self._uses.items()
-            if all(self._fits(use.call) for _, use in uses)
-        }
-        self._uses = fits
-        if not fits:
-            return
-        expected = self._sample(vector, 0, list(fits))
+        parameters = list(self._parameters.values())
+        everything = torch.autograd.grad(
+            self._outputs, parameters, vector, retain_graph=True, allow_unused=True
+        )
+        used = [n for n, g in zip(self._parameters, everything, strict=True) if g is not None]
+        expected = dict(zip(used, self._sample(vector, 0, used), strict=True))
         self._uses = {
             name: uses
-            for (name, uses), row in zip(fits.items(), expected, strict=True)
-            if self._agrees(name, found, row)
+            for name, uses in self._uses.items()
+            if name in expected
+            and all(self._fits(use.call) for _, use in uses)
+            and self._agrees(name, found, expected[name])
         }
+        self._alone = [name for name in used if name not in self._uses]
 
     def _fits(self, call: Call) -> bool:
         x, n = call.x, self.samples

@@ -78,4 +78,8 @@ def all_rows(
     for _, name, row in rows.one_by_one(vector):
         single.setdefault(name, []).append(row.to(accumulation_dtype(row.dtype)))
     found |= {name: torch.stack(parts) for name, parts in single.items()}
+    for name in rows.unused:
+        p = parameters[name]
+        dtype = accumulation_dtype(p.dtype)
+        found[name] = torch.zeros(rows.samples, *p.shape, dtype=dtype, device=p.device)
     return {name: found[name] for name in parameters}

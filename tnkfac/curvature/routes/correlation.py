@@ -47,7 +47,7 @@ def fill_correlation_gram(out: Tensor, x: Tensor, classes: Classes, scale: float
         for taps in product(*classes)
     ]
     found = correlate(x, groups, lags).mul_(scale).flatten(2)
-    index = _lookup(classes, tuple(lags), channels).to(x.device)
+    index = _lookup(classes, tuple(lags), channels, x.device)
     width = channels * sum(table.width for table in tables) + 1
     rows = found.shape[0]
     chunk = max(1, TABLE // width)
@@ -80,18 +80,19 @@ class _Table:
         self._pairs = pairs
         self.width = prod(len(p.lags) for p in pairs)
         self._sizes = [len(p.lags) for p in pairs]
-        self._lags = _flat([p.lags for p in pairs], [n.count for n in lags], x.device)
+        counts = tuple(n.count for n in lags)
+        self._lags = _flat(tuple(p.lags for p in pairs), counts, x.device)
         self._corrections: list[tuple[list[int], Tensor, Tensor]] = []
         for axes in product((False, True), repeat=len(pairs)):
             if any(axes) and all(p.borders for p, at in zip(pairs, axes, strict=True) if at):
                 inner = [a for a, at in enumerate(axes) if at]
                 sign = scale if len(inner) % 2 == 0 else -scale
                 values = _corrections(x, groups, pairs, lags, inner).mul_(sign)
-                counts = list(values.shape[2:])
-                index = [
-                    range(n) if at else p.lags for p, at, n in zip(pairs, axes, counts, strict=True)
-                ]
-                flat = _flat(index, counts, x.device)
+                sizes = tuple(values.shape[2:])
+                index = tuple(
+                    range(n) if at else p.lags for p, at, n in zip(pairs, axes, sizes, strict=True)
+                )
+                flat = _flat(index, sizes, x.device)
                 self._corrections.append((inner, values.flatten(2), flat))
 
     def fill(self, table: Tensor, found: Tensor, first: int, last: int) -> None:
@@ -109,7 +110,10 @@ class _Table:
         table.copy_(values.flatten(1))
 
 
-def _flat(index: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device) -> Tensor:
+@lru_cache(maxsize=1024)
+def _flat(
+    index: tuple[Sequence[int], ...], counts: tuple[int, ...], device: torch.device
+) -> Tensor:
     """Indices into flattened axes of all combinations of indices per axis."""
     flat = torch.zeros((), dtype=torch.int64)
     for picked, count in zip(index, counts, strict=True):
@@ -163,7 +167,9 @@ def _at_borders(
 
 
 @lru_cache(maxsize=512)
-def _lookup(classes: Classes, lags: tuple[Lags, ...], channels: int) -> Tensor:
+def _lookup(
+    classes: Classes, lags: tuple[Lags, ...], channels: int, device: torch.device
+) -> Tensor:
     """Where in a row of all tables, the last number being zero, the entries of the matrix are.
 
     Returns:
@@ -187,4 +193,4 @@ def _lookup(classes: Classes, lags: tuple[Lags, ...], channels: int) -> Tensor:
         start += channels * width
     index[index < 0] = start
     order = (*range(1, 1 + dims), 0, *range(1 + dims, 1 + 2 * dims))
-    return index.permute(order).flatten()
+    return index.permute(order).flatten().to(device)

@@ -147,7 +147,7 @@ def _lags_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Route
     if each * phases == 1:
         wide = half // counts[-1] * (BLOCK + counts[-1] * lags[-1].step) / BLOCK
         operations = int(batch * channels * padded * wide * BLOCK / 4)
-        cost = batch * channels * padded * wide * 1.4
+        cost = batch * channels * padded * (1 + 0.3 * wide)
     else:
         pixels = batch * prod(axis[0].pixels for axis in classes)
         operations = channels * each * phases * half * pixels

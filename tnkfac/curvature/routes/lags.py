@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tnkfac.curvature.routes.pairs import Lags
 
-BLOCK = 32
+BLOCK = 16
 """Neighbouring pixels per row of the products that correlate single channels."""
 
 TOGETHER = 2**21
-"""Numbers of the samples that are convolved at one time, unless there are more lags."""
+"""Numbers that are correlated at one time, unless there are more lags."""
 
 
 def correlate(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
@@ -127,9 +127,9 @@ def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:
     """The same of single channels, ``[C, 1, L1 + 1, 2 L2 + 1, ..]``.
 
     Libraries are slow where every channel is a group of its own. Here the pixels of a channel are
-    laid out in one line, with zeros in between, so that a lag in space is one along the line.
-    Blocks of neighbours times the stretches around them are ordinary matrix products; the lags are
-    sums along their diagonals.
+    laid out in one line, with zeros in between, so that a lag in space is one along the line. The
+    products of blocks of neighbours with the blocks at an offset are ordinary matrix products of
+    views; the lags are sums along their diagonals.
     """
     if len(most) == 1:
         return _block_lags(x.unsqueeze(2), [0, *most], [1, *steps])[:, :, 0, most[0] :]
@@ -148,24 +148,26 @@ def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:
     reach = range(-ends[-1], ends[-1] + 1, steps[-1])
     width = BLOCK + reach[-1] - reach[0]
     lags = x.new_empty(channels, len(offsets), len(reach))
-    chunk = min(channels, max(1, 2**18 // (blocks * width * len(offsets))))
-    line = x.new_zeros(chunk, before + blocks * BLOCK + after + BLOCK)
-    around = x.new_empty(chunk, blocks, len(offsets), width)
+    numbers = before + blocks * BLOCK + after + BLOCK
+    chunk = min(channels, max(8, TOGETHER // 4 // numbers) // 8 * 8)
+    line = x.new_zeros(chunk, numbers)
     for c in range(0, channels, chunk):
         part = x[:, c : c + chunk].transpose(0, 1)
-        count_now = part.shape[0]
-        line, around = line[:count_now], around[:count_now]
-        filled = line[:, before : before + length].view(count_now, count, *padded)
+        line = line[: part.shape[0]]
+        filled = line[:, before : before + length].view(part.shape[0], count, *padded)
         for a, i in enumerate(sizes):
             filled = filled.narrow(2 + a, 0, i)
         filled.copy_(part)
+        left = line[:, before : before + blocks * BLOCK].view(-1, blocks, BLOCK).mT
+        products = x.new_empty(part.shape[0], BLOCK, width)
+        along = (products.stride(0), products.stride(1) + 1, reach.step)
         for at, o in enumerate(offsets):
             start = line.storage_offset() + before + o + reach[0]
-            stretch = line.as_strided((count_now, blocks, width), (line.stride(0), BLOCK, 1), start)
-            around[:, :, at] = stretch
-        left = line[:, before : before + blocks * BLOCK].view(count_now, blocks, BLOCK)
-        products = torch.bmm(left.mT, around.flatten(2))
-        size = (count_now, BLOCK, len(offsets), len(reach))
-        move = (products.stride(0), products.stride(1) + 1, width, reach.step)
-        lags[c : c + chunk] = products.as_strided(size, move).sum(1)
+            for first in range(0, width, BLOCK):  # a view of neighbours that do not overlap
+                columns = min(BLOCK, width - first)
+                size = (part.shape[0], blocks, columns)
+                right = line.as_strided(size, (line.stride(0), BLOCK, 1), start + first)
+                products[:, :, first : first + columns] = torch.bmm(left, right)
+            diagonals = products.as_strided((part.shape[0], BLOCK, len(reach)), along)
+            lags[c : c + chunk, at] = diagonals.sum(1)
     return lags.view(channels, 1, most[0] + 1, *(2 * m + 1 for m in most[1:]))

@@ -149,7 +149,18 @@ def _fill_class(out: Tensor, x: Tensor, taps: Sequence[Taps], scale: float) -> N
     if not parts:
         out.zero_()
         return
-    halved = halved_from(out, x.shape[0] * prod(map(len, ranges)))
+    positions = prod(map(len, ranges))
+    groups, size = out.shape[:2]
+    if groups == 1 and size <= min(NARROW, positions):
+        out.zero_()
+        for part in parts:
+            seen = windows(part, taps, ranges)
+            # Rows a power of two apart would fall on one cache line.
+            each = x.new_empty(len(part), size, positions + 16)[:, :, :positions]
+            each.view(seen.shape).copy_(seen)
+            out.add_(torch.bmm(each, each.mT).sum(0), alpha=scale)
+        return
+    halved = halved_from(out, x.shape[0] * positions)
     for at, part in enumerate(parts):
         add_product(out, rows(part, out.shape[0], taps, ranges), scale, float(at > 0), halved)
     mirror(out, halved)
