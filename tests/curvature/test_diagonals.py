@@ -1,4 +1,4 @@
-"""`diagonal`, `per_sample_gradients`, `gram` and `ntk` against brute force with autograd."""
+"""`diagonal` and `per_sample_gradients` against brute force with autograd."""
 
 from collections.abc import Callable
 
@@ -9,145 +9,14 @@ from torch import Tensor, nn
 from oracles.compare import assert_close
 from oracles.curvature import (
     ggn,
-    joint,
     loss_hessian,
-    model_jacobian,
-    output_hessian,
     sample_gradients,
     unflatten,
 )
+from oracles.estimator_cases import KNOWN, LOSSES, MODELS, Data, assert_same, make
 from tnkfac.curvature import diagonal, gram, ntk, per_sample_gradients
 
 EXACT = 1e-9
-Data = list[tuple[Tensor, Tensor]]
-
-
-class Batchless(nn.Module):
-    """Time first: the leading axis of the layer inside is not that of the samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.transpose(0, 1)).transpose(0, 1).sum(1)
-
-
-class Scaled(nn.Module):
-    """Parameters of its own beside those of its layers, one layer used twice, one functionally."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.randn(4))
-        self.twice = nn.Linear(4, 4)
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.twice(torch.tanh(self.twice(x * self.gain))))
-        return self.last(x) + nn.functional.linear(x, self.last.weight.square())
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.norm = nn.LayerNorm(4)
-        self.token = nn.Parameter(torch.randn(1, 1, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.token
-        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
-        return x.mean(1)
-
-
-def convnet(*layers: nn.Module) -> nn.Module:
-    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3)), (4,)),
-    "linear on sequences": (
-        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 3)),
-        (3, 4),
-    ),
-    "conv1d": (lambda: convnet(nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.ELU()), (2, 7)),
-    "conv2d": (
-        lambda: convnet(
-            nn.Conv2d(2, 4, (3, 2), padding=(1, 0), dilation=2),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(4, 4, 2, groups=2, bias=False),
-            nn.Sigmoid(),
-        ),
-        (2, 5, 6),
-    ),
-    "conv2d, padding modes": (
-        lambda: convnet(
-            nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
-            nn.Tanh(),
-            nn.Conv2d(2, 2, 2, padding="same", padding_mode="reflect"),
-        ),
-        (2, 4, 4),
-    ),
-    "conv2d, even kernel and same": (
-        lambda: convnet(nn.Conv2d(2, 2, 2, padding="same")),
-        (2, 4, 3),
-    ),
-    "conv3d": (lambda: convnet(nn.Conv3d(1, 2, 2, stride=(1, 2, 1))), (1, 3, 4, 3)),
-    "conv_transpose1d": (
-        lambda: convnet(nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1)),
-        (2, 4),
-    ),
-    "conv_transpose2d": (
-        lambda: convnet(
-            nn.ConvTranspose2d(4, 4, 3, 2, padding=2, output_padding=1, groups=2, dilation=2),
-            nn.Softplus(),
-        ),
-        (4, 3, 4),
-    ),
-    "conv_transpose3d": (lambda: convnet(nn.ConvTranspose3d(2, 1, 2, stride=2)), (2, 2, 1, 2)),
-    "batch normalisation": (
-        lambda: convnet(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.GroupNorm(1, 3)),
-        (2, 4, 4),
-    ),
-    "attention": (Attention, (3, 4)),
-    "other parameters": (Scaled, (4,)),
-    "time first": (Batchless, (4, 3)),
-    "as many steps as samples": (Batchless, (5, 3)),
-}
-KNOWN = [name for name in MODELS if not name.startswith(("attention", "other", "time", "as many"))]
-LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "mse": nn.MSELoss,
-    "cross-entropy": nn.CrossEntropyLoss,
-    "bce": nn.BCEWithLogitsLoss,
-}
-
-
-def make(
-    name: str, loss: str = "cross-entropy", sizes: tuple[int, ...] = (5, 2)
-) -> tuple[nn.Module, Data]:
-    build, shape = MODELS[name]
-    model = build().eval()
-    model(torch.randn(2, *shape))  # lazy layers learn their shape
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(torch.rand_like(buffer) + 0.5)
-    data = []
-    for size in sizes:
-        x = torch.randn(size, *shape)
-        outputs = model(x).detach()
-        y = torch.randn_like(outputs)
-        if loss == "cross-entropy":
-            y = torch.randint(outputs.shape[1], (size,))
-        elif loss == "bce":
-            y = torch.rand_like(outputs)
-        data.append((x, y))
-    return model, data
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert list(found) == list(expected)
-    for name in expected:
-        assert_close(found[name], expected[name], tolerance)
 
 
 @pytest.fixture(autouse=True)
@@ -276,166 +145,21 @@ def test_generators(kind: str) -> None:
     assert torch.equal(state, torch.get_rng_state()), "the global generator moved"
 
 
-# --- recursions ---------------------------------------------------------------------------------
-
-LINEAR_CHAINS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Sequential(nn.Linear(4, 3)), (4,)),
-    "conv2d": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, 2, padding=1, groups=2)), (2, 5, 4)),
-    "conv2d, circular": (
-        lambda: nn.Sequential(nn.Conv2d(2, 1, 3, padding=1, padding_mode="circular")),
-        (2, 3, 3),
-    ),
-    "conv_transpose2d": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(2, 2, 3, 2, 1, output_padding=1)),
-        (2, 3, 2),
-    ),
-    "conv3d": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2)), (1, 3, 2, 3)),
-    "conv_transpose1d": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 1, 3, dilation=2)), (2, 4)),
-}
-
-
-@pytest.mark.parametrize("kind", ["hesscale", "bl89"])
-@pytest.mark.parametrize("loss", ["mse", "bce"])
-@pytest.mark.parametrize("name", LINEAR_CHAINS)
-def test_recursions_are_exact_at_an_elementwise_loss(name: str, loss: str, kind: str) -> None:
-    build, shape = LINEAR_CHAINS[name]
-    model = nn.Sequential(build(), nn.Sigmoid())
-    x = torch.randn(3, *shape)
-    data = [(x, torch.rand_like(model(x)))]
-    expected = loss_hessian(model, LOSSES[loss](), data).diagonal()
-    found = diagonal(model, LOSSES[loss](), data, kind=kind)
-    assert_same(found, unflatten(model, expected), EXACT)
-
-
-def test_hesscale_is_exact_at_the_last_layer_of_a_classifier() -> None:
-    model, data = make("linear", sizes=(4, 3))
-    expected = unflatten(model, loss_hessian(model, nn.CrossEntropyLoss(), data).diagonal())
-    found = diagonal(model, nn.CrossEntropyLoss(), data, kind="hesscale")
-    for key in ("2.weight", "2.bias"):
-        assert_close(found[key], expected[key], EXACT)
-    neglecting = diagonal(model, nn.CrossEntropyLoss(), data, kind="bl89")
-    assert float((neglecting["2.bias"] - expected["2.bias"]).norm()) > 0.1 * float(
-        expected["2.bias"].norm()
-    )
-
-
-def recursion_by_matrices(model: nn.Sequential, x: Tensor, h: Tensor, g: Tensor) -> list[Tensor]:
-    """The recursion from Jacobians and Hessians of every module: diagonals of the inputs."""
-    inputs = [x]
-    for module in model:
-        inputs.append(module(inputs[-1].clone()).detach())
-    found = []
-    for module, x in reversed(list(zip(model, inputs, strict=False))):
-        flat = x.flatten()
-        run = lambda v, m=module, x=x: m(v.view_as(x).clone()).flatten()  # noqa: E731
-        jacobian = torch.func.jacrev(run)(flat)
-        weighted = lambda v, g=g, run=run: (g.flatten() * run(v)).sum()  # noqa: E731
-        curved = torch.autograd.functional.hessian(weighted, flat).diagonal()
-        h = (jacobian.square().T @ h.flatten() + curved).view_as(x)
-        g = (jacobian.T @ g.flatten()).view_as(x)
-        found.append(h)
-    return found
-
-
-CHAIN: dict[str, Callable[[], list[nn.Module]]] = {
-    "convolutions": lambda: [nn.Conv2d(2, 3, 2, groups=1), nn.SiLU(), nn.ConvTranspose2d(3, 2, 2)],
-    "average pooling": lambda: [nn.AvgPool2d(3, 2, padding=1, ceil_mode=True)],
-    "average pooling, inside": lambda: [nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)],
-    "average pooling, divisor": lambda: [nn.AvgPool2d((2, 1), divisor_override=3)],
-    "adaptive pooling": lambda: [nn.AdaptiveAvgPool2d((3, 2))],
-    "maximum": lambda: [nn.MaxPool2d(2), nn.GELU()],
-    "batch normalisation": lambda: [nn.BatchNorm2d(2).eval(), nn.Tanh()],
-    "rearranging": lambda: [nn.ZeroPad2d(1), nn.PixelUnshuffle(1), nn.Identity(), nn.Mish()],
-    "dropout": lambda: [nn.Dropout(0.5).eval(), nn.Hardswish(), nn.Softsign()],
-}
-
-
-@pytest.mark.parametrize("name", CHAIN)
-def test_modules_on_the_way(name: str) -> None:
-    """The diagonal with respect to the bias of a first layer is that of its output, summed."""
-    first = nn.Conv2d(1, 2, 1)
-    rest = nn.Sequential(*CHAIN[name]())
-    model = nn.Sequential(first, nn.Sequential(rest, nn.Flatten()))
-    x = torch.randn(2, 1, 3, 4)
-    y = torch.randn_like(model(x))
-    loss_fn = nn.MSELoss(reduction="sum")
-    found = diagonal(model, loss_fn, [(x, y)], kind="hesscale")
-    outputs = model(x).detach()
-    hidden = first(x).detach()
-    flat = nn.Sequential(*rest, nn.Flatten())
-    h = recursion_by_matrices(flat, hidden, torch.full_like(outputs, 2.0), 2 * (outputs - y))[-1]
-    assert_close(found["0.bias"], h.sum((0, 2, 3)), EXACT)
-    assert_close(found["0.weight"].flatten(), (h * x.square()).sum((0, 2, 3)), EXACT)
-
-
-@pytest.mark.parametrize("dims", [1, 3])
-def test_pooling_in_other_dimensions(dims: int) -> None:
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](1, 2, 1)
-    pool = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[dims - 1](2, 1, padding=1)
-    adaptive = (nn.AdaptiveAvgPool1d, None, nn.AdaptiveAvgPool3d)[dims - 1](2)
-    x = torch.randn(2, 1, *[3] * dims)
-    for module in (pool, adaptive):
-        model = nn.Sequential(conv, module)
-        y = torch.randn_like(model(x))
-        found = diagonal(model, nn.MSELoss(reduction="sum"), [(x, y)], kind="bl89")
-        hidden = conv(x).detach()
-        outputs = module(hidden)
-        h = recursion_by_matrices(
-            nn.Sequential(module), hidden, torch.full_like(outputs, 2.0), 2 * (outputs - y)
-        )[-1]
-        assert_close(found["0.bias"], h.flatten(2).sum((0, 2)), EXACT)
-
-
-# --- kernels ------------------------------------------------------------------------------------
-
-
-@each_model
-def test_ntk(name: str) -> None:
-    model, data = make(name)
-    x = data[0][0]
-    jacobian = model_jacobian(model, x).flatten(1, -2).transpose(0, 1).flatten(0, 1)
-    assert_close(ntk(model, x), jacobian @ jacobian.T, EXACT)
-
-
-@each_reduction
-@each_loss
-@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d", "attention", "other parameters"])
-def test_gram(name: str, loss: str, reduction: str) -> None:
-    """`V^T V` with `V V^T` the Gauss-Newton matrix, and its order."""
-    model, data = make(name, loss)
-    loss_fn = LOSSES[loss](reduction=reduction)
-    found = gram(model, loss_fn, data)
-    x, y = joint(data)
-    outputs = model(x).detach()
-    samples, classes = outputs.shape
-    jacobian = model_jacobian(model, x)  # [N, C, P]
-    hessian = output_hessian(loss_fn, outputs, y).view(samples, classes, samples, classes)
-    roots = []
-    for n in range(samples):
-        block = hessian[n, :, n]
-        if loss == "cross-entropy":
-            p = outputs[n].softmax(0)
-            scale = len(x) ** -0.5 if reduction == "mean" else 1.0
-            root = (torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())) * scale
-        else:
-            root = block.diagonal().sqrt().diag()
-        assert_close(root @ root.T, block, EXACT)
-        roots.append(root)
-    v = torch.stack([jacobian[n].T @ roots[n] for n in range(samples)])  # [N, P, C]
-    rows = v.permute(2, 0, 1).flatten(0, 1)
-    assert_close(found, rows @ rows.T, EXACT)
-
-
-def test_kernels_form_rows_a_few_channels_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnkfac.curvature.estimators import kernels
-
-    model, data = make("conv_transpose1d")
-    expected = ntk(model, data[0][0])
-    monkeypatch.setattr(kernels, "MOST", 200)
-    assert_close(ntk(model, data[0][0]), expected, 1e-12)
-
-
 # --- manners ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [0, 2**30])
+@pytest.mark.parametrize("name", [name for name in KNOWN if name.startswith("conv")])
+def test_folding_and_unfolding(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the gradients of every sample."""
+    from tnkfac.curvature.estimators import folding
+
+    model, data = make(name)
+    monkeypatch.setattr(folding, "UNFOLDED", most)
+    rows = sample_gradients(model, nn.CrossEntropyLoss(), data)
+    found = per_sample_gradients(model, nn.CrossEntropyLoss(), data)
+    stacked = torch.cat([found[key].flatten(1) for key in dict(model.named_parameters())], 1)
+    assert_close(stacked, rows, EXACT)
 
 
 def test_squares_are_summed_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,11 @@ from memory import peak_bytes
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature import describe, explain, input_factor
 from tnkfac.curvature.grams import Gram, gram_pair
-from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes import readings
+from tnkfac.curvature.routes import planned, readings
 from tnkfac.curvature.routes.correlation import fill_correlation_gram
 from tnkfac.curvature.routes.lags import symmetric_lags
 from tnkfac.curvature.routes.pairs import Lags
 from tnkfac.curvature.routes.plain import output_size, unfolded
-from tnkfac.curvature.routes.planned import planned_gram
 from tnkfac.curvature.routes.symmetric import FEW, fill_gram
 from tnkfac.curvature.routes.taps import tap_classes
 from tnkfac.curvature.routes.windows import fill_windows_gram
@@ -25,14 +23,9 @@ from tnkfac.curvature.routes.windows import fill_windows_gram
 Case = tuple[nn.Module, tuple[int, ...]]
 
 
-def fill_planned_gram(out: Tensor, x: Tensor, layer: Layer, scale: float) -> None:
-    size = tuple(output_size(layer, x.shape, None))
-    out.copy_(planned_gram(layer, tuple(x.shape), size)(x=x) * scale)
-
-
-@pytest.mark.parametrize("route", ["lags", "windows", "network"])
+@pytest.mark.parametrize("route", ["lags", "windows", "network", "network, group by group"])
 @pytest.mark.parametrize("case", [*range(120), *SPECIAL], ids=str)
-def test_every_route_is_exact(case: int | str, route: str) -> None:
+def test_every_route_is_exact(case: int | str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lags are also those of phases and of tap classes: whatever the layer asks for."""
     module, x, *_ = random_layer(case) if isinstance(case, int) else special_layer(case)
     layer = replace(describe(module), bias=False)
@@ -43,8 +36,10 @@ def test_every_route_is_exact(case: int | str, route: str) -> None:
     rows = unfolded(layer, x, True, sizes).flatten(1, 2)
     expected = 0.5 * rows.mT @ rows
     out = torch.full_like(expected, float("nan"))
-    if route == "network":
-        fill_planned_gram(out, x, layer, 0.5)
+    if route == "network, group by group":
+        monkeypatch.setattr(planned, "HELD", 1)
+    if route.startswith("network"):
+        planned.fill_planned_gram(out, layer, x, sizes, 0.5)
     else:
         classes = tap_classes(layer, tuple(x.shape[2:]), sizes)
         fill = fill_correlation_gram if route == "lags" else fill_windows_gram
@@ -167,7 +162,7 @@ def test_layers_that_are_never_unfolded(name: str, monkeypatch: pytest.MonkeyPat
         raise AssertionError("unfolded")
 
     monkeypatch.setattr(readings, "fill_windows_gram", refuse)
-    monkeypatch.setattr(readings, "planned_gram", refuse)
+    monkeypatch.setattr(readings, "fill_planned_gram", refuse)
     monkeypatch.setattr(nn.functional, "unfold", refuse)
     small(name, batch=8).dense()
 

@@ -88,7 +88,7 @@ def structure_pair(value: Any) -> tuple[str, str]:
     try:
         return check_structure(pair[0]), check_structure(pair[1])
     except (TypeError, ValueError) as error:
-        raise type(error)(f"structures: {error}") from None
+        raise type(error)(f"structures: {str(error).removeprefix('structure: ')}") from None
 
 
 def dtype_pair(value: Any) -> tuple[str | None, str | None]:

@@ -37,7 +37,7 @@ KINDS = (
 )
 FISHERS = {"ggn": "type-2", "ggn-mc": "mc", "empirical-fisher": "empirical"}
 """Kinds that tell samples apart, and the vectors that they back-propagate."""
-MOST = 2**24
+MOST = 2**22
 """Numbers of the per-sample gradients that are held at one time."""
 
 
@@ -132,9 +132,6 @@ def _add_squares(total: dict[str, Tensor], rows: SampleRows, vector: Tensor) -> 
     """Add the squared gradients of every sample."""
     back = rows.backpropagate(vector)
     for name in rows.together:
-        step = max(1, MOST // max(1, total[name].numel()))
-        for first in range(0, rows.samples, step):
-            part = rows.rows(name, back, slice(first, first + step))
-            total[name] += part.square().sum(0)
+        total[name] += rows.squares(name, back, MOST)
     for _, name, row in rows.one_by_one(vector):
         total[name] += row.to(total[name].dtype).square()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from tnkfac.curvature.estimators.folding import (
     output_slice,
     sample_bias_gradients,
     sample_weight_gradients,
+    sample_weight_squares,
 )
 from tnkfac.curvature.grams import accumulation_dtype
 from tnkfac.curvature.layers import describe, layer_type
@@ -81,6 +83,14 @@ class _Use:
         if channels is not None:
             layer, g = output_slice(layer, g, channels.start, channels.stop)
         return sample_weight_gradients(layer, layer.standard_input(x.to(dtype)), g)
+
+    def squares(self, g: Tensor) -> Tensor | None:
+        """Sum of the squares of all rows, where it needs none of them; else None."""
+        if not self.layered or self.name != "weight":
+            return None
+        layer, dtype = describe(self.module), accumulation_dtype(g.dtype)
+        x = layer.standard_input(self.call.x.to(dtype))
+        return sample_weight_squares(layer, x, layer.standard_output(g.to(dtype)))
 
     def _mapped(self, x: Tensor, g: Tensor) -> Tensor:
         """Any module, mapped over samples."""
@@ -182,6 +192,24 @@ class SampleRows:
         """
         parts = [use.rows(found[at], samples, channels) for at, use in self._uses[name]]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def squares(self, name: str, found: Sequence[Tensor], most: int) -> Tensor:
+        """Sum over samples of the squared gradients of a parameter, shaped like it.
+
+        Args:
+            name: One of :attr:`together`.
+            found: From :meth:`backpropagate`.
+            most: Numbers of the gradients that are held at one time.
+        """
+        if len(self._uses[name]) == 1:
+            ((at, use),) = self._uses[name]
+            whole = use.squares(found[at])
+            if whole is not None:
+                return whole
+        step = max(1, most // max(1, self._parameters[name].numel()))
+        parts = (slice(first, first + step) for first in range(0, self.samples, step))
+        squares = (self.rows(name, found, part).square().sum(0) for part in parts)
+        return functools.reduce(torch.add, squares)
 
     def one_by_one(self, vector: Tensor) -> Iterator[tuple[int, str, Tensor]]:
         """Sample, parameter and gradient of all parameters that are not done at once."""

@@ -56,16 +56,16 @@ def per_sample_gradients(model: nn.Module, loss_fn: nn.Module, data: Data) -> di
                 continue
             loss.check(outputs, y)
             terms += loss.terms(outputs)
-            rows = SampleRows(parameters, calls, outputs)
+            batch = SampleRows(parameters, calls, outputs)
             vector = loss.gradient(outputs, y)
-            for name, part in all_rows(rows, vector, parameters).items():
+            for name, part in all_rows(batch, vector, parameters).items():
                 found[name].append(part)
-    return {
-        name: torch.cat(parts) / loss.divisor(terms)
-        if parts
-        else torch.zeros(0, *parameters[name].shape, device=parameters[name].device)
-        for name, parts in found.items()
-    }
+    for name, p in parameters.items():
+        if not found[name]:
+            dtype = accumulation_dtype(p.dtype)
+            found[name] = [torch.zeros(0, *p.shape, dtype=dtype, device=p.device)]
+    joined = {n: part[0] if len(part) == 1 else torch.cat(part) for n, part in found.items()}
+    return {name: rows.div_(loss.divisor(terms)) for name, rows in joined.items()}
 
 
 def all_rows(

@@ -14,7 +14,7 @@ from math import prod
 from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.routes.lags import BLOCK
 from tnkfac.curvature.routes.pairs import axis_lags, tap_pairs
-from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.planned import groups_together, planned_gram
 from tnkfac.curvature.routes.symmetric import triangle
 from tnkfac.curvature.routes.taps import Classes, tap_classes
 from tnkfac.curvature.routes.windows import CHUNK
@@ -83,7 +83,8 @@ def _network_route(layer: Layer, shape: tuple[int, ...], output_size: tuple[int,
     """A network never multiplies with padding."""
     plan = planned_gram(layer, shape, output_size)
     cost = plan.flops / 25 + 1.5 * plan.peak_memory + 5e4
-    return Route("network", plan.flops, plan.peak_memory, cost)
+    held = plan.peak_memory * groups_together(layer, shape, output_size) // layer.groups
+    return Route("network", plan.flops, held, cost)
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from tnkfac.curvature.routes import plain
 from tnkfac.curvature.routes.boxes import box_sums, sum_of_squares
 from tnkfac.curvature.routes.correlation import fill_correlation_gram
 from tnkfac.curvature.routes.costs import block_routes, expand_routes
-from tnkfac.curvature.routes.planned import planned_gram
+from tnkfac.curvature.routes.planned import fill_planned_gram
 from tnkfac.curvature.routes.symmetric import fill_gram
 from tnkfac.curvature.routes.taps import Classes, one_tap, tap_classes
 from tnkfac.curvature.routes.windows import chunks, fill_pixels_gram, fill_windows_gram, window_rows
@@ -39,7 +39,7 @@ def fill_dense(gram: Gram, out: Tensor) -> None:
         sizes = _output_size(gram)
         route = expand_routes(layer, tuple(x.shape), sizes)[0].name
         if route == "network":
-            torch.mul(planned_gram(layer, tuple(x.shape), sizes)(x=x), gram.scale, out=out)
+            fill_planned_gram(out, layer, x, sizes, gram.scale)
             return
         fill = fill_windows_gram if route in ("im2col", "view") else fill_correlation_gram
         fill(out, x, _classes(gram), gram.scale)
