@@ -221,11 +221,11 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["quantity"] for row in rows))
-    kinds = list(dict.fromkeys(row["category"] for row in rows))
     figure, panels = plt.subplots(
         1, len(names) + 1, figsize=(3.2 * (len(names) + 1), 4), layout="constrained"
     )
     for panel, name in zip(panels, names, strict=False):
+        kinds = list(dict.fromkeys(r["category"] for r in rows if r["quantity"] == name))
         for offset, (column, color) in enumerate(zip(_RATIOS, ("C0", "C1"), strict=True)):
             for place, kind in enumerate(kinds):
                 chosen = [r for r in rows if (r["quantity"], r["category"]) == (name, kind)]

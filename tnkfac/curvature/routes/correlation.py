@@ -53,15 +53,12 @@ def fill_correlation_gram(out: Tensor, x: Tensor, classes: Classes, scale: float
     chunk = max(1, TABLE // width)
     taps = out.shape[1] // channels
     target = out.view(rows, -1) if out.is_contiguous() else None
-    numbers = x.new_zeros(min(chunk, rows), width)
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
-        numbers = numbers[: last - first]
-        start = 0
-        for table in tables:
-            end = start + channels * table.width
-            table.fill(numbers[:, start:end], found, first, last)
-            start = end
+        parts = [table.values(found, first, last) for table in tables]
+        if len(parts) > 1:  # taps of different classes never meet: their entries are a zero
+            parts.append(x.new_zeros(last - first, 1))
+        numbers = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if target is not None:
             torch.index_select(numbers, 1, index, out=target[first:last])
             continue
@@ -95,8 +92,8 @@ class _Table:
                 flat = _flat(index, sizes, x.device)
                 self._corrections.append((inner, values.flatten(2), flat))
 
-    def fill(self, table: Tensor, found: Tensor, first: int, last: int) -> None:
-        """Values for rows ``first`` to ``last``, into ``[rows, C / G * width]``."""
+    def values(self, found: Tensor, first: int, last: int) -> Tensor:
+        """Values for rows ``first`` to ``last``, ``[rows, C / G * width]``."""
         channels = found.shape[1]
         lags = found[first:last].flatten(0, 1).index_select(1, self._lags)
         values = lags.view(last - first, channels, *self._sizes)
@@ -107,7 +104,7 @@ class _Table:
                 part = part.narrow(2 + a, active, self._sizes[a] - active)
             picked = correction[first:last].flatten(0, 1).index_select(1, flat)
             part.add_(picked.view(part.shape))
-        table.copy_(values.flatten(1))
+        return values.flatten(1)
 
 
 @lru_cache(maxsize=1024)

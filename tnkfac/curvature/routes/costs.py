@@ -26,6 +26,13 @@ FEW_PIXELS = 100
 """Up to so many pixels of channels on their own, products of all pixels are cheap."""
 
 
+MEMORY = 0.275
+"""Share of what unfolding at once would hold that lags may take; estimates run a little high."""
+
+LEAST_MEMORY = 2**18
+"""Numbers that are always there."""
+
+
 @dataclass(frozen=True)
 class Route:
     """One way to read a Gram matrix.
@@ -61,7 +68,16 @@ def expand_routes(
         alone = shape[1] == layer.groups and prod(shape[2:]) <= FEW_PIXELS
         if alone or _density(classes) < MOSTLY_PADDING:
             routes.append(_network_route(layer, shape, output_size))
-    return tuple(sorted(routes, key=lambda route: route.cost))
+    taps, positions = prod(layer.kernel_size), prod(output_size)
+    features = shape[1] // layer.groups * taps
+    unfolding = 2 * shape[0] * shape[1] * taps * positions + layer.groups * features**2
+    most = max(LEAST_MEMORY, MEMORY * unfolding)
+
+    def key(route: Route) -> tuple[bool, float]:
+        hungry = route.numbers > most and ("lags" in route.name or "classes" in route.name)
+        return hungry, route.cost
+
+    return tuple(sorted(routes, key=key))
 
 
 def _density(classes: Classes) -> float:
@@ -123,7 +139,9 @@ def _windows_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Ro
         operations += layer.groups * features**2 * rows
         numbers += layer.groups * features * rows
         most = max(most, rows)
-        held = max(held, min(CHUNK, layer.groups * features * rows))
+        result = layer.groups * features**2
+        part = max((layer.groups * features * rows + result) // 8, 2**16)
+        held = max(held, min(CHUNK, part))
     features = channels // layer.groups * prod(layer.kernel_size)
     once = layer.kind == "conv" and all(
         t.stride >= t.step * t.count or t.count == 1 for (t,) in classes
@@ -175,7 +193,7 @@ def _lags_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Route
                 cost += work / (70 * min(1.0, each * met / 24)) + 10 * pieces + 3.5e5
                 numbers += pieces
     cost += 3 * channels * each * width + 6e5
-    cost *= 1.45 if phases == 1 else 2.0 if groups == 1 else 4.0
+    cost *= 1.25 if phases == 1 else 2.0 if groups == 1 else 4.0
     many = prod(map(len, classes)) > 4  # most of what is looked up is zero then
     cost += (8 if many else 2) * channels * each * prod(layer.kernel_size) ** 2
     name = "lags" if layer.kind == "conv" and phases == 1 else "polyphase lags"

@@ -7,10 +7,10 @@ import sys
 import torch
 from torch import Tensor
 
-HALVED = 512
+HALVED = 256
 """From this size on, a symmetric product on the CPU is computed in halves."""
 
-FEW = 400
+FEW = 600
 """With fewer columns, copying the other half costs more than computing it."""
 
 STRIP = 128
