@@ -141,7 +141,7 @@ def _windows_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Ro
         most = max(most, rows)
         result = layer.groups * features**2
         part = max((layer.groups * features * rows + result) // 8, 2**16)
-        held = max(held, min(CHUNK, part))
+        held = max(held, min(max(CHUNK, result // 2), part))
     features = channels // layer.groups * prod(layer.kernel_size)
     once = layer.kind == "conv" and all(
         t.stride >= t.step * t.count or t.count == 1 for (t,) in classes

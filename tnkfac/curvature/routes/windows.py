@@ -73,7 +73,8 @@ def rows(x: Tensor, groups: int, taps: Sequence[Taps], ranges: Sequence[range]) 
 def chunks(x: Tensor, classes: Classes, result: int = 0) -> list[Tensor]:
     """Split the batch so that no part unfolds to more than :data:`CHUNK` numbers, or an eighth.
 
-    A single sample is never split.
+    A single sample is never split. Every part passes over the whole result, so that large results
+    want large parts.
 
     Args:
         x: ``[N, C, I1, ..]``.
@@ -83,7 +84,7 @@ def chunks(x: Tensor, classes: Classes, result: int = 0) -> list[Tensor]:
     if not x.shape[0]:
         return []
     each = max(_unfolded(taps, x.shape[1]) for taps in product(*classes))
-    most = min(CHUNK, max((each * x.shape[0] + result) // 8, 2**16))
+    most = min(max(CHUNK, result // 2), max((each * x.shape[0] + result) // 8, 2**16))
     return list(torch.split(x, max(1, most // max(each, 1))))
 
 
