@@ -41,6 +41,8 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
         if args.only not in f"{layer['network']} {layer['name']}":
             continue
         hyper = (layer["kernel_size"], layer["stride"], layer["padding"], layer["dilation"])
+        if min(layer["kernel_size"]) < args.kernel or args.stride not in (0, max(layer["stride"])):
+            continue
         groups = layer["groups"]
         module = nn.Conv2d(
             layer["in_channels"], groups, *map(tuple, hyper), groups=groups, bias=False
@@ -54,6 +56,8 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
                 layer["network"], layer["name"], layer["category"], module, x, approx, structure
             )
     for name, row in list(TRANSPOSED.items())[:: 4 if args.quick else 1]:
+        if args.stride or args.kernel:
+            break
         if args.only in f"transposed {name}" and args.quantity in "expand dense":
             transposed = transposed_module(row).to(args.device)
             x = torch.randn(args.batch, row[1], *[row[2]] * row[0], device=args.device)
@@ -270,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--most", type=float, default=2**30, help="most numbers to unfold")
     parser.add_argument("--only", default="", help="part of 'network layer'")
     parser.add_argument("--quantity", default="", help="part of 'expand dense' and so on")
+    parser.add_argument("--kernel", type=int, default=0, help="smallest kernel")
+    parser.add_argument("--stride", type=int, default=0, help="only this stride")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
@@ -302,7 +308,10 @@ def main(argv: list[str] | None = None) -> int:
 def write(rows: list[Row], args: argparse.Namespace) -> None:
     """CSV and pictures."""
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"factors-{args.device}-batch{args.batch}{'-quick' if args.quick else ''}"
+    part = "".join(f"-{v}".replace(" ", "-") for v in (args.only, args.quantity) if v)
+    part += "".join(f"-{k}{getattr(args, k)}" for k in ("kernel", "stride") if getattr(args, k))
+    part += "-quick" if args.quick else ""
+    name = f"factors-{args.device}-batch{args.batch}{part}"
     with (args.out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
