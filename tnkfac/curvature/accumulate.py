@@ -43,6 +43,8 @@ class Statistics:
         approx: ``"expand"`` or ``"reduce"``.
         loss_average: What the loss is averaged over.
         on: Whether taps measure at all.
+        live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them;
+            None for the identity.
         layer: The layer, once its shape is known; its ``bias`` tells whether the bias is trained.
         k: Structure of the input side, once the shape is known.
         c: Structure of the output side, likewise.
@@ -66,6 +68,7 @@ class Statistics:
         self.approx: Approx = approx
         self.loss_average = loss_average
         self.on = True
+        self.live: tuple[Parts | None, Parts | None] = (None, None)
         self._structures = structures
         self._bias = bias
         self._leaves: tuple[Tensor, ...] = ()
@@ -100,7 +103,8 @@ class Statistics:
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Shapes of all parts of ``A`` and ``B``."""
-        return [(self.layer.groups, *shape) for shape in (*self.k.shapes, *self.c.shapes)]
+        shapes = (*self.k.statistic_shapes, *self.c.statistic_shapes)
+        return [(self.layer.groups, *shape) for shape in shapes]
 
     def measure(
         self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
@@ -120,7 +124,8 @@ class Statistics:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
         count = _counts if torch.compiler.is_compiling() else _kept_counts
         counts = count(a.samples, rows, terms, dtype, g.device)
-        parts = (*self.k.statistic(a), *self.c.statistic(b))
+        K, C = self.live
+        parts = (*self.k.statistic(a, K), *self.c.statistic(b, C))
         return (*(part for part in parts if part.numel()), counts)
 
     @property
@@ -144,7 +149,7 @@ class Statistics:
         samples, rows, terms = counts.unbind()
         weight = 1 / (rows if self.approx == "expand" else samples)
         loss_terms = (1.0 if self.loss_average is None else terms) / loss_scale**2
-        split = len(self.k.shapes)
+        split = len(self.k.statistic_shapes)
         return Factors(
             tuple(part * weight for part in sums[:split]),
             tuple(part * loss_terms for part in sums[split:]),

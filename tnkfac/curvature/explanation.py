@@ -13,7 +13,9 @@ from tnkfac.curvature.factors import check_approx
 from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.routes import plain
 from tnkfac.curvature.routes.costs import Route, block_routes, expand_routes
-from tnkfac.curvature.structures import BlockDiagonal, Diagonal, resolve_structure
+from tnkfac.curvature.structures import check_factor_structure, resolve_structure
+from tnkfac.curvature.structures.blocks import BlockDiagonal
+from tnkfac.curvature.structures.diagonal import Diagonal
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def explain(
 
 
 def _routes(layer: Layer, shape: tuple[int, ...], approx: str, structure: str) -> tuple[Route, ...]:
-    kind = resolve_structure(structure, layer.in_dim)
+    kind = resolve_structure(check_factor_structure(structure), layer.in_dim)
     features, batch, size = layer.in_dim - layer.bias, shape[0], prod(shape)
     squared = batch * features**2 * layer.groups
     diagonal = isinstance(kind, Diagonal)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnkfac.curvature.grams import APPROXIMATIONS, Approx, Gram, accumulation_dtype
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.structures import Parts, resolve_structure
+from tnkfac.curvature.structures import Parts, check_factor_structure, resolve_structure
 
 Factor = Tensor | tuple[Tensor, ...]
 
@@ -110,5 +110,7 @@ def _accumulating(tensor: Tensor) -> Tensor:
 
 def _read(gram: Gram, structure: str) -> Factor:
     with torch.autocast(gram.tensor.device.type, enabled=False):
-        parts: Parts = resolve_structure(structure, gram.dim).statistic(gram)
+        parts: Parts = resolve_structure(check_factor_structure(structure), gram.dim).statistic(
+            gram
+        )
     return parts[0] if len(parts) == 1 else parts

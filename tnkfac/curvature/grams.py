@@ -6,7 +6,7 @@ exact route, see :mod:`tnkfac.curvature.routes`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes import plain, readings
+from tnkfac.curvature.routes import plain, products, readings
 
 Approx = Literal["expand", "reduce"]
 APPROXIMATIONS: tuple[Approx, ...] = ("expand", "reduce")
@@ -106,9 +106,7 @@ class Gram:
     def blocks(self, size: int) -> tuple[Tensor, Tensor]:
         """Diagonal blocks ``[G, D // size, size, size]`` and the last ``[G, r, r]``."""
         if torch.compiler.is_compiling():
-            rows = self._read_plainly("rows")
-            if self._ones:
-                rows = F.pad(rows, (0, 1), value=self.scale**0.5)
+            rows = self._plain_rows()
             count = rows.shape[2] // size
             whole = rows[:, :, : count * size].reshape(*rows.shape[:2], count, size)
             rest = rows[:, :, count * size :]
@@ -133,6 +131,64 @@ class Gram:
             final[:, -1, :-1] = column
             final[:, -1, -1] = self._corner
         return blocks, last
+
+    def rows(self) -> Iterator[Tensor]:
+        """The rows as columns ``[G, D, M]``, bias last, a bounded part of them at a time."""
+        if torch.compiler.is_compiling():
+            yield self._plain_rows().transpose(1, 2)
+            return
+        missing = 0 if self._empty else round(self._corner / self.scale)
+        for rows in () if self._empty else readings.rows(self):
+            missing -= rows.shape[2]
+            yield F.pad(rows, (0, 0, 0, 1), value=self.scale**0.5) if self._ones else rows
+        if missing and self._ones:  # positions of a transposed convolution that meet no tap
+            zeros = self.tensor.new_zeros(self.layer.groups, self.dim - 1, 1)
+            yield F.pad(zeros, (0, 0, 0, 1), value=(self.scale * missing) ** 0.5)
+
+    def product(self, V: Tensor) -> Tensor:
+        """The matrix times ``V [G, D, r]``, without forming it."""
+        if torch.compiler.is_compiling():
+            rows = self._plain_rows()
+            return rows.transpose(1, 2) @ (rows @ V)
+        if self._empty:
+            return torch.zeros_like(V)
+        if not self._ones:
+            return products.times(self, V)
+        column = readings.total(self).unsqueeze(2)
+        above = products.times(self, V[:, :-1]) + column * V[:, -1:]
+        return torch.cat([above, column.mT @ V[:, :-1] + self._corner * V[:, -1:]], 1)
+
+    def columns(self, first: int, last: int) -> Tensor:
+        """Some columns at the start and at the end, ``[G, D, first + last]``.
+
+        Args:
+            first: How many from the start.
+            last: How many from the end; they do not overlap.
+        """
+        size = self.dim
+        if torch.compiler.is_compiling():
+            rows = self._plain_rows()
+            chosen = torch.cat([rows[:, :, :first], rows[:, :, size - last :]], 2)
+            return rows.transpose(1, 2) @ chosen
+        if self._empty:
+            return self.tensor.new_zeros(self.layer.groups, size, first + last)
+        if not self._ones:
+            return products.first_and_last(self, first, last)
+        whole = first == size
+        column = readings.total(self).unsqueeze(2)
+        pixels = products.first_and_last(self, first - whole, max(0, last - 1))
+        parts = [pixels, column] if last or whole else [pixels]
+        above = torch.cat(parts, 2)
+        chosen = torch.cat([column[:, : first - whole], column[:, size - max(last, 1) :]], 1)
+        below = chosen.mT
+        if last or whole:
+            below = F.pad(below, (0, 1), value=self._corner)
+        return torch.cat([above, below], 1)
+
+    def _plain_rows(self) -> Tensor:
+        """All rows ``[G, M, D]``, bias last."""
+        rows = self._read_plainly("rows")
+        return F.pad(rows, (0, 1), value=self.scale**0.5) if self._ones else rows
 
     def _with_bias(self, gram: Tensor) -> Tensor:
         if not self._ones:

@@ -130,6 +130,14 @@ class CurvatureOptimizer(Optimizer):
     def _is_due(self, group: Group, step: int) -> bool:
         """Whether factors are to be updated at a step."""
 
+    def _due_since(self, layer: CapturedLayer, group: Group) -> int:
+        """Factors of a layer are to be measured if they were last updated before this step."""
+        due: int = group["last_due"]
+        return due
+
+    def _share_state(self, layer: CapturedLayer) -> None:
+        """Hand the statistics what they need of the state of a layer."""
+
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
@@ -236,7 +244,7 @@ class CurvatureOptimizer(Optimizer):
             group["step"] += 1
             if self._is_due(group, group["step"]):
                 group["last_due"] = group["step"]
-        self._registry.set_taps(self.param_groups)
+        self._set_taps()
 
     def _undo(self, updated: list[CapturedLayer]) -> Callable[[], None]:
         """What to do once a step turns out to have been skipped on the device."""
@@ -245,7 +253,7 @@ class CurvatureOptimizer(Optimizer):
             for layer in updated:
                 layer.last_update -= 1  # due again
                 self.state[layer.weight]["last_update"].fill_(layer.last_update)
-            self._registry.set_taps(self.param_groups)
+            self._set_taps()
 
         return undo
 
@@ -347,7 +355,16 @@ class CurvatureOptimizer(Optimizer):
         for layer in self._registry.layers:
             mark = self.state.get(layer.weight, {}).get("last_update")
             layer.last_update = -1 if mark is None else int(mark)
-        self._registry.set_taps(self.param_groups)
+        self._set_taps()
+
+    def _set_taps(self) -> None:
+        """Switch taps on where the next step is to update factors, and off elsewhere."""
+        groups = by_parameter(self.param_groups)
+        for layer in self._registry.layers:
+            group = groups.get(id(layer.weight))
+            due = group is not None and layer.last_update < self._due_since(layer, group)
+            layer.statistics.on = due
+            self._share_state(layer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Capture anew in a copied or unpickled optimizer."""

@@ -74,13 +74,6 @@ class Registry:
         self.layers += layers
         return bool(owners)
 
-    def set_taps(self, groups: list[Group]) -> None:
-        """Switch taps on where the next step is to update factors, and off elsewhere."""
-        group_of = by_parameter(groups)
-        for layer in self.layers:
-            group = group_of.get(id(layer.weight))
-            layer.statistics.on = group is not None and layer.last_update < group["last_due"]
-
     def clear(self) -> None:
         """Drop pending statistics."""
         for layer in self.layers:

@@ -278,6 +278,23 @@ class SINGD(CurvatureOptimizer):
         every: int = T(step) if callable(T) else T
         return step % every == 0
 
+    def _due_since(self, layer: CapturedLayer, group: Group) -> int:
+        """A start that is but a multiple of the identity is followed by frequent updates."""
+        step: int = group["step"]
+        T = group["T"](step) if callable(group["T"]) else group["T"]
+        if step < T and layer.last_update >= 0 and group["init"] == "first_batch":
+            statistics = layer.statistics
+            if not (statistics.k.has_eigenbasis and statistics.c.has_eigenbasis):
+                return step
+        return super()._due_since(layer, group)
+
+    def _share_state(self, layer: CapturedLayer) -> None:
+        statistics = layer.statistics
+        if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
+            state = self.state.get(layer.weight)
+            K, C = _load(layer, state, ("K", "C")) if state else (None, None)
+            statistics.live = K, C
+
     def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
         statistics, weight = layer.statistics, layer.weight
         groups = statistics.layer.groups
@@ -299,7 +316,7 @@ class SINGD(CurvatureOptimizer):
         state, statistics = self.state[layer.weight], layer.statistics
         factors = statistics.factors(scale)
         dtype = factors.A[0].dtype
-        K, C = (_load(state, name, dtype) for name in ("K", "C"))
+        K, C = _load(layer, state, ("K", "C"), dtype)
         if layer.last_update < 0 and group["init"] == "first_batch":
             if keep is not None and not bool(keep):  # decompositions wait for the device anyway
                 return
@@ -309,7 +326,9 @@ class SINGD(CurvatureOptimizer):
             _copy(state, {"K": K, "C": C}, None)
             return
         with_momentum = group["alpha1"] != 0 and not group["kfac_like"]
-        m_K, m_C = (_load(state, f"m_{n}", dtype) if with_momentum else None for n in ("K", "C"))
+        m_K = m_C = None
+        if with_momentum:
+            m_K, m_C = _load(layer, state, ("m_K", "m_C"), dtype)
         lr_cov = group["lr_cov"]
         K, C, m_K, m_C = singd_update(
             statistics.k,
@@ -334,7 +353,7 @@ class SINGD(CurvatureOptimizer):
 
     def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
         state, statistics = self.state[layer.weight], layer.statistics
-        K, C = (_load(state, name, None) for name in ("K", "C"))
+        K, C = _load(layer, state, ("K", "C"))
         return Preconditioner(statistics.k, statistics.c, K, C).apply(gradient)
 
 
@@ -346,9 +365,13 @@ def _store(state: dict[str, Tensor], name: str, parts: Parts) -> None:
     state.update(zip(_keys(name, len(parts)), parts, strict=True))
 
 
-def _load(state: dict[str, Any], name: str, dtype: torch.dtype | None) -> Parts:
-    parts = [state[name]] if name in state else [state[key] for key in _keys(name, 2)]
-    return tuple(part if dtype is None else part.to(dtype) for part in parts)
+def _load(
+    layer: CapturedLayer, state: dict[str, Any], names: Sequence[str], dtype: Any = None
+) -> list[Parts]:
+    """Parts of an input-side and an output-side matrix, cast if a dtype is given."""
+    pair = zip(names, (layer.statistics.k, layer.statistics.c), strict=True)
+    kept = [[state[key] for key in _keys(name, len(s.shapes))] for name, s in pair]
+    return [tuple(p if dtype is None else p.to(dtype) for p in parts) for parts in kept]
 
 
 def _copy(state: dict[str, Any], new: dict[str, Parts], keep: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -17,7 +18,13 @@ from tnkfac.curvature.routes.costs import block_routes, expand_routes
 from tnkfac.curvature.routes.planned import fill_planned_gram
 from tnkfac.curvature.routes.symmetric import fill_gram
 from tnkfac.curvature.routes.taps import Classes, one_tap, tap_classes
-from tnkfac.curvature.routes.windows import chunks, fill_pixels_gram, fill_windows_gram, window_rows
+from tnkfac.curvature.routes.windows import (
+    CHUNK,
+    chunks,
+    fill_pixels_gram,
+    fill_windows_gram,
+    window_rows,
+)
 
 if TYPE_CHECKING:
     from tnkfac.curvature.grams import Gram
@@ -87,6 +94,23 @@ def fill_blocks(gram: Gram, blocks: Tensor, last: Tensor) -> None:
     else:
         taps = _classes(gram) if gram.is_input else _one_tap(x)
         _unfold_blocks(gram, taps, blocks, last)
+
+
+def rows(gram: Gram) -> Iterator[Tensor]:
+    """Rows as columns ``[G, D, M]``, a bounded part of them at a time."""
+    x, layer = gram.tensor, gram.layer
+    scale = gram.scale**0.5
+    if gram.approx == "reduce":
+        parts: Iterable[Tensor] = [_sums(gram).transpose(1, 2)]
+        scale *= _weight(gram)
+    elif layer.kind == "linear":
+        parts = torch.split(x.flatten(0, 1).T.unsqueeze(0), max(1, CHUNK // x.shape[2]), 2)
+    else:
+        classes = _classes(gram) if gram.is_input else _one_tap(x)
+        groups = layer.groups
+        parts = (part for some in chunks(x, classes) for part in window_rows(some, groups, classes))
+    for part in parts:
+        yield part if scale == 1 else part * scale
 
 
 def _in_slabs(gram: Gram, size: int) -> bool:

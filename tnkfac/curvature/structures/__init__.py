@@ -1,0 +1,21 @@
+"""Small classes of matrices, closed under multiplication, in which factors are kept.
+
+A structured matrix is a tuple of tensors with the channel group as leading axis, its *parts*; a
+:class:`Structure` is the arithmetic on parts. ``Pi`` projects a symmetric matrix onto the class
+such that ``(Pi(M) + Pi(M)^T) / 2`` is ``M`` on the support (arXiv 2312.05705, section 3.2).
+"""
+
+from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.structures.names import (
+    check_factor_structure,
+    check_structure,
+    resolve_structure,
+)
+
+__all__ = [
+    "Parts",
+    "Structure",
+    "check_factor_structure",
+    "check_structure",
+    "resolve_structure",
+]

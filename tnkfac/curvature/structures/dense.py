@@ -1,0 +1,73 @@
+"""Dense matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature.grams import Gram
+from tnkfac.curvature.structures.algebra import eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.interface import Parts, Structure
+
+
+@dataclass(frozen=True)
+class Dense(Structure):
+    """All matrices: one part ``[G, d, d]``."""
+
+    name = "dense"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """``d x d``."""
+        return ((self.dim, self.dim),)
+
+    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
+        """The whole Gram matrix."""
+        return (gram.dense(),)
+
+    def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
+        """Identity matrices."""
+        return (eyes(groups, self.shapes[0], dtype, device),)
+
+    def matmul(self, K: Parts, m: Parts) -> Parts:
+        """Matrix product."""
+        return (K[0] @ m[0],)
+
+    def gram(self, K: Parts) -> Parts:
+        """``K^T K``."""
+        return (tr(K[0]) @ K[0],)
+
+    def pull(self, K: Parts, A: Parts) -> Parts:
+        """``K^T A K``."""
+        return (tr(K[0]) @ A[0] @ K[0],)
+
+    def trace(self, m: Parts) -> Tensor:
+        """Mean of the diagonal."""
+        return m[0].diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    def statistic_trace(self, A: Parts) -> Tensor:
+        """Mean of the diagonal."""
+        return self.trace(A)
+
+    def norm(self, m: Parts) -> Tensor:
+        """By power iterations on ``m``, which is symmetric."""
+        return symmetric_norm(m[0])
+
+    def apply(self, K: Parts, X: Tensor) -> Tensor:
+        """``K (K^T X)``."""
+        return K[0] @ (tr(K[0]) @ X)
+
+    def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
+        """Of the symmetric part, in float64."""
+        values, vectors = eigh(A[0])
+        return values, (vectors,)
+
+    def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
+        """``V diag(values) V^T``."""
+        return ((vectors[0] * values.unsqueeze(-2)) @ tr(vectors[0]),)
+
+    def to_dense(self, K: Parts) -> Tensor:
+        """Already dense."""
+        return K[0]

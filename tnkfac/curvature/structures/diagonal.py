@@ -1,0 +1,71 @@
+"""Diagonal matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature.grams import Gram
+from tnkfac.curvature.structures.interface import Parts, Structure
+
+
+@dataclass(frozen=True)
+class Diagonal(Structure):
+    """Diagonal matrices: one part ``[G, d]``."""
+
+    name = "diagonal"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """``d``."""
+        return ((self.dim,),)
+
+    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
+        """The diagonal only; nothing is unfolded."""
+        return (gram.diagonal(),)
+
+    def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
+        """Ones."""
+        return (torch.ones(groups, self.dim, dtype=dtype, device=device),)
+
+    def matmul(self, K: Parts, m: Parts) -> Parts:
+        """Elementwise product."""
+        return (K[0] * m[0],)
+
+    def gram(self, K: Parts) -> Parts:
+        """Squares."""
+        return (K[0].square(),)
+
+    def pull(self, K: Parts, A: Parts) -> Parts:
+        """``K^2 A``."""
+        return (K[0].square() * A[0],)
+
+    def trace(self, m: Parts) -> Tensor:
+        """Mean."""
+        return m[0].mean(-1)
+
+    def statistic_trace(self, A: Parts) -> Tensor:
+        """Mean."""
+        return self.trace(A)
+
+    def norm(self, m: Parts) -> Tensor:
+        """Largest magnitude."""
+        return m[0].abs().amax(-1)
+
+    def apply(self, K: Parts, X: Tensor) -> Tensor:
+        """Rows of ``X`` scaled by ``K^2``."""
+        return K[0].square().unsqueeze(-1) * X
+
+    def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
+        """The diagonal; its eigenvectors are the unit vectors."""
+        return A[0], ()
+
+    def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
+        """The values."""
+        return (values,)
+
+    def to_dense(self, K: Parts) -> Tensor:
+        """Diagonal matrices."""
+        return torch.diag_embed(K[0])

@@ -1,0 +1,93 @@
+"""Structures by the names that users write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from tnkfac.curvature.structures.arrows import Arrow
+from tnkfac.curvature.structures.blocks import BlockDiagonal
+from tnkfac.curvature.structures.dense import Dense
+from tnkfac.curvature.structures.diagonal import Diagonal
+from tnkfac.curvature.structures.hierarchical import Hierarchical
+from tnkfac.curvature.structures.interface import Structure
+from tnkfac.curvature.structures.toeplitz import Toeplitz
+
+LARGEST_DENSE = 1024
+"""Above this many rows ``"auto"`` keeps blocks instead of the whole matrix."""
+AUTO_BLOCK = 256
+"""Rows of a block of ``"auto"``."""
+
+
+def auto(dim: int) -> Structure:
+    """Dense up to 1,024 rows, block-diagonal above."""
+    return Dense(dim) if dim <= LARGEST_DENSE else BlockDiagonal(dim, AUTO_BLOCK)
+
+
+STRUCTURES: dict[str, Callable[..., Structure]] = {
+    "auto": auto,
+    "dense": Dense,
+    "diagonal": Diagonal,
+    "block{k}diagonal": BlockDiagonal,
+    "hierarchical{k1}_{k2}": Hierarchical,
+    "triltoeplitz": partial(Toeplitz, lower=True),
+    "triutoeplitz": partial(Toeplitz, lower=False),
+    "triltopleftdiag": partial(Arrow, last=True, row=True),
+    "trilbottomrightdiag": partial(Arrow, last=False, row=False),
+    "triutopleftdiag": partial(Arrow, last=True, row=False),
+    "triubottomrightdiag": partial(Arrow, last=False, row=True),
+}
+"""Name -> how to make the structure of ``dim`` rows and the positive numbers in braces."""
+FACTORS = ("auto", "dense", "diagonal", "block{k}diagonal")
+"""Structures whose statistic is the factor itself, restricted to their support."""
+_PATTERNS = {
+    name: re.compile(re.sub(r"\{\w+\}", r"([1-9][0-9]{0,8})", name)) for name in STRUCTURES
+}
+
+
+def _found(
+    name: str, supported: Iterable[str] = tuple(STRUCTURES)
+) -> tuple[str, Callable[..., Structure], list[int]]:
+    """The row of :data:`STRUCTURES` that a name belongs to, and the numbers in it."""
+    message = f"structure: got {name!r}. Supported: {', '.join(supported)}."
+    if not isinstance(name, str):
+        raise TypeError(message)
+    for row, pattern in _PATTERNS.items():
+        match = pattern.fullmatch(name)
+        if match and row in supported:
+            return row, STRUCTURES[row], [int(number) for number in match.groups()]
+    raise ValueError(message)
+
+
+def check_structure(name: str) -> str:
+    """Return the name if it is known.
+
+    Raises:
+        TypeError: If it is not a string.
+        ValueError: If it is unknown.
+    """
+    _found(name)
+    return name
+
+
+def check_factor_structure(name: str) -> str:
+    """Return the name if a factor can be had in it.
+
+    Raises:
+        TypeError: If it is not a string.
+        ValueError: If it is unknown, or only meant for preconditioners.
+    """
+    _found(name, FACTORS)
+    return name
+
+
+def resolve_structure(name: str, dim: int) -> Structure:
+    """The structure of that name for matrices with ``dim`` rows.
+
+    Raises:
+        TypeError: If the name is not a string.
+        ValueError: If it is unknown.
+    """
+    _, make, numbers = _found(name)
+    return make(dim, *numbers)
