@@ -23,6 +23,14 @@ PAIRS = (
     ("diagonal", "dense"),
     ("block3diagonal", "dense"),
 )
+NO_EIGENBASIS = (
+    ("hierarchical2_1", "hierarchical1_2"),
+    ("triltoeplitz", "triutoeplitz"),
+    ("triltopleftdiag", "trilbottomrightdiag"),
+    ("triutopleftdiag", "triubottomrightdiag"),
+    ("dense", "triltoeplitz"),
+    ("triutopleftdiag", "diagonal"),
+)
 DAMPINGS = (1e-3, 1e-2, 10.0)
 FACTORS = ("K", "C", "m_K", "m_C")
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -118,7 +126,49 @@ def test_accumulated_batch_equals_the_whole(
         torch.testing.assert_close(trained[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@each_pair
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("pair", NO_EIGENBASIS[:4], ids="-".join)
+def test_scaled_identity_at_rest_in_the_mean(pair: tuple[str, str], damping: float) -> None:
+    """Where a structure has no eigenbasis: ``p^2 (tr A tr B + damping) = 1``, per group."""
+    model = fixed_weights(AllLayers())
+    x, y = all_layers_batch(0, samples=9)
+    expected = factors_of(model, [(x, y, 1.0)], squares, structures=pair)
+    optimizer = SINGD(model.parameters(), structures=pair, damping=damping)
+    one_step(model, optimizer, [(x, y, 1.0)], squares)
+    for name, (A, B) in expected.items():
+        state = optimizer.state[model.get_submodule(name).weight]
+        scale = (mean_trace(A) * mean_trace(B) + damping) ** -0.25
+        for kind, structure in zip("KC", pair, strict=True):
+            factor = dense_factor(state, kind, structure)
+            eye = torch.eye(factor.shape[1]).to(factor).expand_as(factor)
+            torch.testing.assert_close(factor, scale * eye, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        (("dense", "diagonal"), [True, True, False, True]),
+        (("triltoeplitz", "triltoeplitz"), [False, False, False, True]),
+        (("dense", "triltopleftdiag"), [False, False, False, True]),
+    ],
+    ids=str,
+)
+def test_a_rough_start_is_updated_at_every_one_of_the_first_steps(
+    pair: tuple[str, str], expected: list[bool]
+) -> None:
+    """With ``T=3``: at 1 and 2 if the start was but a scaled identity, and at 3 in any case."""
+    model = fixed_weights(AllLayers())
+    optimizer = SINGD(model.parameters(), T=3, lr_cov=0.1, structures=pair)
+    seen = []
+    for step in range(5):
+        fit(model, optimizer, [all_layers_batch(step)])
+        state = optimizer.state[model.shared.weight]
+        seen.append(torch.cat([v.flatten() for k, v in state.items() if k[0] in "KC"]))
+    same = [torch.equal(a, b) for a, b in pairwise(seen)]
+    assert same == expected
+
+
+@pytest.mark.parametrize("pair", [*PAIRS, *NO_EIGENBASIS], ids="-".join)
 def test_second_update_is_a_regular_one(pair: tuple[str, str]) -> None:
     """From the second update on the reference's rule, started from that point."""
     model = fixed_weights(AllLayers())
@@ -128,15 +178,16 @@ def test_second_update_is_a_regular_one(pair: tuple[str, str]) -> None:
     reference = SingdReference(model, squares, **options)
     for name in reference.K:
         state = optimizer.state[model.get_submodule(name).weight]
-        reference.K[name], reference.C[name] = (dense_factor(state, n) for n in ("K", "C"))
+        reference.K[name] = dense_factor(state, "K", pair[0])
+        reference.C[name] = dense_factor(state, "C", pair[1])
     for step in (1, 2):
         reference.model.load_state_dict(model.state_dict())
         reference.step([(*all_layers_batch(step), 1.0)])
         fit(model, optimizer, [all_layers_batch(step)])
     for name in reference.K:
         state = optimizer.state[model.get_submodule(name).weight]
-        for kind, factors in (("K", reference.K), ("C", reference.C)):
-            actual, expected = dense_factor(state, kind), factors[name]
+        for kind, factors, structure in zip("KC", (reference.K, reference.C), pair, strict=True):
+            actual, expected = dense_factor(state, kind, structure), factors[name]
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10 * expected.max())
 
 
@@ -222,7 +273,7 @@ DEGENERATE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[1], PAIRS[2]], ids="-".join)
+@pytest.mark.parametrize("pair", [*PAIRS[:3], *NO_EIGENBASIS[:4]], ids="-".join)
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_factors_stay_finite(
     name: str, pair: tuple[str, str], bias: bool, dtype: torch.dtype

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oracles.singd_reference import structure_support
+
 __all__ = [
     "assert_same_numbers",
     "assert_same_state",
@@ -100,8 +102,23 @@ def _blocks(state: dict[str, Tensor], name: str) -> Iterator[Tensor]:
         yield state[f"{name}.1"]
 
 
-def dense_factor(state: dict[str, Tensor], name: str) -> Tensor:
+def dense_factor(state: dict[str, Tensor], name: str, structure: str = "") -> Tensor:
     """``K`` or ``C`` of a layer's state written out, ``[G, d, d]`` in float64."""
+    if structure.startswith("hierarchical"):
+        return _hierarchical([state[f"{name}.{part}"] for part in range(5)])
+    if structure.endswith("toeplitz"):
+        (dim,) = state[name].shape[1:]
+        pairs = [(i, i - offset, offset) for i in range(dim) for offset in range(i + 1)]
+        if structure.startswith("triu"):
+            pairs = [(j, i, offset) for i, j, offset in pairs]
+        return _filled(state[name], dim, pairs)
+    if structure.startswith("tri"):
+        diagonal, arm = state[f"{name}.0"], state[f"{name}.1"]
+        dim = diagonal.shape[1]
+        support = structure_support(structure, dim) & ~torch.eye(dim, dtype=torch.bool)
+        pairs = [(i, i, i) for i in range(dim)]
+        pairs += [(i, j, dim + k) for k, (i, j) in enumerate(support.nonzero().tolist())]
+        return _filled(torch.cat([diagonal, arm], 1), dim, pairs)
     if name not in state:
         blocks = list(_blocks(state, name))
         groups = range(blocks[0].shape[0])
@@ -109,6 +126,25 @@ def dense_factor(state: dict[str, Tensor], name: str) -> Tensor:
     else:
         dense = state[name] if state[name].ndim == 3 else torch.diag_embed(state[name])
     return dense.detach().double()
+
+
+def _filled(values: Tensor, dim: int, places: list[tuple[int, int, int]]) -> Tensor:
+    dense = torch.zeros(values.shape[0], dim, dim, dtype=torch.float64)
+    for row, column, index in places:
+        dense[:, row, column] = values[:, index].detach().double()
+    return dense
+
+
+def _hierarchical(parts: list[Tensor]) -> Tensor:
+    """First rows, right of them, middle diagonal, left of the end, end."""
+    first, right, middle, left, end = (part.detach().double() for part in parts)
+    groups, top, dim = first.shape[0], first.shape[1], first.shape[1] + right.shape[2]
+    stop = top + middle.shape[1]
+    dense = torch.zeros(groups, dim, dim, dtype=torch.float64)
+    dense[:, :top] = torch.cat([first, right], 2)
+    dense[:, top:stop, top:stop] = torch.diag_embed(middle)
+    dense[:, stop:, top:] = torch.cat([left, end], 2)
+    return dense
 
 
 def mlp_batch(
