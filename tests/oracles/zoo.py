@@ -9,7 +9,16 @@ from torch.nn import functional
 
 from oracles.singd_cases import numbers
 
-__all__ = ["AllLayers", "Mixed", "all_layers_batch", "mixed_batch", "mixed_loss", "mlp"]
+__all__ = [
+    "AllLayers",
+    "Everyday",
+    "Mixed",
+    "all_layers_batch",
+    "everyday_batch",
+    "mixed_batch",
+    "mixed_loss",
+    "mlp",
+]
 
 
 class AllLayers(nn.Module):
@@ -60,6 +69,42 @@ def fixed_weights(model: nn.Module, scale: float = 1.0) -> Any:
         fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 4
         parameter.data = scale * numbers(*parameter.shape, seed=seed) / fan_in**0.5
     return model
+
+
+class Everyday(nn.Module):
+    """What a step usually sees: images ``[N, 3, 6, 6]`` to logits ``[N, 4]``.
+
+    A convolution, a grouped one after a norm and an in-place activation, a transposed one, a
+    linear layer on three axes and a last one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.grouped = nn.Conv2d(4, 6, 3, stride=2, groups=2)
+        self.up = nn.ConvTranspose2d(6, 3, 2, stride=2, bias=False)
+        self.shared = nn.Linear(4, 5)
+        self.last = nn.Linear(60, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, 3, 6, 6]`` to ``[N, 4]``."""
+        x = torch.relu_(self.norm(self.conv(x)))
+        x = torch.relu_(self.grouped(x))  # [N, 6, 2, 2]
+        x = torch.tanh(self.up(x)).flatten(1, 2)  # [N, 12, 4]
+        y: Tensor = self.last(torch.tanh(self.shared(x)).flatten(1))
+        return y
+
+
+def everyday_batch(seed: int, samples: int = 8, dtype: torch.dtype = torch.float64) -> Any:
+    """Images whose mean over a quarter tells their class: it can be learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 4, (samples,), generator=generator)
+    x = 0.3 * torch.randn(samples, 3, 6, 6, generator=generator, dtype=torch.float64)
+    for image, label in zip(x, y.tolist(), strict=True):
+        row, column = 3 * (label // 2), 3 * (label % 2)
+        image[:, row : row + 3, column : column + 3] += 1
+    return x.to(dtype), y
 
 
 def mlp(*sizes: int, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Sequential:

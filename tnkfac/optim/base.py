@@ -18,7 +18,7 @@ from tnkfac.optim.guard import SkippedUpdates, Verdicts, loss_scale, non_finite
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
-from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft
+from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft, roomy
 
 
 class CurvatureOptimizer(Optimizer):
@@ -293,7 +293,9 @@ class CurvatureOptimizer(Optimizer):
                     continue
                 if param is layer.weight:
                     self.state[param].update(self._layer_state(layer, group))
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                self.state[param]["momentum_buffer"] = torch.zeros_like(
+                    param, dtype=roomy(param.dtype)
+                )
         for other in self._registry.others:
             if other.param.grad is not None and not self.state.get(other.param):
                 group = groups[id(other.param)]
@@ -304,7 +306,8 @@ class CurvatureOptimizer(Optimizer):
         state["last_update"] = torch.tensor(-1)
         if group["grafting"] == "adam":
             shape = (layer.statistics.layer.groups, layer.statistics.c.dim, layer.statistics.k.dim)
-            state["exp_avg_sq"] = layer.weight.new_zeros(shape)
+            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            state["exp_avg_sq"] = layer.weight.new_zeros(shape, dtype=dtype)
         return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -17,7 +17,12 @@ State = dict[str, Any]
 
 
 def init_state(param: Tensor, group: dict[str, Any]) -> State:
-    """State of one parameter; its keys depend on the group only."""
+    """State of one parameter; its keys depend on the group only.
+
+    Half-precision parameters have moments in float32: in bfloat16 a slow moving average would not
+    decay, and in float16 small squares are zero.
+    """
+    param = _single(param.detach())
     if group["fallback"] == "adamw":
         return {
             "step": torch.zeros((), dtype=torch.float32, device=param.device),
@@ -25,6 +30,11 @@ def init_state(param: Tensor, group: dict[str, Any]) -> State:
             "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
         }
     return {"momentum_buffer": torch.zeros_like(param)}
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """In float32 if it is in half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def update(
@@ -43,13 +53,21 @@ def update(
     for index, param in enumerate(params):
         by_kind[type(param), param.device, param.dtype].append(index)
     for indices in by_kind.values():
-        _update([params[i] for i in indices], [states[i] for i in indices], group, skip)
+        kept = [params[i] for i in indices]
+        single = [_single(param.detach()) for param in kept]
+        grads = [_single(param.grad) for param in kept if param.grad is not None]
+        _update(single, grads, [states[i] for i in indices], group, skip)
+        if single[0].dtype != kept[0].dtype:
+            torch._foreach_copy_(kept, single)
 
 
 def _update(
-    params: list[Tensor], states: list[State], group: dict[str, Any], skip: Tensor | None
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+    skip: Tensor | None,
 ) -> None:
-    grads = [param.grad for param in params if param.grad is not None]
     decay = group["fallback_weight_decay"]
     decay = group["weight_decay"] if decay is None else decay
     lr = learning_rate(group)

@@ -14,6 +14,7 @@ from tnkfac.optim import arguments
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.registry import Group
+from tnkfac.optim.step import roomy
 
 LARGEST_CHANGE = 0.5
 """Largest relative change of the preconditioner in one update, unless it starts at the identity.
@@ -141,7 +142,8 @@ class SINGD(CurvatureOptimizer):
         kfac_approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636).
         kfac_like: IKFAC: no trace coupling, and no momentum of the preconditioner.
         normalize_lr_cov: Bound the preconditioner's step by its largest entry.
-        preconditioner_dtype: dtype of ``K`` and ``C``, or a pair; None for that of the weight.
+        preconditioner_dtype: dtype of ``K`` and ``C``, or a pair; None for that of the weight, or
+            float32 if that is float16.
         init: ``"first_batch"``: start where the first batch's factors leave the preconditioner at
             rest, and bound every later change. ``"identity"``: start at the identity, with the
             paper's unbounded updates.
@@ -303,7 +305,7 @@ class SINGD(CurvatureOptimizer):
         for name, structure, dtype in zip(
             ("K", "C"), (statistics.k, statistics.c), group["preconditioner_dtype"], strict=True
         ):
-            kept = weight.dtype if dtype is None else getattr(torch, dtype)
+            kept = roomy(weight.dtype) if dtype is None else getattr(torch, dtype)
             eye = structure.identity(groups, kept, weight.device)
             _store(state, name, eye)
             if momentum:

@@ -15,6 +15,11 @@ RMS = 0.2
 """Root mean square of a grafted update: that of a typical AdamW update (arXiv 2502.16982)."""
 
 
+def roomy(dtype: torch.dtype) -> torch.dtype:
+    """A dtype in which natural gradients do not overflow: float32 in place of float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
     """Joint gradient ``[G, C_out / G, D]`` of a layer, zero where a parameter has none.
 
@@ -29,6 +34,7 @@ def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
         bias = layer.bias.grad
         bias = torch.zeros_like(layer.bias) if bias is None else bias.to(weight.dtype)
     matrix = layer.statistics.layer.to_matrix(weight, bias)
+    matrix = matrix.to(roomy(matrix.dtype))
     return matrix if keep is None else torch.where(keep.to(matrix.device) > 0, matrix, 0)
 
 
@@ -131,6 +137,7 @@ def adam_size(gradient: Tensor, second: Tensor, step: int, beta: float, eps: flo
         beta: Decay of the average.
         eps: Added to the root.
     """
+    gradient = gradient.to(second.dtype)
     second.mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
     update = gradient / ((second / (1 - beta**step)).sqrt() + eps)
     return update.square().mean().sqrt()
