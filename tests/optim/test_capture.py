@@ -5,6 +5,7 @@ Statistics are read where they end up: at IKFAC's first update from the identity
 """
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -726,3 +727,26 @@ def test_two_optimizers_on_one_model() -> None:
     fit(twin, other, batches)
     assert_same_weights(model, twin)
     assert not idle.state
+
+
+@pytest.mark.parametrize("structures", ["dense", "diagonal", "triutoeplitz"])
+def test_images_of_many_sizes(structures: str) -> None:
+    """Fully convolutional training with another size in every step: caches of plans are bounded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.ConvTranspose2d(2, 1, 2, 2))
+    optimizer = SINGD(model.parameters(), T=1, structures=structures)
+    for step in range(30):
+        x = torch.randn(2, 1, 4 + step % 6, 5 + step // 6)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert all(row.last_update == 29 for row in optimizer.report())
+    assert not [f for f in cached_functions() if f.cache_info().maxsize is None]
+
+
+def cached_functions() -> list[Any]:
+    """Everything in the package that is wrapped in a cache."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("tnkfac.")]
+    found = [value for m in modules for value in vars(m).values() if hasattr(value, "cache_info")]
+    assert len(found) > 5
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnkfac
 from tnkfac.optim import base
@@ -109,3 +110,72 @@ def test_a_bad_batch_changes_nothing_and_its_update_is_made_up_for(
     _, optimizer = train(bad + 3, [bad], **options)
     updates = {row.last_update for row in optimizer.report() if row.approximation}
     assert updates <= {bad + 1, bad + 2}, updates
+
+
+class Waiting(TorchDispatchMode):
+    """Names the operations that would make the host wait for a device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+STRUCTURES = (
+    "auto",
+    "dense",
+    "diagonal",
+    "block3diagonal",
+    "hierarchical2_3",
+    "triltoeplitz",
+    "triutoeplitz",
+    "triltopleftdiag",
+    "trilbottomrightdiag",
+    "triutopleftdiag",
+    "triubottomrightdiag",
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kfac_approx": "reduce", "grafting": "adam"},
+        {"grafting": None, "kl_clip": 1e-3, "normalize_lr_cov": True},
+        {
+            "init": "identity",
+            "grafting": "sgd",
+            "fallback": "sgd",
+            "kfac_like": True,
+            "alpha1": 0.0,
+        },
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("structures", STRUCTURES)
+def test_no_wait_in_hooks_and_step(
+    structures: str, options: dict[str, Any], on_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read back on steps with an update and without, once there is a start.
+
+    The flags that arrive a step later are read by an event on CUDA; here they never arrive.
+    """
+    monkeypatch.setattr(Delayed, "receive", lambda self, wait=False: None)
+    model = network()
+    optimizer = tnkfac.SINGD(model.parameters(), lr=0.01, T=2, structures=structures, **options)
+    for step in range(5):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        with Waiting() as waiting:
+            loss.backward()
+            monkeypatch.setattr(base, "non_finite", lambda tensors: torch.zeros(()))
+            optimizer.step()
+        assert step == 0 or not waiting.seen, (step, waiting.seen)

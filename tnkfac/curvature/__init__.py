@@ -14,6 +14,7 @@ from tnkfac.curvature.estimators import (
 from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.precision import full_precision
 from tnkfac.curvature.preconditioner import Preconditioner, stationary_point
 from tnkfac.curvature.structures import Parts, Structure, check_structure, resolve_structure
 
@@ -35,6 +36,7 @@ __all__ = [
     "diagonal",
     "explain",
     "find_owners",
+    "full_precision",
     "grad_factor",
     "gram",
     "input_factor",

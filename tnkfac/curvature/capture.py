@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature.accumulate import Statistics
 from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.precision import full_precision
 
 
 class _Identity(torch.autograd.Function):
@@ -41,7 +42,9 @@ class _Identity(torch.autograd.Function):
         (g,) = grads
         if torch.is_grad_enabled():  # create_graph=True: not a pass of training
             return (g, None, None, None, *(None for _ in ctx.shapes))
-        with torch.autocast(g.device.type, enabled=False):
+        traced = torch.compiler.is_compiling()
+        exact = nullcontext() if traced else full_precision(g.device)
+        with torch.autocast(g.device.type, enabled=False), exact:
             statistics = ctx.measure(ctx.saved_tensors[0].detach(), g.detach())
         for statistic, shape in zip(statistics, ctx.shapes, strict=True):
             if statistic.shape != shape:  # autograd would silently sum it to the leaf's shape

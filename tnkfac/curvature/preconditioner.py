@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,12 +63,24 @@ def stationary_point(
         Parts of ``K`` and ``C``. A group whose ``A`` or ``B`` is zero gets the limit, multiples
         of the identity.
     """
-    a, a_vectors = k.eigen(A)
-    b, b_vectors = c.eigen(B)
+    a, rebuild_K = _decomposed(k, A)
+    b, rebuild_C = _decomposed(c, B)
     p, q = _spectra(a.double(), b.double(), damping)
-    K = k.from_eigen(p.sqrt().to(a.dtype), a_vectors)
-    C = c.from_eigen(q.sqrt().to(b.dtype), b_vectors)
-    return K, C
+    return rebuild_K(p.sqrt().to(a.dtype)), rebuild_C(q.sqrt().to(b.dtype))
+
+
+def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tensor], Parts]]:
+    """Eigenvalues ``[G, D]``, and what turns others with the same eigenvectors into parts.
+
+    Where the decomposition fails, all eigenvalues are taken for their mean.
+    """
+    try:
+        values, vectors = structure.eigen(A)
+        return values, partial(structure.from_eigen, vectors=vectors)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        warnings.warn(f"A start is a multiple of the identity: {error}", stacklevel=2)
+        values, _ = Structure.eigen(structure, A)
+        return values, partial(Structure.from_eigen, structure, vectors=())
 
 
 def _spectra(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tnkfac.curvature import FirstForward
+from tnkfac.curvature import FirstForward, full_precision
 from tnkfac.optim import arguments, checkpoint, fallback
 from tnkfac.optim.guard import SkippedUpdates, Verdicts, loss_scale, non_finite
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.notices import Notices
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
 from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft, roomy
@@ -53,7 +53,8 @@ class CurvatureOptimizer(Optimizer):
         self._skipped = SkippedUpdates()
         self._verdicts = Verdicts()
         self._search: FirstForward | None = None
-        self._warned = False
+        self._notices = Notices()
+        self._excluded = False
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; layers among them are found like those of the constructor.
@@ -157,21 +158,26 @@ class CurvatureOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        due = [layer for layer in self._registry.layers if layer.statistics.on]
         self._verdicts.receive()
         groups = by_parameter(self.param_groups)
-        self._check_gradients()
+        self._notices.check_gradients(self._registry)
         self._ensure_state(groups)
         pending = [layer for layer in self._registry.layers if layer.statistics.pending]
         if not pending and self._rests():
             return loss
+        if not self._excluded:
+            self._notices.check_statistics(due)
         gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
         skip = non_finite([*gradients, *measured])
         self._skipped.add(skip)
         if skip is not True:
             keep = None if skip is False else 1 - skip
-            self._update_factors(pending, groups, keep)
-            self._step_layers(groups, keep)
+            device = gradients[0].device if gradients else torch.device("cpu")
+            with full_precision(device):
+                self._update_factors(pending, groups, keep)
+                self._step_layers(groups, keep)
             self._step_others(groups, None if keep is None else 1 - keep)
         self._advance(pending if skip is not True else [], groups)
         if isinstance(skip, Tensor):
@@ -240,6 +246,7 @@ class CurvatureOptimizer(Optimizer):
             layer.last_update = groups[id(layer.weight)]["step"]
             self.state[layer.weight]["last_update"].fill_(layer.last_update)
         self._registry.clear()
+        self._excluded = False
         for group in self.param_groups:
             group["step"] += 1
             if self._is_due(group, group["step"]):
@@ -262,24 +269,6 @@ class CurvatureOptimizer(Optimizer):
         lrs = [group["lr"] for group in self.param_groups]
         on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in lrs)
         return on_host and all(float(lr) == 0 for lr in lrs)
-
-    def _check_gradients(self) -> None:
-        missing = []
-        for name, param in self._registry.named():
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise ValueError(
-                    f"{name}.grad: got layout {param.grad.layout}. Supported: dense gradients; "
-                    "an Embedding gives them with sparse=False."
-                )
-            if param.grad is None and param.requires_grad:
-                missing.append(name)
-        if missing and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"No gradient reached {_some(missing)}; a step leaves them as they are. This is "
-                "normal for a part of the model that did not run.",
-                stacklevel=4,
-            )
 
     # ---------------------------------------------------------------- state
 
@@ -328,6 +317,7 @@ class CurvatureOptimizer(Optimizer):
         try:
             yield
         finally:
+            self._excluded = True
             for statistics, on in before:
                 statistics.on = on
 
@@ -406,7 +396,3 @@ _OTHER_KEYS = (
     "last_due",
     "fallback_options",
 )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

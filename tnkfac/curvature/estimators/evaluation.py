@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture import silenced
+from tnkfac.curvature.precision import full_precision
 
 Data = Iterable[Any]
 
@@ -26,8 +27,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with torch.enable_grad(), silenced(model):
+        with torch.enable_grad(), silenced(model), full_precision(device):
             yield
     finally:
         with torch.no_grad():

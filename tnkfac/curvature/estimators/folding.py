@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes.lags import full_precision
 
 UNFOLDED = 2**17
 """Up to so many numbers per sample, the CPU unfolds."""
@@ -116,8 +115,7 @@ def _folded(
     padding = [left for left, _ in pads]
     args = (None, list(layer.stride), padding, list(layer.dilation), False, [0] * dims)
     mask = (False, True, False)
-    with full_precision(x.device):
-        found: Tensor = torch.ops.aten.convolution_backward(
-            g, x, weight, *args, count * layer.groups, mask
-        )[1]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        g, x, weight, *args, count * layer.groups, mask
+    )[1]
     return found.view(count, *shape)

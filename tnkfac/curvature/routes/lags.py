@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import product
 from math import prod
 
@@ -105,22 +104,8 @@ def _convolved(
     padding = [0, *(m * s for m, s in zip(most[1:], steps[1:], strict=True))]
     ones, zeros = [1] * dims, [0] * dims
     args = (None, ones, padding, list(steps), False, zeros, groups, (False, True, False))
-    with full_precision(x.device):
-        found: Tensor = torch.ops.aten.convolution_backward(x, ahead, weight, *args)[1]
+    found: Tensor = torch.ops.aten.convolution_backward(x, ahead, weight, *args)[1]
     return found
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No TensorFloat-32 in convolutions on CUDA, where it is on by default."""
-    if device.type != "cuda" or not torch.backends.cudnn.allow_tf32:
-        yield
-        return
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
 
 
 def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnkfac.curvature.routes import plain, readings
-from tnkfac.curvature.routes.lags import full_precision
 from tnkfac.curvature.routes.windows import CHUNK
 
 if TYPE_CHECKING:
@@ -80,12 +79,11 @@ def _convolved(gram: Gram, V: Tensor) -> Tensor:
     hyper = (layer.stride, padding, layer.dilation, transposed, ahead, layer.groups)
     product = torch.zeros_like(weight)
     each = max(1, count * layer.groups * prod(sizes), x[:1].numel())
-    with full_precision(x.device):
-        for part in torch.split(x, max(1, CHUNK // each)):
-            y = torch.ops.aten.convolution(part, weight, None, *hyper)
-            mask = (False, True, False)
-            grads = torch.ops.aten.convolution_backward(y, part, weight, None, *hyper, mask)
-            product += grads[1]
+    mask = (False, True, False)
+    for part in torch.split(x, max(1, CHUNK // each)):
+        y = torch.ops.aten.convolution(part, weight, None, *hyper)
+        grads = torch.ops.aten.convolution_backward(y, part, weight, None, *hyper, mask)
+        product += grads[1]
     return layer.to_matrix(product, None).mT * gram.scale
 
 

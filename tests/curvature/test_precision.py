@@ -1,0 +1,98 @@
+"""Factors have all their digits, whatever precision training multiplies with."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from oracles.loops import state_by_name
+from oracles.zoo import Everyday, everyday_batch
+from tnkfac import SINGD
+from tnkfac.curvature import grams, input_factor, kfac
+from tnkfac.curvature.precision import full_precision
+
+
+@pytest.fixture(params=["high", "medium"])
+def reduced(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def settings() -> tuple[str, str]:
+    matmul, conv = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+    return matmul.fp32_precision, conv.fp32_precision
+
+
+def test_settings_come_back(reduced: str) -> None:
+    """Also after an error, and unknown to those who use the older interface."""
+    before = settings()
+    with full_precision(torch.device("cpu")):
+        assert settings()[0] == "ieee"
+    assert settings() == before
+    with pytest.raises(KeyError), full_precision(torch.device("cpu")):
+        raise KeyError
+    assert settings() == before
+    assert torch.get_float32_matmul_precision() == reduced
+
+
+def train() -> dict[str, Tensor]:
+    """State after two steps that share their forward and backward numbers."""
+    torch.manual_seed(0)
+    model = Everyday()
+    optimizer = SINGD(model.parameters(), T=1, structures="dense", lr=0.0, init="identity")
+    optimizer.param_groups[0]["lr"] = 1e-30
+    for seed in range(2):
+        optimizer.zero_grad()
+        x, y = everyday_batch(seed, dtype=torch.float32)
+        with full_precision(torch.device("cpu")):
+            functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return state_by_name(model, optimizer)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "input factor": lambda: input_factor(nn.Linear(300, 2, bias=False), sample()),
+    "expand": lambda: input_factor(nn.Conv2d(30, 2, 3), sample().view(4, 30, 10, 64)),
+    "kfac": lambda: kfac(linear(), nn.MSELoss(), [(sample(), torch.zeros(256, 2))])[""].A,
+}
+
+
+def sample() -> Tensor:
+    return torch.randn(256, 300, generator=torch.Generator().manual_seed(0))
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(300, 2)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_factors_are_the_same(name: str, reduced: str) -> None:
+    found = CALLS[name]()
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, CALLS[name]())
+
+
+def test_training_is_in_full_precision_where_it_matters(
+    reduced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics in the backward pass and preconditioning in the step."""
+    seen = []
+    read = grams.Gram.dense
+
+    def dense(gram: grams.Gram) -> Tensor:
+        seen.append(settings()[0])
+        return read(gram)
+
+    monkeypatch.setattr(grams.Gram, "dense", dense)
+    found = train()
+    assert set(seen) == {"ieee"}
+    torch.set_float32_matmul_precision("highest")
+    expected = train()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-7, msg=key)

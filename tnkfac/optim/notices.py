@@ -1,0 +1,72 @@
+"""What a step tells the user about, once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.registry import Registry
+
+
+class Notices:
+    """Warnings that an optimizer has given, so that none comes twice."""
+
+    def __init__(self) -> None:
+        """Nothing was said yet."""
+        self._gradients = False
+        self._statistics = False
+
+    def check_gradients(self, registry: Registry) -> None:
+        """Warn of parameters without gradient.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+        """
+        missing = []
+        for name, param in registry.named():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise ValueError(
+                    f"{name}.grad: got layout {param.grad.layout}. Supported: dense gradients; "
+                    "an Embedding gives them with sparse=False."
+                )
+            if param.grad is None and param.requires_grad:
+                missing.append(name)
+        if missing and not self._gradients:
+            self._gradients = True
+            warnings.warn(
+                f"No gradient reached {_some(missing)}; a step leaves them as they are. This is "
+                "normal for a part of the model that did not run.",
+                stacklevel=5,
+            )
+
+    def check_statistics(self, due: Iterable[CapturedLayer]) -> None:
+        """Warn of layers that have a gradient, but never had statistics.
+
+        Args:
+            due: Layers whose taps were on during the passes of this step.
+        """
+        if self._statistics:
+            return
+        silent = [
+            layer.named()[0][0]
+            for layer in due
+            if layer.last_update < 0
+            and not layer.statistics.pending
+            and layer.weight.grad is not None
+        ]
+        if silent:
+            self._statistics = True
+            warnings.warn(
+                f"No statistics reached {_some(silent)}, which have gradients: their modules were "
+                "not called in training mode (but, for example, their weights were used directly), "
+                "or ran compiled without their hooks. Until that changes they are trained without "
+                "curvature; see report().",
+                stacklevel=5,
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
