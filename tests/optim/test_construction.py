@@ -346,6 +346,19 @@ class SelfAttention(nn.Module):
         return y
 
 
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: not torch's, and its weight is transposed."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.5 * torch.randn(d_in, d_out))
+        self.bias = nn.Parameter(torch.zeros(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[.., d_in]`` to ``[.., d_out]``."""
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+
+
 Build = Callable[[], nn.Module]
 # network, batches, names of the captured parameters
 MODULES: dict[str, tuple[Build, Callable[[int], Any], set[str]]] = {
@@ -373,6 +386,11 @@ MODULES: dict[str, tuple[Build, Callable[[int], Any], set[str]]] = {
         Scaled,
         vectors,
         {"linear.weight", "linear.bias", "unowned_use.weight", "unowned_use.bias"},
+    ),
+    "GPT-2's Conv1D": (
+        lambda: nn.Sequential(Conv1D(4, 4), nn.Linear(4, 4)),
+        vectors,
+        {"1.weight", "1.bias"},
     ),
     "attention": (SelfAttention, sequences, set()),
     "transformer": (
