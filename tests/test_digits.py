@@ -42,13 +42,39 @@ def test_one_epoch_writes_table_picture_and_curves(
 ) -> None:
     assert digits.main(["--epochs", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    for word in (*digits.OPTIMIZERS, "accuracy", "ms / step", "state MiB", "ConvTranspose2d"):
+    names = ("SINGD diagonal", "SINGD dense", "SGD", "AdamW")
+    for word in (*names, "accuracy", "ms / step", "state MiB", "ConvTranspose2d"):
         assert word in text
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     with (tmp_path / "digits.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 23 * len(digits.OPTIMIZERS)
-    assert {row["optimizer"] for row in rows} == set(digits.OPTIMIZERS)
+    assert len(rows) == 23 * len(names)
+    assert {row["optimizer"] for row in rows} == set(names)
+
+
+def test_all_structures_are_compared(
+    digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--structures", "all", "--epochs", "1", "--out", str(tmp_path), "--device", "cpu"]
+    assert digits.main(arguments) == 0
+    text = capsys.readouterr().out
+    with (tmp_path / "digits.csv").open(newline="") as file:
+        last = {row["optimizer"]: float(row["loss"]) for row in csv.DictReader(file)}
+    assert set(last) == set(digits.OPTIMIZERS)
+    assert len(last) == 12
+    for name, loss in last.items():
+        assert name in text
+        assert loss < 1.5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("index", range(10))
+def test_every_structure_learns_the_digits(digits: ModuleType, index: int, seed: int) -> None:
+    name = f"SINGD {digits.STRUCTURES[index]}"
+    curve, _ = digits.train(name, argparse.Namespace(seed=seed, epochs=15, device="cpu"))
+    assert curve.accuracy >= 0.97
+    assert curve.final_loss < 1e-4
 
 
 def test_the_curves_keep_small_losses(digits: ModuleType, tmp_path: Path) -> None:
@@ -75,6 +101,8 @@ def test_singd_reaches_97_percent(digits: ModuleType, name: str) -> None:
         (["--device", "meta"], "cannot use 'meta'"),
         (["--out", __file__], "--out"),
         (["--speed", "1"], "--speed"),
+        (["--structures", "sparse"], "got 'sparse'. Supported: all, dense"),
+        (["--structures", ""], "got ''"),
     ],
 )
 def test_bad_arguments_are_refused(

@@ -137,8 +137,11 @@ class SINGD(CurvatureOptimizer):
         loss_average: What the loss is averaged over: ``"batch"``, ``"batch+sequence"`` (every
             position too), None for a sum, or a callable ``(module, output_shape) -> terms``.
         lr_cov: Step size of the preconditioner, or a callable of the step.
-        structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"`` or ``"auto"`` (dense up to
-            1,024 rows, blocks above), for both factors or as a pair (input, output).
+        structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"``,
+            ``"hierarchical{k1}_{k2}"``, ``"triltoeplitz"``, ``"triutoeplitz"``,
+            ``"triltopleftdiag"``, ``"trilbottomrightdiag"``, ``"triutopleftdiag"``,
+            ``"triubottomrightdiag"``, or ``"auto"`` (dense up to 1,024 rows, blocks above), for
+            both factors or as a pair (input, output).
         kfac_approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636).
         kfac_like: IKFAC: no trace coupling, and no momentum of the preconditioner.
         normalize_lr_cov: Bound the preconditioner's step by its largest entry.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 
 from tnkfac.curvature.structures.arrows import Arrow
 from tnkfac.curvature.structures.blocks import BlockDiagonal
@@ -41,22 +41,25 @@ STRUCTURES: dict[str, Callable[..., Structure]] = {
 """Name -> how to make the structure of ``dim`` rows and the positive numbers in braces."""
 FACTORS = ("auto", "dense", "diagonal", "block{k}diagonal")
 """Structures whose statistic is the factor itself, restricted to their support."""
-_PATTERNS = {
-    name: re.compile(re.sub(r"\{\w+\}", r"([1-9][0-9]{0,8})", name)) for name in STRUCTURES
-}
+
+
+@lru_cache(maxsize=64)
+def _pattern(row: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\{\w+\}", r"([1-9][0-9]{0,8})", row))
 
 
 def _found(
-    name: str, supported: Iterable[str] = tuple(STRUCTURES)
-) -> tuple[str, Callable[..., Structure], list[int]]:
+    name: str, supported: Iterable[str] | None = None
+) -> tuple[Callable[..., Structure], list[int]]:
     """The row of :data:`STRUCTURES` that a name belongs to, and the numbers in it."""
+    supported = tuple(STRUCTURES if supported is None else supported)
     message = f"structure: got {name!r}. Supported: {', '.join(supported)}."
     if not isinstance(name, str):
         raise TypeError(message)
-    for row, pattern in _PATTERNS.items():
-        match = pattern.fullmatch(name)
-        if match and row in supported:
-            return row, STRUCTURES[row], [int(number) for number in match.groups()]
+    for row in supported:
+        match = _pattern(row).fullmatch(name)
+        if match:
+            return STRUCTURES[row], [int(number) for number in match.groups()]
     raise ValueError(message)
 
 
@@ -89,5 +92,5 @@ def resolve_structure(name: str, dim: int) -> Structure:
         TypeError: If the name is not a string.
         ValueError: If it is unknown.
     """
-    _, make, numbers = _found(name)
+    make, numbers = _found(name)
     return make(dim, *numbers)
