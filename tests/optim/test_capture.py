@@ -6,6 +6,8 @@ Statistics are read where they end up: at IKFAC's first update from the identity
 
 import gc
 import sys
+import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -422,9 +424,31 @@ def jacobian(model: nn.Module, x: Tensor) -> None:
     torch.func.vmap(torch.func.jacrev(lambda row: model(row[None])[0]))(x)
 
 
+def traced(model: nn.Module, x: Tensor) -> None:
+    """An export by tracing; what it returns has no hook in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copy = torch.jit.trace(model, x)
+    torch.testing.assert_close(copy(x), model(x))
+
+
+def replica(model: nn.Module, x: Tensor) -> None:
+    """What ``DataParallel`` calls on other devices."""
+    for module in model.modules():
+        module._is_replica = True  # type: ignore[assignment]
+    kept = {p: p.grad for p in model.parameters()}
+    model(x).square().sum().backward()
+    for module in model.modules():
+        del module._is_replica
+    for p, g in kept.items():
+        p.grad = g
+
+
 SILENT = {
     f.__name__: f
     for f in (
+        traced,
+        replica,
         evaluate,
         no_grad,
         inference,
@@ -750,3 +774,62 @@ def cached_functions() -> list[Any]:
     found = [value for m in modules for value in vars(m).values() if hasattr(value, "cache_info")]
     assert len(found) > 5
     return found
+
+
+# --- many passes, and several at a time ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_memory_does_not_grow(name: str) -> None:
+    """Passes that never become a step leave nothing behind."""
+    model, (x, y) = mlp(3, 4, 2), mlp_batch(0, 3, 2)
+    optimizer = SINGD(model.parameters(), T=1)
+    fit(model, optimizer, [(x, y)])
+
+    def living() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for _ in range(3):
+        for _ in range(5):
+            SILENT[name](model, x)
+            for p in model.parameters():
+                p.grad = None
+        counts.append(living())
+    assert counts[1] == counts[2]
+
+
+def test_two_threads_train_two_models() -> None:
+    """Each as it does alone."""
+    alone, together = ([mlp(3, 4, 2) for _ in range(2)] for _ in range(2))
+    for one, other in zip(alone, together, strict=True):
+        other.load_state_dict(one.state_dict())
+
+    def train(model: nn.Module) -> None:
+        optimizer = SINGD(model.parameters(), T=2)
+        fit(model, optimizer, [mlp_batch(step, 3, 2) for step in range(20)])
+
+    for model in alone:
+        train(model)
+    threads = [threading.Thread(target=train, args=(model,)) for model in together]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(alone, together, strict=True):
+        assert_same_weights(other, one)
+
+
+def test_modules_that_no_search_sees() -> None:
+    """A list of parameters of a model hidden from the garbage collector: found as it first runs."""
+    model = mlp(3, 4, 2)
+    gc.freeze()
+    try:
+        optimizer = SINGD(list(model.parameters()), T=1)
+        assert not any(row.structure for row in optimizer.report())
+        fit(model, optimizer, [mlp_batch(step, 3, 2) for step in range(2)])
+    finally:
+        gc.unfreeze()
+    assert all(row.last_update == 1 for row in optimizer.report())
+    assert not nn.modules.module._global_forward_pre_hooks

@@ -1,10 +1,15 @@
 """A compiled model trains as the eager one does, whole graphs only, whatever came first."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import tnkfac
+
+Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 def network() -> nn.Sequential:
@@ -48,6 +53,55 @@ def test_compiled_equals_eager(structures: str, approx: str, before: bool) -> No
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert all(row.last_update == 2 for row in optimizer.report() if row.approximation)
+
+
+def whole(model: nn.Sequential) -> Run:
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def in_place(model: nn.Sequential) -> Run:
+    model.compile(backend="aot_eager")
+    return model
+
+
+def children(model: nn.Sequential) -> Run:
+    for child in model:
+        child.compile(backend="aot_eager")  # some run eagerly, beyond torch's limit of frames
+    return model
+
+
+def function(model: nn.Sequential) -> Run:
+    return torch.compile(lambda x: model(x), backend="aot_eager", fullgraph=True)
+
+
+def dynamic(model: nn.Sequential) -> Run:
+    return torch.compile(model, backend="aot_eager", dynamic=True)
+
+
+@pytest.mark.parametrize("order", ["compile first", "optimizer first"])
+@pytest.mark.parametrize("way", [whole, in_place, children, function, dynamic])
+def test_every_way_to_compile(way: Callable[[Any], Run], order: str) -> None:
+    """Batches of two sizes; the same factors and weights as the eager model, in any order."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = network()
+        run: Run = model
+        if compiled and order == "compile first":
+            run = way(model)
+        optimizer = tnkfac.SINGD(model.parameters(), lr=1e-2, T=1, structures="dense")
+        if compiled and order == "optimizer first":
+            run = way(model)
+        for step in range(4):
+            count = 6 - 2 * (step % 2)
+            x = torch.linspace(-1, 1, count * 64, dtype=torch.float64).reshape(count, 1, 8, 8).sin()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(run(x), torch.arange(count)).backward()
+            optimizer.step()
+        assert all(row.last_update == 3 for row in optimizer.report() if row.approximation)
+        runs.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -398,6 +398,13 @@ MODULES: dict[str, tuple[Build, Callable[[int], Any], set[str]]] = {
         sequences,
         {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"},
     ),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True), 2
+        ),
+        sequences,
+        {f"layers.{i}.linear{j}.{p}" for i in (0, 1) for j in (1, 2) for p in ("weight", "bias")},
+    ),
     "non-dynamically quantizable linear": (
         lambda: nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)),
         vectors,

@@ -70,6 +70,9 @@ class Tap:
         statistics = self.statistics
         if not (statistics.on and torch.is_grad_enabled() and module.training):
             return None
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._is_tracing():  # before anything that a trace would record
+            return None
         weight = module._parameters.get("weight")
         if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
             return None  # functional_call, or frozen
@@ -90,7 +93,7 @@ class Tap:
         def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
             return statistics.measure(layer, x, g.reshape(shape), terms)  # g may be of the base
 
-        if torch.compiler.is_compiling():
+        if compiling:
             if torch.compiler._is_exporting_flag:
                 return None
             return _Identity.apply(output, x, measure, False, *statistics.leaves(output))
@@ -145,7 +148,6 @@ def _make_no_tap() -> _NoTap:
 def _is_plain(module: nn.Module, output: Any) -> bool:
     return (
         type(output) is Tensor
-        and not torch._C._is_tracing()
         and torch.autograd.forward_ad._current_level < 0
         and not getattr(module, "_is_replica", False)
     )
