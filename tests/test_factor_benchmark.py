@@ -26,7 +26,7 @@ def benchmark() -> Any:
 def test_the_benchmark_runs(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--only", "3c3d conv3", "--batch", "2", "--repeats", "1", "--budget", "0"]
     status = benchmark["main"]([*arguments, "--out", str(tmp_path)])
-    with (tmp_path / "factors-cpu-batch2.csv").open() as file:
+    with (tmp_path / "factors-cpu-batch2-3c3d-conv3.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["quantity"] for row in rows] == [
         "expand dense",
@@ -39,7 +39,7 @@ def test_the_benchmark_runs(benchmark: Any, tmp_path: Path, capsys: pytest.Captu
         assert float(row["im2col_ratio"]) > 0
         assert float(row["error"]) < 2e-5
         assert float(row["ours_mib"]) <= float(row["im2col_mib"])
-    assert (tmp_path / "factors-cpu-batch2.png").stat().st_size > 10_000
+    assert (tmp_path / "factors-cpu-batch2-3c3d-conv3.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert status == int("MISSED" in printed)
     assert "slower than" in printed

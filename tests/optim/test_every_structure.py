@@ -130,6 +130,22 @@ def test_resume_is_bit_equal(structure: str, phase: int) -> None:
 
 
 @each_structure
+def test_loading_an_empty_state_starts_anew(structure: str) -> None:
+    """A checkpoint from before the first step, loaded into an optimizer that has run."""
+    model, fresh = network(), network()
+    options: dict[str, Any] = {"lr": 3e-3, "T": 2, "structures": structure}
+    optimizer, other = (SINGD(m.parameters(), **options) for m in (model, fresh))
+    saved_model, saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, batches(20, 3))
+    model.load_state_dict(saved_model)
+    optimizer.load_state_dict(saved)
+    for m, o in ((model, optimizer), (fresh, other)):
+        train(m, o, batches(0, 5))
+    assert_same_weights(model, fresh)
+    assert_same_state(model, optimizer, fresh, other)
+
+
+@each_structure
 def test_copied_together(structure: str) -> None:
     """The copies of model and optimizer go on as the originals do, each for itself."""
     model = network()
@@ -227,7 +243,7 @@ def test_compiled_whole_graph(structure: str) -> None:
         assert all(row.last_update == 10 for row in optimizer.report() if row.structure)
     for key, value in runs[0].items():
         torch.testing.assert_close(runs[1][key], value, rtol=1e-9, atol=1e-11, msg=key)
-    assert len(graphs) <= 3
+    assert len(graphs) <= 2
 
 
 class Shape(nn.Module):

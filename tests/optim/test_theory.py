@@ -10,7 +10,7 @@ from oracles.singd_reference import mean_trace, project
 from tnkfac.curvature import describe
 from tnkfac.curvature.grams import gram_pair
 from tnkfac.curvature.structures import resolve_structure
-from tnkfac.optim.singd import singd_update
+from tnkfac.optim.singd_rule import singd_update
 
 ARGUMENTS: dict[str, Any] = {"alpha1": 0.0, "kfac_like": False, "normalize": False}
 

@@ -43,8 +43,7 @@ class Statistics:
         approx: ``"expand"`` or ``"reduce"``.
         loss_average: What the loss is averaged over.
         on: Whether taps measure at all.
-        live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them;
-            None for the identity.
+        live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them.
         layer: The layer, once its shape is known; its ``bias`` tells whether the bias is trained.
         k: Structure of the input side, once the shape is known.
         c: Structure of the output side, likewise.
@@ -69,6 +68,7 @@ class Statistics:
         self.loss_average = loss_average
         self.on = True
         self.live: tuple[Parts | None, Parts | None] = (None, None)
+        self._used = False
         self._structures = structures
         self._bias = bias
         self._leaves: tuple[Tensor, ...] = ()
@@ -99,7 +99,23 @@ class Statistics:
             shapes = [shape for shape in self._shapes() if 0 not in shape]
             zero = torch.zeros((), dtype=dtype, device=like.device)
             self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
+            if not self._used:
+                self.live = self._identities(zero)
         return self._leaves
+
+    def use(self, factors: tuple[Parts, Parts] | None) -> None:
+        """Measure with these factors ``K`` and ``C`` from now on, or with the identity."""
+        self._used = factors is not None
+        if factors is not None:
+            self.live = factors
+        elif self._leaves:
+            self.live = self._identities(self._leaves[0])
+
+    def _identities(self, like: Tensor) -> tuple[Parts | None, Parts | None]:
+        """Where statistics depend on the factors in use."""
+        args = self.layer.groups, like.dtype, like.device
+        k, c = (s.identity(*args) if s.reads_factor else None for s in (self.k, self.c))
+        return k, c
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Shapes of all parts of ``A`` and ``B``."""

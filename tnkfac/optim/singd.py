@@ -3,118 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Preconditioner, Structure, stationary_point
+from tnkfac.curvature import Preconditioner, stationary_point
 from tnkfac.optim import arguments
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.parts import load, overwrite, store
 from tnkfac.optim.registry import Group
+from tnkfac.optim.singd_rule import singd_update
 from tnkfac.optim.step import roomy
-
-LARGEST_CHANGE = 0.5
-"""Largest relative change of the preconditioner in one update, unless it starts at the identity.
-
-``K <- K (I - rate m)`` is an exponential cut off after its first order, and diverges when one
-batch has far more curvature than those before, as happens near the end of training.
-"""
-
-
-def _combine(
-    coefficients: Sequence[Tensor | float], terms: Sequence[Parts], add_identity: Parts
-) -> Parts:
-    """``sum_i coefficient_i term_i - I``, coefficients per channel group."""
-    total = []
-    for index, eye in enumerate(add_identity):
-        part = -eye
-        for coefficient, term in zip(coefficients, terms, strict=True):
-            shape = (-1, *[1] * (eye.ndim - 1))
-            factor = coefficient.reshape(shape) if isinstance(coefficient, Tensor) else coefficient
-            part = part + factor * term[index]
-        total.append(part)
-    return tuple(total)
-
-
-def singd_update(
-    k: Structure,
-    c: Structure,
-    K: Parts,
-    C: Parts,
-    m_K: Parts | None,
-    m_C: Parts | None,
-    A: Parts,
-    B: Parts,
-    *,
-    damping: float,
-    alpha1: float,
-    lr_cov: float,
-    kfac_like: bool,
-    normalize: bool,
-    bounded: bool = False,
-) -> tuple[Parts, Parts, Parts, Parts]:
-    """One update of ``K`` and ``C`` (arXiv 2312.05705, figure 4, right).
-
-    Args:
-        k: Structure of ``K`` and ``A``.
-        c: Structure of ``C`` and ``B``.
-        K: Input-side factor of the preconditioner.
-        C: Output-side factor.
-        m_K: Momentum of ``K``, or None for zero.
-        m_C: Momentum of ``C``, or None for zero.
-        A: Input factor of the curvature.
-        B: Output-gradient factor.
-        damping: Added to the curvature.
-        alpha1: Decay of the momenta.
-        lr_cov: Step size.
-        kfac_like: Replace the four traces by one (IKFAC).
-        normalize: Scale the step by the largest entry of the momentum if it exceeds one.
-        bounded: Shorten a step that would change ``K`` or ``C`` by more than half.
-
-    Returns:
-        New ``K``, ``C``, ``m_K``, ``m_C``.
-    """
-    H_K, H_C = k.pull(K, A), c.pull(C, B)
-    KK, CC = k.gram(K), c.gram(C)
-    one: tuple[Tensor | float, ...] = (1.0, damping)
-    on_K = one if kfac_like else (c.trace(H_C), damping * c.trace(CC))
-    on_C = one if kfac_like else (k.trace(H_K), damping * k.trace(KK))
-    half = 0.5 * (1 - alpha1 if normalize else 1.0)
-    new: list[Parts] = []
-    moved: list[Parts] = []
-    for structure, X, m, H, gram, coefficients in (
-        (k, K, m_K, H_K, KK, on_K),
-        (c, C, m_C, H_C, CC, on_C),
-    ):
-        eye = structure.identity(X[0].shape[0], X[0].dtype, X[0].device)
-        step = _combine(coefficients, (H, gram), eye)
-        step = tuple(half * part for part in step)
-        if m is not None:
-            step = tuple(alpha1 * old + part for old, part in zip(m, step, strict=True))
-        move = structure.matmul(X, step)
-        rate = _rate(step, lr_cov, normalize)
-        if bounded:
-            rate = torch.clamp(LARGEST_CHANGE / structure.norm(step), max=rate)
-        moved.append(tuple(_minus(x, rate, d) for x, d in zip(X, move, strict=True)))
-        new.append(step)
-    return moved[0], moved[1], new[0], new[1]
-
-
-def _rate(step: Parts, lr_cov: float, normalize: bool) -> Tensor | float:
-    """Step size of each channel group."""
-    if not normalize:
-        return lr_cov
-    largest = [part.abs().flatten(1).amax(1) for part in step if part.numel()]
-    return lr_cov / torch.stack(largest).amax(0).clamp(min=1.0)
-
-
-def _minus(part: Tensor, rate: Tensor | float, move: Tensor) -> Tensor:
-    if isinstance(rate, Tensor):
-        rate = rate.reshape(-1, *[1] * (part.ndim - 1))
-    return part - rate * move
 
 
 class SINGD(CurvatureOptimizer):
@@ -297,8 +199,8 @@ class SINGD(CurvatureOptimizer):
         statistics = layer.statistics
         if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
             state = self.state.get(layer.weight)
-            K, C = _load(layer, state, ("K", "C")) if state else (None, None)
-            statistics.live = K, C
+            pair = load(layer, state, ("K", "C")) if state else None
+            statistics.use(None if pair is None else (pair[0], pair[1]))
 
     def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
         statistics, weight = layer.statistics, layer.weight
@@ -310,9 +212,9 @@ class SINGD(CurvatureOptimizer):
         ):
             kept = roomy(weight.dtype) if dtype is None else getattr(torch, dtype)
             eye = structure.identity(groups, kept, weight.device)
-            _store(state, name, eye)
+            store(state, name, eye)
             if momentum:
-                _store(state, f"m_{name}", tuple(torch.zeros_like(part) for part in eye))
+                store(state, f"m_{name}", tuple(torch.zeros_like(part) for part in eye))
         return state
 
     def _update_layer(
@@ -321,19 +223,19 @@ class SINGD(CurvatureOptimizer):
         state, statistics = self.state[layer.weight], layer.statistics
         factors = statistics.factors(scale)
         dtype = factors.A[0].dtype
-        K, C = _load(layer, state, ("K", "C"), dtype)
+        K, C = load(layer, state, ("K", "C"), dtype)
         if layer.last_update < 0 and group["init"] == "first_batch":
             if keep is not None and not bool(keep):  # decompositions wait for the device anyway
                 return
             K, C = stationary_point(
                 statistics.k, statistics.c, factors.A, factors.B, group["damping"]
             )
-            _copy(state, {"K": K, "C": C}, None)
+            overwrite(state, {"K": K, "C": C}, None)
             return
         with_momentum = group["alpha1"] != 0 and not group["kfac_like"]
         m_K = m_C = None
         if with_momentum:
-            m_K, m_C = _load(layer, state, ("m_K", "m_C"), dtype)
+            m_K, m_C = load(layer, state, ("m_K", "m_C"), dtype)
         lr_cov = group["lr_cov"]
         K, C, m_K, m_C = singd_update(
             statistics.k,
@@ -354,37 +256,9 @@ class SINGD(CurvatureOptimizer):
         new = {"K": K, "C": C}
         if with_momentum:
             new |= {"m_K": m_K, "m_C": m_C}
-        _copy(state, new, keep)
+        overwrite(state, new, keep)
 
     def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
         state, statistics = self.state[layer.weight], layer.statistics
-        K, C = _load(layer, state, ("K", "C"))
+        K, C = load(layer, state, ("K", "C"))
         return Preconditioner(statistics.k, statistics.c, K, C).apply(gradient)
-
-
-def _keys(name: str, count: int) -> list[str]:
-    return [name] if count == 1 else [f"{name}.{index}" for index in range(count)]
-
-
-def _store(state: dict[str, Tensor], name: str, parts: Parts) -> None:
-    state.update(zip(_keys(name, len(parts)), parts, strict=True))
-
-
-def _load(
-    layer: CapturedLayer, state: dict[str, Any], names: Sequence[str], dtype: Any = None
-) -> list[Parts]:
-    """Parts of an input-side and an output-side matrix, cast if a dtype is given."""
-    pair = zip(names, (layer.statistics.k, layer.statistics.c), strict=True)
-    kept = [[state[key] for key in _keys(name, len(s.shapes))] for name, s in pair]
-    return [tuple(p if dtype is None else p.to(dtype) for p in parts) for parts in kept]
-
-
-def _copy(state: dict[str, Any], new: dict[str, Parts], keep: Tensor | None) -> None:
-    """Write new parts into the state, unless one is not finite or ``keep`` is zero."""
-    good = torch.stack([p.isfinite().all() for parts in new.values() for p in parts]).all()
-    if keep is not None:
-        good = good & (keep.to(good.device) > 0)
-    for name, parts in new.items():
-        for key, part in zip(_keys(name, len(parts)), parts, strict=True):
-            old = state[key]
-            old.copy_(torch.where(good, part, old.to(part.dtype)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -30,11 +30,16 @@ class Toeplitz(Structure):
 
     Attributes:
         lower: Whether the first column is free, or the first row.
+        length: Of transforms in which products do not wrap around.
     """
 
     lower: bool
+    length: int = field(init=False, repr=False)
     has_eigenbasis = False
     reads_factor = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", fast_length(2 * self.dim - 1))
 
     @property
     def name(self) -> str:
@@ -48,7 +53,7 @@ class Toeplitz(Structure):
 
     def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
         """``Pi(K^T A K)`` itself, from the power spectrum of ``K^T X`` for the rows ``X``."""
-        length = fast_length(2 * self.dim - 1)
+        length = self.length
         total = gram.tensor.new_zeros(gram.layer.groups, length // 2 + 1)
         for rows in gram.rows():
             if K is not None:
@@ -109,7 +114,7 @@ class Toeplitz(Structure):
     def _multiply(self, t: Tensor, X: Tensor, correlate: bool) -> Tensor:
         """Lower Toeplitz matrix with first column ``t`` times ``X [G, d, M]``, or its transpose."""
         dtype = torch.promote_types(t.dtype, torch.float32)  # no transforms in half precision
-        length = fast_length(2 * self.dim - 1)
+        length = self.length
         spectrum = torch.fft.rfft(t.to(dtype), n=length, dim=1).unsqueeze(2)
         spectrum = spectrum.conj() if correlate else spectrum
         product = spectrum * torch.fft.rfft(X.to(dtype), n=length, dim=1)

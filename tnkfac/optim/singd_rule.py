@@ -1,0 +1,110 @@
+"""The update of SINGD's factors (arXiv 2312.05705)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature import Parts, Structure
+
+LARGEST_CHANGE = 0.5
+"""Largest relative change of the preconditioner in one update, unless it starts at the identity.
+
+``K <- K (I - rate m)`` is an exponential cut off after its first order, and diverges when one
+batch has far more curvature than those before, as happens near the end of training.
+"""
+
+
+def _combine(
+    coefficients: Sequence[Tensor | float], terms: Sequence[Parts], add_identity: Parts
+) -> Parts:
+    """``sum_i coefficient_i term_i - I``, coefficients per channel group."""
+    total = []
+    for index, eye in enumerate(add_identity):
+        part = -eye
+        for coefficient, term in zip(coefficients, terms, strict=True):
+            shape = (-1, *[1] * (eye.ndim - 1))
+            factor = coefficient.reshape(shape) if isinstance(coefficient, Tensor) else coefficient
+            part = part + factor * term[index]
+        total.append(part)
+    return tuple(total)
+
+
+def singd_update(
+    k: Structure,
+    c: Structure,
+    K: Parts,
+    C: Parts,
+    m_K: Parts | None,
+    m_C: Parts | None,
+    A: Parts,
+    B: Parts,
+    *,
+    damping: float,
+    alpha1: float,
+    lr_cov: float,
+    kfac_like: bool,
+    normalize: bool,
+    bounded: bool = False,
+) -> tuple[Parts, Parts, Parts, Parts]:
+    """One update of ``K`` and ``C`` (arXiv 2312.05705, figure 4, right).
+
+    Args:
+        k: Structure of ``K`` and ``A``.
+        c: Structure of ``C`` and ``B``.
+        K: Input-side factor of the preconditioner.
+        C: Output-side factor.
+        m_K: Momentum of ``K``, or None for zero.
+        m_C: Momentum of ``C``, or None for zero.
+        A: Input factor of the curvature.
+        B: Output-gradient factor.
+        damping: Added to the curvature.
+        alpha1: Decay of the momenta.
+        lr_cov: Step size.
+        kfac_like: Replace the four traces by one (IKFAC).
+        normalize: Scale the step by the largest entry of the momentum if it exceeds one.
+        bounded: Shorten a step that would change ``K`` or ``C`` by more than half.
+
+    Returns:
+        New ``K``, ``C``, ``m_K``, ``m_C``.
+    """
+    H_K, H_C = k.pull(K, A), c.pull(C, B)
+    KK, CC = k.gram(K), c.gram(C)
+    one: tuple[Tensor | float, ...] = (1.0, damping)
+    on_K = one if kfac_like else (c.trace(H_C), damping * c.trace(CC))
+    on_C = one if kfac_like else (k.trace(H_K), damping * k.trace(KK))
+    half = 0.5 * (1 - alpha1 if normalize else 1.0)
+    new: list[Parts] = []
+    moved: list[Parts] = []
+    for structure, X, m, H, gram, coefficients in (
+        (k, K, m_K, H_K, KK, on_K),
+        (c, C, m_C, H_C, CC, on_C),
+    ):
+        eye = structure.identity(X[0].shape[0], X[0].dtype, X[0].device)
+        step = _combine(coefficients, (H, gram), eye)
+        step = tuple(half * part for part in step)
+        if m is not None:
+            step = tuple(alpha1 * old + part for old, part in zip(m, step, strict=True))
+        move = structure.matmul(X, step)
+        rate = _rate(step, lr_cov, normalize)
+        if bounded:
+            rate = torch.clamp(LARGEST_CHANGE / structure.norm(step), max=rate)
+        moved.append(tuple(_minus(x, rate, d) for x, d in zip(X, move, strict=True)))
+        new.append(step)
+    return moved[0], moved[1], new[0], new[1]
+
+
+def _rate(step: Parts, lr_cov: float, normalize: bool) -> Tensor | float:
+    """Step size of each channel group."""
+    if not normalize:
+        return lr_cov
+    largest = [part.abs().flatten(1).amax(1) for part in step if part.numel()]
+    return lr_cov / torch.stack(largest).amax(0).clamp(min=1.0)
+
+
+def _minus(part: Tensor, rate: Tensor | float, move: Tensor) -> Tensor:
+    if isinstance(rate, Tensor):
+        rate = rate.reshape(-1, *[1] * (part.ndim - 1))
+    return part - rate * move
