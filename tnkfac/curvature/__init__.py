@@ -16,9 +16,17 @@ from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.precision import full_precision
 from tnkfac.curvature.preconditioner import Preconditioner, stationary_point
-from tnkfac.curvature.structures import Parts, Structure, check_structure, resolve_structure
+from tnkfac.curvature.structures import (
+    Decomposable,
+    Parts,
+    Structure,
+    check_factor_structure,
+    check_structure,
+    resolve_structure,
+)
 
 __all__ = [
+    "Decomposable",
     "Factors",
     "FirstForward",
     "Kronecker",
@@ -31,6 +39,7 @@ __all__ = [
     "Structure",
     "Tap",
     "attach",
+    "check_factor_structure",
     "check_structure",
     "describe",
     "diagonal",

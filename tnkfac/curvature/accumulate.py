@@ -7,7 +7,8 @@ everything is normalised once, over the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.structures import Parts, Structure, resolve_structure
+from tnkfac.curvature.scales import projected_squares
+from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
 
 LossTerms = Callable[..., float]
 LossAverage = str | None | LossTerms
@@ -29,11 +31,15 @@ class Factors:
 
     Attributes:
         A: Parts of the input factor, without the leading ``G`` as in its structure.
-        B: Parts of the output-gradient factor.
+        B: Parts of the output-gradient factor; the identity where it is not measured.
+        counts: ``[samples, rows, terms]`` of the batch.
+        squares: Second moments ``[G, C_out / G, D]`` in the basis of :meth:`Statistics.project`.
     """
 
     A: Parts
     B: Parts
+    counts: Tensor
+    squares: Tensor | None = None
 
 
 class Statistics:
@@ -54,7 +60,14 @@ class Statistics:
     c: Structure
 
     def __init__(
-        self, approx: Approx, structures: tuple[str, str], bias: bool, loss_average: LossAverage
+        self,
+        approx: Approx,
+        structures: tuple[str, str],
+        bias: bool,
+        loss_average: LossAverage,
+        outputs: bool = True,
+        squares: bool = False,
+        chosen_passes: bool = False,
     ) -> None:
         """Nothing is allocated before the first pass.
 
@@ -63,7 +76,14 @@ class Statistics:
             structures: Names of the structures of input and output factor.
             bias: Whether the factors have a bias row.
             loss_average: ``"batch"``, ``"batch+sequence"``, None for a sum, or a callable.
+            outputs: Whether output gradients are measured, too.
+            squares: Whether per-sample gradients are squared in an eigenbasis.
+            chosen_passes: Whether only backward passes inside of :meth:`listening` count.
         """
+        self.outputs, self.squares, self.chosen_passes = outputs, squares, chosen_passes
+        self._heard = False
+        self._kept: list[Tensor] | None = None
+        self._basis: tuple[Parts, Parts] | None = None
         self.approx: Approx = approx
         self.loss_average = loss_average
         self.on = True
@@ -119,13 +139,17 @@ class Statistics:
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Shapes of all parts of ``A`` and ``B``."""
-        shapes = (*self.k.statistic_shapes, *self.c.statistic_shapes)
+        shapes = [*self.k.statistic_shapes]
+        if self.outputs:
+            shapes += self.c.statistic_shapes
+        if self.squares:
+            shapes.append((self.c.dim, self.k.dim))
         return [(self.layer.groups, *shape) for shape in shapes]
 
     def measure(
         self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
-    ) -> tuple[Tensor, ...]:
-        """Statistics of one call, shaped like the leaves.
+    ) -> tuple[Tensor, ...] | None:
+        """Statistics of one call, shaped like the leaves; None for a pass that does not count.
 
         Args:
             layer: The layer that was called; tied layers may differ in their stride.
@@ -133,24 +157,62 @@ class Statistics:
             g: Gradient with respect to its output.
             terms: Loss terms of this call if a callable told them.
         """
+        if self.chosen_passes and not self._heard and not torch.compiler.is_compiling():
+            return None
         dtype = self._leaves[0].dtype
-        a, b = gram_pair(layer, x.to(dtype), g.to(dtype), self.approx)
+        x, g = x.to(dtype), g.to(dtype)
+        a, b = gram_pair(layer, x, g, self.approx)
         rows = a.samples * a.positions
         if terms is None:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
         count = _counts if torch.compiler.is_compiling() else _kept_counts
         counts = count(a.samples, rows, terms, dtype, g.device)
         K, C = self.live
-        parts = (*self.k.statistic(a, K), *self.c.statistic(b, C))
+        parts = list(self.k.statistic(a, K))
+        if self.outputs:
+            parts += self.c.statistic(b, C)
+        if self.squares:
+            parts.append(self._squared(layer, x, g))
         return (*(part for part in parts if part.numel()), counts)
+
+    def _squared(self, layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+        if self._basis is None:
+            return x.new_zeros(layer.groups, self.c.dim, self.k.dim)
+        assert isinstance(self.k, Decomposable)
+        assert isinstance(self.c, Decomposable)
+        basis = tuple(tuple(part.to(x.dtype) for part in parts) for parts in self._basis)
+        return projected_squares(layer, x, g, self.k, self.c, (basis[0], basis[1]))
+
+    def project(self, basis: tuple[Parts, Parts] | None) -> None:
+        """Square gradients in this eigenbasis from now on."""
+        self._basis = basis
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Backward passes inside count; what others have left behind is dropped."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        self._heard = True
+        try:
+            yield
+        finally:
+            self._heard = False
+            found = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
+            if found and self._kept:
+                found = torch._foreach_add(found, self._kept)  # type: ignore[assignment]
+            self._kept = found or self._kept
+            for leaf in self._leaves:
+                leaf.grad = None
 
     @property
     def pending(self) -> bool:
         """Whether any pass has contributed since the last :meth:`clear`."""
-        return bool(self._leaves) and self._leaves[-1].grad is not None
+        return bool(self.sums())
 
     def sums(self) -> list[Tensor]:
         """What has been collected: un-normalised sums and counts."""
+        if self.chosen_passes:
+            return self._kept or []
         return [leaf.grad for leaf in self._leaves if leaf.grad is not None]
 
     def factors(self, loss_scale: Tensor | float = 1.0) -> Factors:
@@ -166,13 +228,16 @@ class Statistics:
         weight = 1 / (rows if self.approx == "expand" else samples)
         loss_terms = (1.0 if self.loss_average is None else terms) / loss_scale**2
         split = len(self.k.statistic_shapes)
-        return Factors(
-            tuple(part * weight for part in sums[:split]),
-            tuple(part * loss_terms for part in sums[split:]),
-        )
+        A = tuple(part * weight for part in sums[:split])
+        squares = sums.pop() * loss_terms if self.squares else None
+        B = tuple(part * loss_terms for part in sums[split:])
+        if not self.outputs:
+            B = self.c.identity(self.layer.groups, counts.dtype, counts.device)
+        return Factors(A, B, counts, squares)
 
     def clear(self) -> None:
         """Drop what has been collected."""
+        self._kept = None
         for leaf in self._leaves:
             leaf.grad = None
 

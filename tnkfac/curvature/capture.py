@@ -46,6 +46,8 @@ class _Identity(torch.autograd.Function):
         exact = nullcontext() if traced else full_precision(g.device)
         with torch.autocast(g.device.type, enabled=False), exact:
             statistics = ctx.measure(ctx.saved_tensors[0].detach(), g.detach())
+        if statistics is None:
+            return (g, None, None, None, *(None for _ in ctx.shapes))
         for statistic, shape in zip(statistics, ctx.shapes, strict=True):
             if statistic.shape != shape:  # autograd would silently sum it to the leaf's shape
                 raise RuntimeError(f"Statistic of shape {statistic.shape} for a leaf {shape}.")
@@ -90,7 +92,7 @@ class Tap:
 
         shape = output.shape
 
-        def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:
             return statistics.measure(layer, x, g.reshape(shape), terms)  # g may be of the base
 
         if compiling:

@@ -66,7 +66,7 @@ def stationary_point(
     a, rebuild_K = _decomposed(k, A)
     b, rebuild_C = _decomposed(c, B)
     p, q = _spectra(a.double(), b.double(), damping)
-    return rebuild_K(p.sqrt().to(a.dtype)), rebuild_C(q.sqrt().to(b.dtype))
+    return rebuild_K(p.sqrt().to(A[0].dtype)), rebuild_C(q.sqrt().to(B[0].dtype))
 
 
 def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tensor], Parts]]:
@@ -75,7 +75,8 @@ def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tenso
     Where the decomposition fails, all eigenvalues are taken for their mean.
     """
     try:
-        values, vectors = structure.eigen(A)
+        values, vectors = structure.eigen(tuple(part.double() for part in A))
+        vectors = tuple(part.to(A[0].dtype) for part in vectors)
         return values, partial(structure.from_eigen, vectors=vectors)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         warnings.warn(f"A start is a multiple of the identity: {error}", stacklevel=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.notices import Notices
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
-from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft, roomy
+from tnkfac.optim.step import roomy
+from tnkfac.optim.updates import step_layers, step_others
 
 
 class CurvatureOptimizer(Optimizer):
@@ -28,6 +29,7 @@ class CurvatureOptimizer(Optimizer):
     """
 
     _registry: Registry
+    _counters: ClassVar[tuple[str, ...]] = ("step", "last_due")
 
     def __init__(self, params: Any, defaults: Group, grad_scaler: Any = None) -> None:
         """Sort the parameters and put taps on their layers.
@@ -77,8 +79,8 @@ class CurvatureOptimizer(Optimizer):
         arguments.warn_near_misses(group, {*self.defaults, *_OTHER_KEYS})
         self._check_group({**self.defaults, **group}, group)
         group.setdefault("base_lr", float(group.get("lr", self.defaults["lr"])))
-        group.setdefault("step", 0)
-        group.setdefault("last_due", 0)
+        for counter in self._counters:
+            group.setdefault(counter, 0)
         super().add_param_group(group)
         if self._ready:
             self._sort()
@@ -177,8 +179,7 @@ class CurvatureOptimizer(Optimizer):
             device = gradients[0].device if gradients else torch.device("cpu")
             with full_precision(device):
                 self._update_factors(pending, groups, keep)
-                self._step_layers(groups, keep)
-            self._step_others(groups, None if keep is None else 1 - keep)
+                self._move(groups, keep)
         self._advance(pending if skip is not True else [], groups)
         if isinstance(skip, Tensor):
             self._verdicts.send(skip, self._undo(pending))
@@ -191,55 +192,11 @@ class CurvatureOptimizer(Optimizer):
         for layer in pending:
             self._update_layer(layer, groups[id(layer.weight)], scale, keep)
 
-    def _step_layers(self, groups: dict[int, Group], keep: Tensor | None) -> None:
-        layers = [
-            la for la in self._registry.layers if any(p.grad is not None for p in la.params())
-        ]
-        matrices = [gradient_matrix(layer, keep) for layer in layers]
-        natural = [self._natural(la, m) for la, m in zip(layers, matrices, strict=True)]
-        natural = clipped(natural, matrices, [groups[id(layer.weight)] for layer in layers])
-        for layer, matrix, update in zip(layers, matrices, natural, strict=True):
-            group = groups[id(layer.weight)]
-            update = graft(layer, group, matrix, update, self.state.get(layer.weight, {}))
-            weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
-            self._step_param(layer.weight, weight, groups, group, keep)
-            if layer.bias is not None and bias is not None:
-                self._step_param(layer.bias, bias, groups, group, keep)
-
-    def _step_param(
-        self,
-        param: Tensor,
-        update: Tensor,
-        groups: dict[int, Group],
-        layer_group: Group,
-        keep: Tensor | None,
-    ) -> None:
-        if param.grad is None:
-            return
-        group = groups.get(id(param), layer_group)
-        apply_update_(
-            param,
-            update,
-            self.state[param]["momentum_buffer"] if group["momentum"] else None,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            decoupled=layer_group["decoupled_weight_decay"],
-            averaged=layer_group["grafting"] is not None,
-            keep=keep,
-        )
-
-    def _step_others(self, groups: dict[int, Group], skip: Tensor | None) -> None:
-        by_group: dict[int, list[Tensor]] = {}
-        for other in self._registry.others:
-            if other.param.grad is not None:
-                by_group.setdefault(id(groups[id(other.param)]), []).append(other.param)
-        for group in self.param_groups:
-            params = by_group.get(id(group), [])
-            if params:
-                fallback.update(
-                    params, [self.state.get(param, {}) for param in params], group, skip
-                )
+    def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
+        """Step every parameter that has a gradient."""
+        step_layers(self._registry.layers, self._natural, self.state, groups, keep)
+        skip = None if keep is None else 1 - keep
+        step_others(self._registry.others, self.state, self.param_groups, skip)
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
         for layer in updated:
@@ -394,5 +351,6 @@ _OTHER_KEYS = (
     "base_lr",
     "step",
     "last_due",
+    "last_inverse_due",
     "fallback_options",
 )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 State = dict[str, Any]
+ON_HOST = ("last_update", "last_inverse", "failures")
+"""Numbers that the host reads."""
 
 
 def without_callables(groups: list[State]) -> list[State]:
@@ -29,8 +31,7 @@ def restore_tensors(
     for key, param in zip(keys, params, strict=True):
         for name, value in saved["state"].get(key, {}).items():
             if isinstance(value, Tensor):
-                # The mark of the last update is read by the host.
-                device = torch.device("cpu") if name == "last_update" else param.device
+                device = torch.device("cpu") if name in ON_HOST else param.device
                 state[param][name] = value.detach().to(device, copy=True)
 
 

@@ -98,7 +98,7 @@ def sort(
         weight = by_id.get(key)
         if weight is None or key in done or all(o.attribute == "bias" for o in found):
             continue
-        reason = _refusal(weight, found)
+        reason = _refusal(weight, found) or _skipped(found, group_of(weight))
         if reason is not None:
             reasons[key] = reason
             continue
@@ -130,8 +130,15 @@ def _capture(
     found: list[Owner],
     group: dict[str, Any],
 ) -> CapturedLayer:
+    fisher = group.get("fisher_type", "empirical")
     statistics = Statistics(
-        group["kfac_approx"], group["structures"], bias is not None, group["loss_average"]
+        group["kfac_approx"],
+        group["structures"],
+        bias is not None,
+        group["loss_average"],
+        outputs=fisher != "forward-only",
+        squares=group.get("compute_method") == "ekfac",
+        chosen_passes=fisher == "mc",
     )
     first = next(entry for entry in found if entry.refusal is None)
     layer = CapturedLayer(first.name, type(first.module).__name__, weight, bias, statistics)
@@ -158,6 +165,15 @@ def _joint_bias(
     if id(bias) not in by_id or id(bias) in done:
         return None, "it is not trained together with its weight"
     return bias, ""
+
+
+def _skipped(found: list[Owner], group: dict[str, Any]) -> str | None:
+    """Why the group's ``skip_layers`` leaves a layer out, if it does."""
+    for skip in group.get("skip_layers", ()):
+        for owner in found:
+            if skip in (owner.name, owner.parameter_name, type(owner.module).__name__):
+                return f"skip_layers names {skip}"
+    return None
 
 
 def _refusal(weight: Tensor, found: list[Owner]) -> str | None:

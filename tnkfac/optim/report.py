@@ -19,6 +19,7 @@ class Row:
         state_bytes: Bytes of the state of this parameter.
         last_update: Step of the last factor update, ``None`` before the first.
         reason: Why the fallback trains it, or why its factors wait; empty otherwise.
+        failures: Decompositions of its factors that failed in a row.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     state_bytes: int
     last_update: int | None
     reason: str
+    failures: int = 0
 
 
 class Report(list[Row]):

@@ -153,6 +153,7 @@ def apply_update_(
     weight_decay: Any,
     decoupled: bool,
     averaged: bool,
+    nesterov: bool = False,
     keep: Tensor | None = None,
 ) -> None:
     """Momentum, decay and the step itself, in place.
@@ -166,6 +167,7 @@ def apply_update_(
         weight_decay: Coefficient.
         decoupled: ``param *= 1 - lr * weight_decay`` instead of adding the decay to the update.
         averaged: The buffer is a moving average, so that updates keep their size.
+        nesterov: Step along what the buffer will be if the update repeats itself.
         keep: Scalar that turns the step into none where it is zero; the update is zero then.
     """
     if keep is not None:
@@ -182,7 +184,10 @@ def apply_update_(
             buffer.lerp_(update.to(buffer.dtype), fresh)
         else:
             buffer.mul_(momentum if keep is None else 1 - fresh).add_(update)
-        update = buffer
+        if nesterov:
+            update = (1 - momentum if averaged else 1) * update + momentum * buffer
+        else:
+            update = buffer
     if isinstance(lr, Tensor):
         param.sub_((update * lr.to(param.device)).to(param.dtype))
     else:

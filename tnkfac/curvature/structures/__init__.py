@@ -5,7 +5,7 @@ A structured matrix is a tuple of tensors with the channel group as leading axis
 such that ``(Pi(M) + Pi(M)^T) / 2`` is ``M`` on the support (arXiv 2312.05705, section 3.2).
 """
 
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.structures.interface import Decomposable, Parts, Structure
 from tnkfac.curvature.structures.names import (
     check_factor_structure,
     check_structure,
@@ -13,6 +13,7 @@ from tnkfac.curvature.structures.names import (
 )
 
 __all__ = [
+    "Decomposable",
     "Parts",
     "Structure",
     "check_factor_structure",

@@ -31,6 +31,17 @@ def symmetric_norm(matrix: Tensor, iterations: int = 6) -> Tensor:
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigen-decomposition of symmetric matrices in float64, cast back."""
-    values, vectors = torch.linalg.eigh(((matrix + tr(matrix)) / 2).double())
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    """Eigen-decomposition of symmetric matrices, in their own precision."""
+    values, vectors = torch.linalg.eigh((matrix + tr(matrix)) / 2)
+    return values, vectors
+
+
+def cholesky_inverse(matrix: Tensor, shift: Tensor) -> Tensor:
+    """Inverse of symmetric matrices ``[.., d, d]`` plus multiples ``[..]`` of the identity.
+
+    Raises:
+        torch.linalg.LinAlgError: If one is not positive definite.
+    """
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    shifted = (matrix + tr(matrix)) / 2 + shift[..., None, None] * eye
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))

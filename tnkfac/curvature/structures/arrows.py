@@ -36,7 +36,6 @@ class Arrow(Structure):
 
     last: bool
     row: bool
-    has_eigenbasis = False
 
     @property
     def name(self) -> str:

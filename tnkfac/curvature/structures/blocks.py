@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.algebra import eigh, eyes, symmetric_norm, tr
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.structures.algebra import cholesky_inverse, eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.interface import Decomposable, Parts
 
 
 @dataclass(frozen=True)
-class BlockDiagonal(Structure):
+class BlockDiagonal(Decomposable):
     """Blocks of ``size`` rows along the diagonal, the last one smaller.
 
     Two parts: ``[G, d // size, size, size]`` and ``[G, r, r]`` with ``r = d mod size``.
@@ -60,10 +60,6 @@ class BlockDiagonal(Structure):
         whole, rest = (part.diagonal(dim1=-2, dim2=-1) for part in m)
         return (whole.sum((-1, -2)) + rest.sum(-1)) / self.dim
 
-    def statistic_trace(self, A: Parts) -> Tensor:
-        """Mean of the diagonal of all blocks."""
-        return self.trace(A)
-
     def norm(self, m: Parts) -> Tensor:
         """That of the largest block; they are symmetric."""
         whole, rest = (symmetric_norm(part) for part in m)
@@ -71,11 +67,20 @@ class BlockDiagonal(Structure):
 
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """``K_i K_i^T`` on the rows of block ``i``."""
+        return self.product(K, self.product(K, X, transpose=True))
+
+    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
+        """``Q_i`` times the rows of block ``i``."""
         count, size, _ = self.shapes[0]
         whole = X[:, : count * size].reshape(X.shape[0], count, size, X.shape[2])
-        rest = X[:, count * size :]
-        done = [k @ (tr(k) @ x) for k, x in zip(K, (whole, rest), strict=True)]
+        split = whole, X[:, count * size :]
+        done = [(tr(q) if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
         return torch.cat([done[0].flatten(1, 2), done[1]], dim=1)
+
+    def inverse(self, A: Parts, shift: Tensor) -> Parts:
+        """Of every block."""
+        whole, rest = A
+        return cholesky_inverse(whole, shift.unsqueeze(1)), cholesky_inverse(rest, shift)
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Of every block, in the order of the blocks."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.algebra import eigh, eyes, symmetric_norm, tr
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.structures.algebra import cholesky_inverse, eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.interface import Decomposable, Parts
 
 
 @dataclass(frozen=True)
-class Dense(Structure):
+class Dense(Decomposable):
     """All matrices: one part ``[G, d, d]``."""
 
     name = "dense"
@@ -47,10 +47,6 @@ class Dense(Structure):
         """Mean of the diagonal."""
         return m[0].diagonal(dim1=-2, dim2=-1).mean(-1)
 
-    def statistic_trace(self, A: Parts) -> Tensor:
-        """Mean of the diagonal."""
-        return self.trace(A)
-
     def norm(self, m: Parts) -> Tensor:
         """By power iterations on ``m``, which is symmetric."""
         return symmetric_norm(m[0])
@@ -60,13 +56,21 @@ class Dense(Structure):
         return K[0] @ (tr(K[0]) @ X)
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
-        """Of the symmetric part, in float64."""
+        """Of the symmetric part."""
         values, vectors = eigh(A[0])
         return values, (vectors,)
 
     def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
         """``V diag(values) V^T``."""
         return ((vectors[0] * values.unsqueeze(-2)) @ tr(vectors[0]),)
+
+    def inverse(self, A: Parts, shift: Tensor) -> Parts:
+        """Of the symmetric part."""
+        return (cholesky_inverse(A[0], shift),)
+
+    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
+        """Matrix product."""
+        return (tr(Q[0]) if transpose else Q[0]) @ X
 
     def to_dense(self, K: Parts) -> Tensor:
         """Already dense."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.structures.interface import Decomposable, Parts
 
 
 @dataclass(frozen=True)
-class Diagonal(Structure):
+class Diagonal(Decomposable):
     """Diagonal matrices: one part ``[G, d]``."""
 
     name = "diagonal"
@@ -46,10 +46,6 @@ class Diagonal(Structure):
         """Mean."""
         return m[0].mean(-1)
 
-    def statistic_trace(self, A: Parts) -> Tensor:
-        """Mean."""
-        return self.trace(A)
-
     def norm(self, m: Parts) -> Tensor:
         """Largest magnitude."""
         return m[0].abs().amax(-1)
@@ -65,6 +61,14 @@ class Diagonal(Structure):
     def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
         """The values."""
         return (values,)
+
+    def inverse(self, A: Parts, shift: Tensor) -> Parts:
+        """Reciprocals; infinite where a sum is zero."""
+        return (1 / (A[0] + shift.unsqueeze(1)),)
+
+    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
+        """Rows scaled; the eigenvectors, which have no parts, change nothing."""
+        return Q[0].unsqueeze(-1) * X if Q else X
 
     def to_dense(self, K: Parts) -> Tensor:
         """Diagonal matrices."""

@@ -30,7 +30,6 @@ class Hierarchical(Structure):
 
     top: int
     end: int
-    has_eigenbasis = False
 
     @property
     def name(self) -> str:

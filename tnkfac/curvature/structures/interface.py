@@ -31,7 +31,7 @@ class Structure(ABC):
     """
 
     dim: int
-    has_eigenbasis: ClassVar[bool] = True
+    has_eigenbasis: ClassVar[bool] = False
     reads_factor: ClassVar[bool] = False
 
     @property
@@ -118,3 +118,37 @@ class Structure(ABC):
         eye = self.identity(values.shape[0], values.dtype, values.device)
         scale = values.mean(1)
         return tuple(part * scale.reshape(-1, *[1] * (part.ndim - 1)) for part in eye)
+
+
+@dataclass(frozen=True)
+class Decomposable(Structure):
+    """A structure that holds the eigenvectors and the inverse of its symmetric matrices.
+
+    Its statistic is ``A`` itself, restricted to the support.
+    """
+
+    has_eigenbasis: ClassVar[bool] = True
+
+    @abstractmethod
+    def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
+        """Eigenvalues ``[G, dim]`` of ``A``, and its eigenvectors as parts."""
+
+    @abstractmethod
+    def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
+        """The symmetric matrix with these eigenvalues ``[G, dim]`` and eigenvectors."""
+
+    @abstractmethod
+    def inverse(self, A: Parts, shift: Tensor) -> Parts:
+        """``(A + shift I)^-1`` for ``shift [G]``, by Cholesky factors.
+
+        Raises:
+            torch.linalg.LinAlgError: If a shifted matrix is not positive definite.
+        """
+
+    @abstractmethod
+    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
+        """``Q X`` or ``Q^T X`` for ``X [G, dim, columns]``; eigenvectors or a symmetric matrix."""
+
+    def statistic_trace(self, A: Parts) -> Tensor:
+        """Trace of ``A`` divided by ``dim``."""
+        return self.trace(A)

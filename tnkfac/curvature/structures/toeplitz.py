@@ -35,7 +35,6 @@ class Toeplitz(Structure):
 
     lower: bool
     length: int = field(init=False, repr=False)
-    has_eigenbasis = False
     reads_factor = True
 
     def __post_init__(self) -> None:

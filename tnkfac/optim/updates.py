@@ -1,0 +1,97 @@
+"""Steps of all parameters: preconditioned layers, and the rest by the fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from tnkfac.optim import fallback
+from tnkfac.optim.layers import CapturedLayer, Uncaptured
+from tnkfac.optim.registry import Group, by_parameter
+from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft
+
+State = Any
+Natural = Callable[[CapturedLayer, Tensor], Tensor]
+
+
+def natural_gradients(
+    layers: Iterable[CapturedLayer],
+    natural: Natural,
+    groups: dict[int, Group],
+    keep: Tensor | None = None,
+) -> list[tuple[CapturedLayer, Tensor, Tensor]]:
+    """Gradient matrices of all layers that have a gradient, preconditioned and clipped.
+
+    Args:
+        layers: Layers in module order.
+        natural: Preconditions the gradient matrix ``[G, C_out / G, D]`` of a layer.
+        groups: Parameter groups by ``id`` of the parameter.
+        keep: Scalar that is zero where the batch is to be skipped.
+
+    Returns:
+        Layer, gradient matrix and preconditioned gradient.
+    """
+    chosen = [la for la in layers if any(p.grad is not None for p in la.params())]
+    matrices = [gradient_matrix(layer, keep) for layer in chosen]
+    found = [natural(la, matrix) for la, matrix in zip(chosen, matrices, strict=True)]
+    found = clipped(found, matrices, [groups[id(layer.weight)] for layer in chosen])
+    return list(zip(chosen, matrices, found, strict=True))
+
+
+def step_layers(
+    layers: Iterable[CapturedLayer],
+    natural: Natural,
+    state: State,
+    groups: dict[int, Group],
+    keep: Tensor | None,
+) -> None:
+    """Step weights and biases of all layers; arguments as for :func:`natural_gradients`."""
+    for layer, matrix, update in natural_gradients(layers, natural, groups, keep):
+        group = groups[id(layer.weight)]
+        update = graft(layer, group, matrix, update, state.get(layer.weight, {}))
+        weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
+        _step_param(layer.weight, weight, state, groups, group, keep)
+        if layer.bias is not None and bias is not None:
+            _step_param(layer.bias, bias, state, groups, group, keep)
+
+
+def _step_param(
+    param: Tensor,
+    update: Tensor,
+    state: State,
+    groups: dict[int, Group],
+    layer_group: Group,
+    keep: Tensor | None,
+) -> None:
+    if param.grad is None:
+        return
+    group = groups.get(id(param), layer_group)
+    apply_update_(
+        param,
+        update,
+        state[param]["momentum_buffer"] if group["momentum"] else None,
+        lr=group["lr"],
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        decoupled=layer_group["decoupled_weight_decay"],
+        averaged=layer_group["grafting"] is not None,
+        nesterov=group.get("nesterov", False),
+        keep=keep,
+    )
+
+
+def step_others(
+    others: Iterable[Uncaptured], state: State, param_groups: list[Group], skip: Tensor | None
+) -> None:
+    """Step all other parameters; ``skip`` turns the step into none where it is one."""
+    groups = by_parameter(param_groups)
+    by_group: dict[int, list[Tensor]] = {}
+    for other in others:
+        if other.param.grad is not None:
+            by_group.setdefault(id(groups[id(other.param)]), []).append(other.param)
+    for group in param_groups:
+        params = by_group.get(id(group), [])
+        if params:
+            fallback.update(params, [state.get(param, {}) for param in params], group, skip)
