@@ -205,6 +205,11 @@ class Statistics:
                 leaf.grad = None
 
     @property
+    def hidden_leaves(self) -> tuple[Tensor, ...]:
+        """The leaves that there are so far."""
+        return self._leaves
+
+    @property
     def pending(self) -> bool:
         """Whether any pass has contributed since the last :meth:`clear`."""
         return bool(self.sums())

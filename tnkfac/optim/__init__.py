@@ -1,6 +1,7 @@
 """Optimizers."""
 
+from tnkfac.optim.kfac import KFAC
 from tnkfac.optim.report import Report, Row
 from tnkfac.optim.singd import SINGD
 
-__all__ = ["SINGD", "Report", "Row"]
+__all__ = ["KFAC", "SINGD", "Report", "Row"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import check_structure
+from tnkfac.curvature import check_factor_structure, check_structure
 
 GRAFTING = ("rms", "adam", "sgd", None)
 INIT = ("first_batch", "identity")
@@ -75,8 +76,98 @@ def interval(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value!r}. Supported: a positive int, a callable.")
 
 
-def structure_pair(value: Any) -> tuple[str, str]:
+def whole(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an int of at least ``least``.
+
+    Raises:
+        TypeError: If it is no int.
+        ValueError: If it is smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}. Supported: an int of at least {least}.")
+    if value < least:
+        raise ValueError(f"{name}: got {value!r}. Supported: an int of at least {least}.")
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Several strings, as a tuple.
+
+    Raises:
+        TypeError: If they are anything else.
+    """
+    listed = () if value is None else value
+    if isinstance(listed, str) or not isinstance(listed, Iterable):
+        raise TypeError(f"{name}: got {value!r}. Supported: a sequence of names.")
+    listed = tuple(listed)
+    if not all(isinstance(entry, str) for entry in listed):
+        raise TypeError(f"{name}: got {value!r}. Supported: a sequence of names.")
+    return listed
+
+
+def take_aliases(
+    defaults: dict[str, Any],
+    given: Mapping[str, Any],
+    known: Mapping[str, str],
+    signature: Callable[..., Any],
+) -> None:
+    """Put arguments under their names here, as if they had been given so.
+
+    Args:
+        defaults: Values of all arguments, changed in place.
+        given: Other arguments.
+        known: What each of them is called here.
+        signature: The function whose defaults tell whether an argument was given.
+
+    Raises:
+        TypeError: For an unknown argument, or one that was given twice.
+    """
+    parameters = inspect.signature(signature).parameters
+    for alias, value in given.items():
+        if alias not in known:
+            close = difflib.get_close_matches(alias, [*parameters, *known], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"Got an unexpected argument {alias!r}.{hint}")
+        name = known[alias]
+        twice = [other for other in given if known.get(other) == name and other != alias]
+        if twice or defaults[name] != parameters[name].default:
+            raise TypeError(f"Got {twice[0] if twice else name!r} and its alias {alias!r}.")
+        defaults[name] = value
+
+
+def shared(group: Mapping[str, Any], given: dict[str, Any]) -> None:
+    """Check the hyper-parameters that all optimizers have; bring ``given`` to its stored form.
+
+    Raises:
+        TypeError: For a value of the wrong type.
+        ValueError: For a value out of range.
+    """
+    if "fallback_options" in given:
+        settings = fallback_settings(str(group["fallback"]), given.pop("fallback_options"))
+        given.update({k: v for k, v in settings.items() if k not in given})
+    number("lr", group["lr"])
+    number("momentum", group["momentum"], below=1.0)
+    number("damping", group["damping"])
+    number("weight_decay", group["weight_decay"])
+    if not callable(group["loss_average"]):
+        choices("loss_average", group["loss_average"], LOSS_AVERAGE)
+    choices("kfac_approx", group["kfac_approx"], APPROX)
+    choices("grafting", group["grafting"], GRAFTING)
+    choices("fallback", group["fallback"], FALLBACK)
+    if group["kl_clip"] is not None:
+        number("kl_clip", group["kl_clip"])
+    fraction = group["grad_worker_fraction"]
+    number("grad_worker_fraction", fraction)
+    if fraction > 1:
+        raise ValueError(f"grad_worker_fraction: got {fraction}. Supported: 0 to 1.")
+    flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+
+
+def structure_pair(value: Any, factors: bool = False) -> tuple[str, str]:
     """One structure name for both factors, or a pair, as a pair.
+
+    Args:
+        value: What was given.
+        factors: Whether only structures of factors will do.
 
     Raises:
         TypeError: If it is neither.
@@ -86,7 +177,8 @@ def structure_pair(value: Any) -> tuple[str, str]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"structures: got {value!r}. Supported: a name or a pair of names.")
     try:
-        return check_structure(pair[0]), check_structure(pair[1])
+        check = check_factor_structure if factors else check_structure
+        return check(pair[0]), check(pair[1])
     except (TypeError, ValueError) as error:
         raise type(error)(f"structures: {str(error).removeprefix('structure: ')}") from None
 
@@ -98,18 +190,32 @@ def dtype_pair(value: Any) -> tuple[str | None, str | None]:
         TypeError: If it is not a floating-point dtype, None, or a pair of these.
     """
     pair = value if isinstance(value, tuple | list) else (value, value)
-    names: list[str | None] = []
-    for entry in pair:
-        dtype = getattr(torch, entry, entry) if isinstance(entry, str) else entry
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(
-                f"preconditioner_dtype: got {value!r}. Supported: a floating-point torch.dtype, "
-                "None, or a pair of these."
-            )
-        names.append(None if dtype is None else str(dtype).removeprefix("torch."))
-    if len(names) != 2:
-        raise TypeError(f"preconditioner_dtype: got {value!r}. Supported: one dtype or a pair.")
-    return names[0], names[1]
+    found = [None if entry is None else _dtype_name(entry) for entry in pair]
+    if len(found) != 2 or "" in found:
+        raise TypeError(
+            f"preconditioner_dtype: got {value!r}. Supported: a floating-point torch.dtype, "
+            "None, or a pair of these."
+        )
+    return found[0], found[1]
+
+
+def dtype_name(name: str, value: Any) -> str:
+    """A dtype as a name that a checkpoint can hold.
+
+    Raises:
+        TypeError: If it is not a floating-point dtype.
+    """
+    found = _dtype_name(value)
+    if not found:
+        raise TypeError(f"{name}: got {value!r}. Supported: a floating-point torch.dtype.")
+    return found
+
+
+def _dtype_name(value: Any) -> str:
+    """Name of a floating-point dtype; empty for anything else."""
+    dtype = getattr(torch, value, value) if isinstance(value, str) else value
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return str(dtype).removeprefix("torch.") if floating else ""
 
 
 def warn_near_misses(group: Mapping[str, Any], known: Iterable[str]) -> None:

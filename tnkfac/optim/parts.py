@@ -22,13 +22,18 @@ def store(state: dict[str, Tensor], name: str, parts: Parts) -> None:
     state.update(zip(keys(name, len(parts)), parts, strict=True))
 
 
+def read(state: dict[str, Any], name: str, count: int, dtype: Any = None) -> Parts:
+    """The parts of a matrix, cast if a dtype is given."""
+    parts = (state[key] for key in keys(name, count))
+    return tuple(part if dtype is None else part.to(dtype) for part in parts)
+
+
 def load(
     layer: CapturedLayer, state: dict[str, Any], names: Sequence[str], dtype: Any = None
 ) -> list[Parts]:
     """Parts of an input-side and an output-side matrix, cast if a dtype is given."""
     pair = zip(names, (layer.statistics.k, layer.statistics.c), strict=True)
-    kept = [[state[key] for key in keys(name, len(s.shapes))] for name, s in pair]
-    return [tuple(p if dtype is None else p.to(dtype) for p in parts) for parts in kept]
+    return [read(state, name, len(s.shapes), dtype) for name, s in pair]
 
 
 def overwrite(state: dict[str, Any], new: dict[str, Parts], keep: Tensor | None) -> None:

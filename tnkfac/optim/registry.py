@@ -130,6 +130,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
             _bytes(state.get(param, {})),
             layer.last_update if updated else None,
             "" if updated else "no statistics yet",
+            int(state.get(layer.weight, {}).get("failures", 0)),
         )
 
 

@@ -149,33 +149,16 @@ class SINGD(CurvatureOptimizer):
         super().__init__(params, defaults, grad_scaler)
 
     def _check_group(self, group: Group, given: Group) -> None:
-        if "fallback_options" in given:
-            settings = arguments.fallback_settings(
-                str(group["fallback"]), given.pop("fallback_options")
-            )
-            given.update({k: v for k, v in settings.items() if k not in given})
-        arguments.number("lr", group["lr"])
-        arguments.number("momentum", group["momentum"], below=1.0)
-        arguments.number("damping", group["damping"])
+        arguments.shared(group, given)
         arguments.number("alpha1", group["alpha1"], below=1.0)
-        arguments.number("weight_decay", group["weight_decay"])
         arguments.interval("T", group["T"])
-        if not callable(group["loss_average"]):
-            arguments.choices("loss_average", group["loss_average"], arguments.LOSS_AVERAGE)
         if not callable(group["lr_cov"]):
             arguments.number("lr_cov", group["lr_cov"])
-        arguments.choices("kfac_approx", group["kfac_approx"], arguments.APPROX)
         arguments.choices("init", group["init"], arguments.INIT)
-        arguments.choices("grafting", group["grafting"], arguments.GRAFTING)
-        arguments.choices("fallback", group["fallback"], arguments.FALLBACK)
-        for name in ("kl_clip", "max_state_ratio", "max_step_ratio"):
+        for name in ("max_state_ratio", "max_step_ratio"):
             if group[name] is not None:
                 arguments.number(name, group[name])
-        fraction = group["grad_worker_fraction"]
-        arguments.number("grad_worker_fraction", fraction)
-        if fraction > 1:
-            raise ValueError(f"grad_worker_fraction: got {fraction}. Supported: 0 to 1.")
-        for name in ("kfac_like", "normalize_lr_cov", "decoupled_weight_decay"):
+        for name in ("kfac_like", "normalize_lr_cov"):
             arguments.flag(name, group[name])
         given["structures"] = arguments.structure_pair(group["structures"])
         given["preconditioner_dtype"] = arguments.dtype_pair(group["preconditioner_dtype"])

@@ -22,6 +22,11 @@ class Diagonal(Decomposable):
         """``d``."""
         return ((self.dim,),)
 
+    @property
+    def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The unit vectors are not kept."""
+        return ()
+
     def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
         """The diagonal only; nothing is unfolded."""
         return (gram.diagonal(),)

@@ -129,6 +129,11 @@ class Decomposable(Structure):
 
     has_eigenbasis: ClassVar[bool] = True
 
+    @property
+    def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of every part of the eigenvectors; by default that of ``K``."""
+        return self.shapes
+
     @abstractmethod
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Eigenvalues ``[G, dim]`` of ``A``, and its eigenvectors as parts."""

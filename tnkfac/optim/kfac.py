@@ -1,0 +1,436 @@
+"""KFAC: Kronecker-factored approximate curvature (arXiv 1503.05671, 1602.01407, 1806.03884)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature import Decomposable, Parts
+from tnkfac.optim import arguments, sampling
+from tnkfac.optim.base import CurvatureOptimizer
+from tnkfac.optim.decompositions import METHODS, Decomposer
+from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.normalization import NORMALIZATIONS, normalized
+from tnkfac.optim.parts import overwrite, read, store
+from tnkfac.optim.registry import Group, by_parameter
+from tnkfac.optim.step import roomy
+
+ALIASES = {
+    "stat_decay": "factor_decay",
+    "curvature_ema": "factor_decay",
+    "TCov": "factor_update_steps",
+    "TInv": "inv_update_steps",
+}
+"""Spellings of other KFAC optimizers."""
+FISHER_TYPES = ("empirical", "mc", "forward-only")
+
+
+class KFAC(CurvatureOptimizer):
+    r"""Kronecker-factored approximate curvature for every parameter of a model.
+
+    For each supported layer it keeps moving averages of the input factor ``A`` and the output
+    factor ``B``, decomposes them every ``inv_update_steps``, and steps along
+    :math:`(B \otimes A + \lambda I)^{-1} \mathrm{vec}\, G`. All other parameters are trained by
+    AdamW.
+
+    Args:
+        params: Parameters, named parameters, parameter groups, or a ``torch.nn.Module``. Layers
+            are found from the parameters alone.
+        lr: Learning rate.
+        momentum: Of the parameter updates.
+        damping: :math:`\lambda`, added to the curvature.
+        weight_decay: Coefficient; see ``decoupled_weight_decay``.
+        factor_decay: Decay of the moving averages of the factors, which start without bias.
+        factor_update_steps: Steps between updates of the factors, or a callable of the step.
+        inv_update_steps: Steps between decompositions, or a callable of the step.
+        kl_clip: Bound on the quadratic change of the loss over all layers, or None.
+        kfac_approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636).
+        loss_average: What the loss is averaged over: ``"batch"``, ``"batch+sequence"`` (every
+            position too), None for a sum, or a callable ``(module, output_shape) -> terms``.
+        fisher_type: ``"empirical"``: gradients of the training loss; ``"mc"``: gradients for
+            drawn targets, see :meth:`sample_fisher`; ``"forward-only"``: ``B`` is the identity.
+        mc_samples: Draws of each :meth:`sample_fisher`.
+        compute_method: ``"eigen"``: exact damping in the eigenbasis; ``"cholesky"``: inverses of
+            damped factors; ``"ekfac"``: second moments of per-sample gradients in the eigenbasis,
+            averaged between decompositions.
+        damping_type: ``"tikhonov"`` (eigen and ekfac), ``"pi"`` or ``"factor"`` (cholesky); None
+            for the first that the method takes.
+        structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"`` or ``"auto"`` (dense up to
+            1,024 rows, blocks above), for both factors or as a pair (input, output).
+        inv_dtype: dtype of decompositions; float64 parameters are decomposed in float64.
+        skip_layers: Names of modules or parameters, or of types, to be left to the fallback.
+        num_tolerated_failures: How many decompositions of a layer may fail in a row.
+        nesterov: Nesterov momentum.
+        grafting: Size of a layer's update: ``"rms"``, ``"adam"``, ``"sgd"`` or None.
+        decoupled_weight_decay: Shrink parameters beside the update instead of through it.
+        adaptive_damping: Adapt ``damping`` to how well the quadratic model predicts the loss; needs
+            a closure, which every fifth step is evaluated twice.
+        normalization: Scale of the factors: ``"fisher"``, or ``"kfac-pytorch"`` for that of the
+            package of this name, to go on with hyper-parameters tuned for it.
+        compact_state: Leave decompositions out of checkpoints; they are made anew on loading.
+        grad_worker_fraction: Share of the processes that precondition a layer; 1.0 on one device.
+        fallback: ``"adamw"``, ``"sgd"``, or ``"error"`` to refuse parameters without a layer.
+        fallback_options: Its ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``.
+        grad_scaler: A ``GradScaler`` whose ``step`` is not what calls this optimizer's.
+        **aliases: ``stat_decay`` or ``curvature_ema`` for ``factor_decay``, ``TCov`` for
+            ``factor_update_steps``, ``TInv`` for ``inv_update_steps``.
+
+    Raises:
+        TypeError: For a hyper-parameter of the wrong type, unknown, or given twice.
+        ValueError: For a hyper-parameter out of range, or no parameters.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> optimizer = KFAC(model.parameters(), lr=1e-2, damping=1e-2)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(16, 4)).square().mean()
+        ...     loss.backward()
+        ...     _ = optimizer.step()
+    """
+
+    _counters: ClassVar[tuple[str, ...]] = ("step", "last_due", "last_inverse_due")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        weight_decay: float = 0.0,
+        factor_decay: float = 0.95,
+        factor_update_steps: int | Callable[[int], int] = 1,
+        inv_update_steps: int | Callable[[int], int] = 10,
+        kl_clip: float | None = 1e-3,
+        kfac_approx: str = "expand",
+        loss_average: str | Callable[..., float] | None = "batch",
+        fisher_type: str = "empirical",
+        mc_samples: int = 1,
+        compute_method: str = "eigen",
+        damping_type: str | None = None,
+        structures: str | tuple[str, str] = "auto",
+        inv_dtype: Any = torch.float32,
+        skip_layers: Sequence[str] = (),
+        num_tolerated_failures: int = 3,
+        *,
+        nesterov: bool = False,
+        grafting: str | None = None,
+        decoupled_weight_decay: bool = False,
+        adaptive_damping: bool = False,
+        normalization: str = "fisher",
+        compact_state: bool = False,
+        grad_worker_fraction: float = 1.0,
+        fallback: str = "adamw",
+        fallback_options: dict[str, Any] | None = None,
+        grad_scaler: Any = None,
+        **aliases: Any,
+    ) -> None:
+        """See the class."""
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "factor_decay": factor_decay,
+            "factor_update_steps": factor_update_steps,
+            "inv_update_steps": inv_update_steps,
+            "kl_clip": kl_clip,
+            "kfac_approx": kfac_approx,
+            "loss_average": loss_average,
+            "fisher_type": fisher_type,
+            "mc_samples": mc_samples,
+            "compute_method": compute_method,
+            "damping_type": damping_type,
+            "structures": structures,
+            "inv_dtype": inv_dtype,
+            "skip_layers": skip_layers,
+            "num_tolerated_failures": num_tolerated_failures,
+            "nesterov": nesterov,
+            "grafting": grafting,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "adaptive_damping": adaptive_damping,
+            "normalization": normalization,
+            "compact_state": compact_state,
+            "grad_worker_fraction": grad_worker_fraction,
+            **arguments.fallback_settings(fallback, fallback_options),
+        }
+        arguments.take_aliases(defaults, aliases, ALIASES, KFAC.__init__)
+        self._check_group(defaults, defaults)
+        super().__init__(params, defaults, grad_scaler)
+
+    def _check_group(self, group: Group, given: Group) -> None:
+        arguments.shared(group, given)
+        arguments.number("factor_decay", group["factor_decay"], below=1.0)
+        arguments.interval("factor_update_steps", group["factor_update_steps"])
+        arguments.interval("inv_update_steps", group["inv_update_steps"])
+        arguments.choices("fisher_type", group["fisher_type"], FISHER_TYPES)
+        arguments.whole("mc_samples", group["mc_samples"], least=1)
+        arguments.whole("num_tolerated_failures", group["num_tolerated_failures"], least=0)
+        arguments.choices("compute_method", group["compute_method"], METHODS)
+        supported = METHODS[group["compute_method"]]
+        if group["damping_type"] is not None:
+            arguments.choices(
+                f"damping_type of compute_method={group['compute_method']!r}",
+                group["damping_type"],
+                supported,
+            )
+        given["damping_type"] = group["damping_type"] or supported[0]
+        arguments.choices("normalization", group["normalization"], NORMALIZATIONS)
+        if group["normalization"] == "kfac-pytorch" and group["kfac_approx"] != "expand":
+            raise ValueError(
+                "kfac_approx: got 'reduce' with normalization='kfac-pytorch', which is for "
+                "'expand'. Supported: kfac_approx='expand', normalization='fisher'."
+            )
+        for name in ("nesterov", "adaptive_damping", "compact_state"):
+            arguments.flag(name, group[name])
+        given["skip_layers"] = arguments.names("skip_layers", group["skip_layers"])
+        given["structures"] = arguments.structure_pair(group["structures"], factors=True)
+        given["inv_dtype"] = arguments.dtype_name("inv_dtype", group["inv_dtype"])
+
+    # ---------------------------------------------------------------- factors
+
+    def _is_due(self, group: Group, step: int) -> bool:
+        return step % _interval(group["factor_update_steps"], step) == 0
+
+    def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
+        statistics, weight = layer.statistics, layer.weight
+        groups, device = statistics.layer.groups, weight.device
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        state: dict[str, Tensor] = {}
+        start = group["normalization"] == "kfac-pytorch"  # its averages start at the identity
+        for name, structure in (("A", statistics.k), ("B", statistics.c)):
+            eye = structure.identity(groups, dtype, device)
+            store(state, name, eye if start else tuple(torch.zeros_like(part) for part in eye))
+        state["factor_weight"] = torch.full((), float(start), dtype=dtype, device=device)
+        kept = _decomposer(layer, group).identity(groups, _inverse_dtype(dtype, group), device)
+        for name, parts in kept.items():
+            store(state, name, parts)
+        state["last_inverse"] = torch.tensor(-1)
+        state["failures"] = torch.tensor(0)
+        return state
+
+    def _update_layer(
+        self, layer: CapturedLayer, group: Group, scale: Tensor | float, keep: Tensor | None
+    ) -> None:
+        state, statistics = self.state[layer.weight], layer.statistics
+        if group["fisher_type"] == "mc":
+            scale = 1.0  # the loss of these passes is our own
+        found = normalized(statistics.factors(scale), statistics, group["normalization"])
+        decay = group["factor_decay"]
+
+        def averaged(name: str, new: Parts) -> Parts:
+            old = read(state, name, len(new))
+            return tuple(decay * o + (1 - decay) * n for o, n in zip(old, new, strict=True))
+
+        new = {"A": averaged("A", found.A), "B": averaged("B", found.B)}
+        new["factor_weight"] = averaged("factor_weight", (torch.ones_like(found.counts[0]),))
+        if found.squares is not None and int(state["last_inverse"]) >= 0:
+            new["scales"] = averaged("scales", (found.squares,))
+        overwrite(state, new, keep)
+
+    def _share_state(self, layer: CapturedLayer) -> None:
+        statistics = layer.statistics
+        if statistics.bound and statistics.squares:
+            state = self.state.get(layer.weight)
+            if state and int(state["last_inverse"]) >= 0:
+                group = by_parameter(self.param_groups)[id(layer.weight)]
+                counts = _decomposer(layer, group).counts
+                Q_A, Q_B = (read(state, name, counts[name]) for name in ("Q_A", "Q_B"))
+                statistics.project((Q_A, Q_B))
+            else:
+                statistics.project(None)
+
+    # ---------------------------------------------------------------- decompositions
+
+    def _update_factors(
+        self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
+    ) -> None:
+        super()._update_factors(pending, groups, keep)
+        measured = {id(layer) for layer in pending}
+        due = []
+        for layer in self._registry.layers:
+            group = groups[id(layer.weight)]
+            state = self.state.get(layer.weight)
+            ready = layer.last_update >= 0 or id(layer) in measured
+            if state and ready and int(state["last_inverse"]) < group["last_inverse_due"]:
+                due.append(layer)
+        if due and (keep is None or bool(keep)):
+            self._decompose(due, groups)
+
+    def _decompose(self, due: list[CapturedLayer], groups: dict[int, Group]) -> None:
+        """Decompose the factors of some layers; the host waits twice for all of them together."""
+        pairs = [self._factors(layer, groups[id(layer.weight)]) for layer in due]
+        usable = _all_finite([(*A, *B) for A, B in pairs])
+        found: list[dict[str, Parts] | None] = []
+        reasons = ["its factors are not finite"] * len(due)
+        for index, layer in enumerate(due):
+            group = groups[id(layer.weight)]
+            found.append(None)
+            if usable[index]:
+                try:
+                    decomposer = _decomposer(layer, group)
+                    found[index] = decomposer.decompose(*pairs[index], group["damping"])
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    reasons[index] = str(error)
+        finite = _all_finite([[p for q in (f or {}).values() for p in q] for f in found])
+        for index, (layer, new) in enumerate(zip(due, found, strict=True)):
+            state, group = self.state[layer.weight], groups[id(layer.weight)]
+            state["last_inverse"].fill_(group["step"])
+            if new is None or not finite[index]:
+                if new is not None:
+                    reasons[index] = "its decomposition is not finite"
+                self._fail(layer, group, reasons[index], restart=not usable[index])
+                continue
+            state["failures"].zero_()
+            for name, parts in new.items():
+                for old, part in zip(read(state, name, len(parts)), parts, strict=True):
+                    old.copy_(part)
+
+    def _factors(self, layer: CapturedLayer, group: Group) -> tuple[Parts, Parts]:
+        """Both factors without the bias of their start, in the dtype of decompositions."""
+        state, statistics = self.state[layer.weight], layer.statistics
+        weight = state["factor_weight"]
+        dtype = torch.promote_types(_inverse_dtype(weight.dtype, group), torch.float32)
+        A, B = (
+            tuple((part / weight).to(dtype) for part in read(state, name, len(s.shapes)))
+            for name, s in (("A", statistics.k), ("B", statistics.c))
+        )
+        return A, B
+
+    def _fail(self, layer: CapturedLayer, group: Group, reason: str, restart: bool) -> None:
+        """Keep what there is; factors that are not finite are measured anew."""
+        state, name = self.state[layer.weight], layer.named()[0][0]
+        state["failures"] += 1
+        failures = int(state["failures"])
+        if restart:
+            state.update(
+                {
+                    k: v
+                    for k, v in self._init_layer(layer, group).items()
+                    if k in state
+                    and (k in ("A", "B", "factor_weight") or k.startswith(("A.", "B.")))
+                }
+            )
+            layer.last_update = -1
+        if failures > group["num_tolerated_failures"]:
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"The factors of {name} could not be decomposed {failures} times in a row: {reason}"
+            )
+        warnings.warn(
+            f"The factors of {name} could not be decomposed: {reason}. The step goes on with the "
+            f"last decomposition (failure {failures}, {group['num_tolerated_failures']} tolerated "
+            "in a row).",
+            stacklevel=2,
+        )
+
+    def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
+        state = self.state[layer.weight]
+        group = by_parameter(self.param_groups)[id(layer.weight)]
+        decomposer = _decomposer(layer, group)
+        kept = {name: read(state, name, count) for name, count in decomposer.counts.items()}
+        dtype = next(part.dtype for parts in kept.values() for part in parts)
+        update = decomposer.precondition(kept, gradient.to(dtype), group["damping"])
+        return update.to(roomy(gradient.dtype))
+
+    def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
+        for group in self.param_groups:
+            step = group["step"] + 1
+            if step % _interval(group["inv_update_steps"], step) == 0:
+                group["last_inverse_due"] = step
+        super()._advance(updated, groups)
+
+    # ---------------------------------------------------------------- Fisher passes
+
+    def sample_fisher(
+        self,
+        output: Tensor,
+        likelihood: str = "categorical",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw targets from the model's own distribution and back-propagate for the factors only.
+
+        To be called between forward and backward pass, for every micro-batch; every ``.grad`` stays
+        as it is. On steps without a factor update it does nothing.
+
+        Args:
+            output: Output of the model that the loss is computed from: logits ``[N, C, ..]``, or
+                anything ``[N, ..]`` for the other likelihoods.
+            likelihood: ``"categorical"`` (cross-entropy), ``"gaussian"`` with variance one (half
+                the squared error, summed over outputs) or ``"bernoulli"`` (binary cross-entropy
+                with logits, summed over outputs).
+            generator: Source of random numbers, or torch's own.
+
+        Raises:
+            ValueError: If ``fisher_type`` is not ``"mc"``, or for an unknown likelihood.
+        """
+        arguments.choices("likelihood", likelihood, sampling.LIKELIHOODS)
+        chosen = self._sampled_layers("sample_fisher")
+        leaves = [leaf for layer in chosen for leaf in layer.statistics.hidden_leaves]
+        if not leaves:
+            return
+        group = by_parameter(self.param_groups)[id(chosen[0].weight)]
+        average = {"batch": False, None: None}.get(group["loss_average"], True)
+        samples = group["mc_samples"]
+        with sampling.listening(layer.statistics for layer in chosen), torch.enable_grad():
+            for _ in range(samples):
+                loss = sampling.sampled_loss(output, likelihood, average, generator)
+                torch.autograd.backward(loss / samples, retain_graph=True, inputs=leaves)
+
+    @contextmanager
+    def fisher_pass(self) -> Iterator[None]:
+        """Backward passes inside count for the factors, and leave every ``.grad`` as it is.
+
+        For targets drawn by oneself: the loss has to be averaged like that of training, and not
+        scaled. Keep the graph (``retain_graph=True``) if the training loss follows on it.
+
+        Raises:
+            ValueError: If ``fisher_type`` is not ``"mc"``.
+        """
+        chosen = self._sampled_layers("fisher_pass")
+        params = [param for group in self.param_groups for param in group["params"]]
+        with sampling.listening(la.statistics for la in chosen), sampling.kept_gradients(params):
+            yield
+
+    def _sampled_layers(self, caller: str) -> list[CapturedLayer]:
+        """Layers whose output factor is that of drawn targets, and due."""
+        sampled = [layer for layer in self._registry.layers if layer.statistics.chosen_passes]
+        if not sampled:
+            raise ValueError(
+                f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
+            )
+        return [layer for layer in sampled if layer.statistics.on]
+
+
+def _interval(value: int | Callable[[int], int], step: int) -> int:
+    return value(step) if callable(value) else value
+
+
+def _decomposer(layer: CapturedLayer, group: Group) -> Decomposer:
+    k, c = layer.statistics.k, layer.statistics.c
+    assert isinstance(k, Decomposable)
+    assert isinstance(c, Decomposable)
+    return Decomposer(group["compute_method"], group["damping_type"], k, c)
+
+
+def _inverse_dtype(dtype: torch.dtype, group: Group) -> torch.dtype:
+    """``inv_dtype``, but float64 for factors in float64."""
+    chosen: torch.dtype = getattr(torch, group["inv_dtype"])
+    return dtype if dtype == torch.float64 else chosen
+
+
+def _all_finite(tensors: list[Any]) -> list[bool]:
+    """Whether each list of tensors is finite, with a single wait for the device."""
+    flags = [
+        torch.stack([part.isfinite().all() for part in parts]).all() if parts else None
+        for parts in tensors
+    ]
+    device = next((flag.device for flag in flags if flag is not None), torch.device("cpu"))
+    true = torch.ones((), dtype=torch.bool, device=device)
+    stacked = torch.stack([true if flag is None else flag.to(device) for flag in flags])
+    found: list[bool] = stacked.tolist()
+    return found
