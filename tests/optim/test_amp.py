@@ -16,7 +16,10 @@ from oracles.loops import (
     state_by_name,
     weights,
 )
-from tnkfac import SINGD
+from oracles.optimizers import Optimizer
+
+BOTH_OPTIMIZERS = True
+
 
 SCALE = 2.0**10
 OPTIONS: dict[str, Any] = {"lr": 0.01, "T": 2, "lr_cov": 0.05}
@@ -36,16 +39,16 @@ def scaler(**options: Any) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", **{"init_scale": SCALE, **options})
 
 
-def finite(model: nn.Module, optimizer: SINGD) -> bool:
+def finite(model: nn.Module, optimizer: Any) -> bool:
     tensors = [*weights(model).values(), *state_by_name(model, optimizer).values()]
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def last_update(model: Any, optimizer: SINGD) -> int:
+def last_update(model: Any, optimizer: Any) -> int:
     return int(optimizer.state[model[0].weight]["last_update"])
 
 
-def assert_close(model: nn.Module, optimizer: SINGD, twin: nn.Module, other: SINGD) -> None:
+def assert_close(model: nn.Module, optimizer: Any, twin: nn.Module, other: Any) -> None:
     """Weights and state agree but for rounding in float32."""
     expected = {**weights(twin), **state_by_name(twin, other)}
     for key, value in {**weights(model), **state_by_name(model, optimizer)}.items():
@@ -54,7 +57,7 @@ def assert_close(model: nn.Module, optimizer: SINGD, twin: nn.Module, other: SIN
 
 def scaled_step(
     model: nn.Module,
-    optimizer: SINGD,
+    optimizer: Any,
     grads: torch.amp.GradScaler,
     step: int,
     unscale: bool = False,
@@ -81,7 +84,10 @@ def test_scaling_changes_nothing(unscale: bool, init: str, grafting: str | None)
     """Factors are un-scaled, whether or not gradients were before the step."""
     model, twin = network(), network()
     options = {**OPTIONS, "init": init, "grafting": grafting}
-    optimizer, other = SINGD(model.parameters(), **options), SINGD(twin.parameters(), **options)
+    optimizer, other = (
+        Optimizer(model.parameters(), **options),
+        Optimizer(twin.parameters(), **options),
+    )
     grads = scaler()
     for step in range(5):
         scaled_step(model, optimizer, grads, step, unscale)
@@ -93,7 +99,10 @@ def test_scaling_changes_nothing(unscale: bool, init: str, grafting: str | None)
 def test_unscale_and_clip(accumulate: bool) -> None:
     """Clipping sees un-scaled gradients; the factors are those of the gradients before it."""
     model, twin = network(), network()
-    optimizer, other = SINGD(model.parameters(), **OPTIONS), SINGD(twin.parameters(), **OPTIONS)
+    optimizer, other = (
+        Optimizer(model.parameters(), **OPTIONS),
+        Optimizer(twin.parameters(), **OPTIONS),
+    )
     grads = scaler()
     slices = (slice(3), slice(3, None)) if accumulate else (slice(None),)
     for step in range(5):
@@ -118,7 +127,10 @@ def test_growing_scale() -> None:
     """The scale of this step counts, not that of the step before."""
     model, twin = network(), network()
     options = {**OPTIONS, "T": 1, "grafting": None, "init": "identity"}
-    optimizer, other = SINGD(model.parameters(), **options), SINGD(twin.parameters(), **options)
+    optimizer, other = (
+        Optimizer(model.parameters(), **options),
+        Optimizer(twin.parameters(), **options),
+    )
     grads = scaler(growth_interval=1, growth_factor=4.0)
     for step in range(4):
         scaled_step(model, optimizer, grads, step)
@@ -129,7 +141,10 @@ def test_growing_scale() -> None:
 
 def test_disabled_scaler() -> None:
     model, twin = network(), network()
-    optimizer, other = SINGD(model.parameters(), **OPTIONS), SINGD(twin.parameters(), **OPTIONS)
+    optimizer, other = (
+        Optimizer(model.parameters(), **OPTIONS),
+        Optimizer(twin.parameters(), **OPTIONS),
+    )
     grads = scaler(enabled=False)
     for step in range(3):
         scaled_step(model, optimizer, grads, step)
@@ -141,8 +156,8 @@ def test_scaler_as_an_argument() -> None:
     """For loops that un-scale and step by themselves; the scaler is never part of a group."""
     model, twin = network(), network()
     grads = scaler()
-    optimizer = SINGD(model.parameters(), grad_scaler=grads, **OPTIONS)
-    other = SINGD(twin.parameters(), **OPTIONS)
+    optimizer = Optimizer(model.parameters(), grad_scaler=grads, **OPTIONS)
+    other = Optimizer(twin.parameters(), **OPTIONS)
     for step in range(4):
         optimizer.zero_grad()
         x, y = batch(step)
@@ -162,7 +177,10 @@ def test_scaler_as_an_argument() -> None:
 def test_overflow_is_skipped(unscale: bool, at: int, zero: str) -> None:
     """Nothing moves, and the update that was due is taken at the next good step."""
     model, twin = network(), network()
-    optimizer, other = SINGD(model.parameters(), **OPTIONS), SINGD(twin.parameters(), **OPTIONS)
+    optimizer, other = (
+        Optimizer(model.parameters(), **OPTIONS),
+        Optimizer(twin.parameters(), **OPTIONS),
+    )
     grads = scaler()
     clear = (model if zero == "model" else optimizer).zero_grad
     for step in range(at):
@@ -186,7 +204,7 @@ def test_overflow_is_skipped(unscale: bool, at: int, zero: str) -> None:
 def test_a_bad_batch_without_scaler(at: int, value: float) -> None:
     """Skipped whole, counted, and the missed update is taken within the next two steps."""
     model = network()
-    optimizer = SINGD(model.parameters(), **{**OPTIONS, "weight_decay": 0.1, "T": 4})
+    optimizer = Optimizer(model.parameters(), **{**OPTIONS, "weight_decay": 0.1, "T": 4})
     fit(model, optimizer, [batch(step) for step in range(at)])
     assert optimizer.skipped_updates == 0
     before, state = weights(model), state_by_name(model, optimizer)
@@ -212,7 +230,7 @@ def test_a_bad_batch_without_scaler(at: int, value: float) -> None:
 def test_one_bad_gradient_skips_everything(where: str) -> None:
     """In a layer, in a parameter of the fallback, or in a bias."""
     model = network()
-    optimizer = SINGD(model.parameters(), **OPTIONS)
+    optimizer = Optimizer(model.parameters(), **OPTIONS)
     fit(model, optimizer, [batch(0)])
     before, state = weights(model), state_by_name(model, optimizer)
     optimizer.zero_grad()
@@ -229,7 +247,7 @@ def test_one_bad_gradient_skips_everything(where: str) -> None:
 
 def test_one_bad_micro_batch_skips_the_step() -> None:
     model = network()
-    optimizer = SINGD(model.parameters(), **{**OPTIONS, "T": 1})
+    optimizer = Optimizer(model.parameters(), **{**OPTIONS, "T": 1})
     fit(model, optimizer, [batch(0)])
     before = weights(model)
     optimizer.zero_grad()
@@ -244,7 +262,7 @@ def test_one_bad_micro_batch_skips_the_step() -> None:
 
 def test_training_survives_many_bad_batches() -> None:
     model, (x, y) = network(), batch(0)
-    optimizer = SINGD(model.parameters(), **OPTIONS)
+    optimizer = Optimizer(model.parameters(), **OPTIONS)
     for step in range(12):
         fit(model, optimizer, [(x * (float("inf") if step % 3 == 0 else 1.0), y)])
     assert optimizer.skipped_updates == 4
@@ -255,7 +273,10 @@ def test_training_survives_many_bad_batches() -> None:
 def test_autocast(with_scaler: bool) -> None:
     """bfloat16 in the forward pass, float32 factors close to those without."""
     model, twin = network(), network()
-    optimizer, other = SINGD(model.parameters(), **OPTIONS), SINGD(twin.parameters(), **OPTIONS)
+    optimizer, other = (
+        Optimizer(model.parameters(), **OPTIONS),
+        Optimizer(twin.parameters(), **OPTIONS),
+    )
     grads = scaler(enabled=with_scaler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -285,7 +306,10 @@ def test_autocast(with_scaler: bool) -> None:
 def test_backward_under_autocast(where: str) -> None:
     """Statistics are taken in full precision; what reaches the last layer is not rounded."""
     model, twin = network(), network()
-    optimizer, other = SINGD(model.parameters(), **OPTIONS), SINGD(twin.parameters(), **OPTIONS)
+    optimizer, other = (
+        Optimizer(model.parameters(), **OPTIONS),
+        Optimizer(twin.parameters(), **OPTIONS),
+    )
     x, y = batch(0)
     for m, o, enabled in ((model, optimizer, where == "inside"), (twin, other, False)):
         loss = squares(m(x), y)
@@ -301,7 +325,7 @@ def test_backward_under_autocast(where: str) -> None:
 def test_low_precision_model(dtype: torch.dtype) -> None:
     """Parameters in low precision, factors in float32 on demand; everything stays finite."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-    optimizer = SINGD(model.parameters(), preconditioner_dtype=torch.float32, **OPTIONS)
+    optimizer = Optimizer(model.parameters(), preconditioner_dtype=torch.float32, **OPTIONS)
     before = weights(model)
     for step in range(4):
         x, y = batch(step)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-import tnkfac
+from oracles.optimizers import Optimizer
+
+BOTH_OPTIMIZERS = True
+
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,7 +31,7 @@ def network() -> nn.Sequential:
 def train(model: nn.Module, run: nn.Module, **options: object) -> tuple[list[torch.Tensor], object]:
     x = torch.linspace(-1, 1, 6 * 64, dtype=torch.float64).reshape(6, 1, 8, 8).sin()
     y = torch.arange(6)
-    optimizer = tnkfac.SINGD(model.parameters(), lr=1e-2, T=2, **options)
+    optimizer = Optimizer(model.parameters(), lr=1e-2, T=2, **options)
     for _ in range(4):
         optimizer.zero_grad()
         nn.functional.cross_entropy(run(x), y).backward()
@@ -89,7 +92,7 @@ def test_every_way_to_compile(way: Callable[[Any], Run], order: str) -> None:
         run: Run = model
         if compiled and order == "compile first":
             run = way(model)
-        optimizer = tnkfac.SINGD(model.parameters(), lr=1e-2, T=1, structures="dense")
+        optimizer = Optimizer(model.parameters(), lr=1e-2, T=1, structures="dense")
         if compiled and order == "optimizer first":
             run = way(model)
         for step in range(4):
@@ -107,7 +110,7 @@ def test_every_way_to_compile(way: Callable[[Any], Run], order: str) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_leaves_the_taps_out(strict: bool) -> None:
     model = network()
-    optimizer = tnkfac.SINGD(model.parameters())
+    optimizer = Optimizer(model.parameters())
     x = torch.ones(6, 1, 8, 8, dtype=torch.float64)
     program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), model(x))

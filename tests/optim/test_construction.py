@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oracles.loops import assert_same_weights, fit, mlp_batch, squares, weights
+from oracles.optimizers import Optimizer, is_kfac
 from oracles.zoo import Mixed, mixed_batch, mixed_loss, mlp
-from tnkfac import SINGD
+
+BOTH_OPTIMIZERS = True
+
 
 FAST = {"lr": 0.01, "T": 2}
 
@@ -88,7 +91,7 @@ def train(
 ) -> nn.Module:
     torch.manual_seed(3)
     model = build()
-    optimizer = SINGD(spelling(model), **{**FAST, **options})
+    optimizer = Optimizer(spelling(model), **{**FAST, **options})
     fit(model, optimizer, [batch(step) for step in range(20)], loss)
     return model
 
@@ -120,18 +123,18 @@ def test_spellings_capture_alike() -> None:
     reports = {}
     for name, spelling in {"parameters()": lambda m: m.parameters(), **SPELLINGS}.items():
         model = Mixed()
-        rows = SINGD(spelling(model)).report()
+        rows = Optimizer(spelling(model)).report()
         reports[name] = {row.shape: bool(row.structure) for row in rows}
     assert all(report == reports["parameters()"] for report in reports.values())
     model = Mixed()
-    captured = [row.name for row in SINGD(model.named_parameters()).report() if row.structure]
+    captured = [row.name for row in Optimizer(model.named_parameters()).report() if row.structure]
     assert captured == ["conv.weight", "conv.bias", "head.weight", "head.bias"]
 
 
 def test_named_parameters_keep_their_names() -> None:
     """As with torch's optimizers, names sit in the groups and in the checkpoint."""
     model = mlp(3, 4, 2)
-    optimizer = SINGD(model.named_parameters())
+    optimizer = Optimizer(model.named_parameters())
     names = [name for name, _ in model.named_parameters()]
     assert optimizer.param_groups[0]["param_names"] == names
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
@@ -140,7 +143,7 @@ def test_named_parameters_keep_their_names() -> None:
 def test_module_leaves_out_frozen_parameters() -> None:
     model = mlp(3, 4, 2)
     model[0].requires_grad_(False)
-    optimizer = SINGD(model)
+    optimizer = Optimizer(model)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
         id(p) for p in model[2].parameters()
     ]
@@ -149,7 +152,7 @@ def test_module_leaves_out_frozen_parameters() -> None:
 # --- groups -------------------------------------------------------------------------------------
 
 
-def capture_rows(optimizer: SINGD) -> dict[str, bool]:
+def capture_rows(optimizer: Any) -> dict[str, bool]:
     return {row.name: bool(row.structure) for row in optimizer.report()}
 
 
@@ -160,7 +163,7 @@ def test_groups_of_decay() -> None:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decay, "weight_decay": 0.5}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = SINGD(groups, lr=0.01)
+    optimizer = Optimizer(groups, lr=0.01)
     assert capture_rows(optimizer)["0.bias"]
     before = weights(model)
     optimizer.zero_grad()
@@ -179,20 +182,21 @@ def test_group_options_of_layers() -> None:
         {"params": model[2].parameters(), "structures": ("dense", "diagonal"), "T": 3},
         {"params": model[4].parameters()},
     ]
-    optimizer = SINGD(groups, structures="block2diagonal", T=2)
+    optimizer = Optimizer(groups, structures="block2diagonal", T=2)
     fit(model, optimizer, [mlp_batch(step, 3, 2) for step in range(6)])
     state = [optimizer.state[model[i].weight] for i in (0, 2, 4)]
-    assert state[0]["K"].shape == (1, 4)
-    assert state[1]["K"].shape == (1, 5, 5)
-    assert state[1]["C"].shape == (1, 4)
-    assert state[2]["K.0"].shape == (1, 2, 2, 2)
+    left, right = ("A", "B") if is_kfac() else ("K", "C")
+    assert state[0][left].shape == (1, 4)
+    assert state[1][left].shape == (1, 5, 5)
+    assert state[1][right].shape == (1, 4)
+    assert state[2][f"{left}.0"].shape == (1, 2, 2, 2)
     assert [int(s["last_update"]) for s in state] == [5, 3, 4]
 
 
 def test_a_group_added_later_is_captured() -> None:
     """At construction the second layer does not exist yet."""
     first = nn.Linear(3, 4).double()
-    optimizer = SINGD(first.parameters(), **FAST)
+    optimizer = Optimizer(first.parameters(), **FAST)
     fit(first, optimizer, [mlp_batch(0, 3, 4)])
     second = nn.Linear(4, 2).double()
     optimizer.add_param_group({"params": second.parameters(), "lr": 0.1, "T": 1})
@@ -208,7 +212,7 @@ def test_a_group_added_later_is_captured() -> None:
 def test_a_bias_added_later_is_trained() -> None:
     """Its weight is captured alone by then; both move."""
     model = mlp(3, 2)
-    optimizer = SINGD([model[0].weight], **FAST)
+    optimizer = Optimizer([model[0].weight], **FAST)
     fit(model, optimizer, [mlp_batch(0, 3, 2)])
     optimizer.add_param_group({"params": [model[0].bias]})
     before = weights(model)
@@ -243,7 +247,7 @@ def test_freezing_and_unfreezing(name: str, later: bool, grafting: str | None) -
     model = mlp(3, 4, 2)
     if not later:
         set_frozen(model, FROZEN[name], True)
-    optimizer = SINGD(model.parameters(), grafting=grafting, lr=0.01, T=1)
+    optimizer = Optimizer(model.parameters(), grafting=grafting, lr=0.01, T=1)
     if later:
         fit(model, optimizer, [mlp_batch(9, 3, 2)])
         set_frozen(model, FROZEN[name], True)
@@ -426,7 +430,7 @@ def test_kinds_of_modules(name: str, fallback: str) -> None:
     """The right ones are captured, and every parameter with a gradient moves."""
     build, batch, captured = MODULES[name]
     model = build()
-    optimizer = SINGD(model.parameters(), lr=0.01, fallback=fallback)
+    optimizer = Optimizer(model.parameters(), lr=0.01, fallback=fallback)
     found = {row.name for row in optimizer.report() if row.structure}
     tied = {"embedding.weight"} if name == "tied embedding" else set()
     assert found - tied == captured - (tied & captured)
@@ -446,7 +450,7 @@ def test_every_parameter_moves() -> None:
     torch.manual_seed(0)
     model = Mixed()
     before = weights(model)
-    fit(model, SINGD(model.parameters(), lr=0.01), [mixed_batch(0)], mixed_loss)
+    fit(model, Optimizer(model.parameters(), lr=0.01), [mixed_batch(0)], mixed_loss)
     moved = {name for name, p in weights(model).items() if not torch.equal(p, before[name])}
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == with_gradient
@@ -455,12 +459,12 @@ def test_every_parameter_moves() -> None:
 
 def test_reasons_are_reported() -> None:
     model, overridden = Mixed(), nn.Sequential(Doubled(4, 4))
-    rows = {row.name: row.reason for row in SINGD(model).report()}
+    rows = {row.name: row.reason for row in Optimizer(model).report()}
     assert "MultiheadAttention" in rows["attention.out_proj.weight"]
     assert "LSTM" in rows["lstm.weight_ih_l0"]
     assert "LayerNorm" in rows["norm.weight"]
     assert "Mixed" in rows["position"]
-    doubled = {row.name: row.reason for row in SINGD(overridden).report()}
+    doubled = {row.name: row.reason for row in Optimizer(overridden).report()}
     assert "forward" in doubled["0.weight"]
 
 
@@ -468,7 +472,7 @@ def test_fallback_is_torch_adamw() -> None:
     """Parameters without a layer are trained exactly as ``torch.optim.AdamW`` does."""
     model, twin = nn.LayerNorm(4).double(), nn.LayerNorm(4).double()
     options = {"betas": (0.8, 0.95), "eps": 1e-6}
-    optimizer = SINGD(model.parameters(), lr=0.01, weight_decay=0.1, fallback_options=options)
+    optimizer = Optimizer(model.parameters(), lr=0.01, weight_decay=0.1, fallback_options=options)
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1, **options)
     batches = [mlp_batch(step, 4, 4) for step in range(5)]
     fit(model, optimizer, batches)
@@ -481,7 +485,7 @@ def test_fallback_is_torch_adamw() -> None:
 def test_fallback_is_torch_sgd(momentum: float) -> None:
     model, twin = nn.LayerNorm(4).double(), nn.LayerNorm(4).double()
     options = {"lr": 0.02, "momentum": momentum, "weight_decay": 0.1}
-    optimizer = SINGD(model.parameters(), fallback="sgd", fallback_options=options)
+    optimizer = Optimizer(model.parameters(), fallback="sgd", fallback_options=options)
     sgd = torch.optim.SGD(twin.parameters(), **options)
     batches = [mlp_batch(step, 4, 4) for step in range(5)]
     fit(model, optimizer, batches)
@@ -497,7 +501,7 @@ def test_fallback_options_are_followed_per_group() -> None:
         {"params": model[0].parameters(), "fallback": "sgd", "fallback_options": {"lr": 0.5}},
         {"params": model[1].parameters()},
     ]
-    optimizer = SINGD(groups, lr=0.01, momentum=0.0)
+    optimizer = Optimizer(groups, lr=0.01, momentum=0.0)
     x, y = mlp_batch(0, 4, 4)
     before = weights(model)
     fit(model, optimizer, [(x, y)])
@@ -523,13 +527,13 @@ def test_lazy_modules(spelling: str) -> None:
         return spellings.get(spelling) or list(model.parameters())
 
     lazy, eager = build(), build()
-    optimizer = SINGD(spell(lazy), **FAST)
+    optimizer = Optimizer(spell(lazy), **FAST)
     x, y = torch.randn(6, 2, 5), torch.randn(6, 2)
     torch.manual_seed(1)
     lazy(x)
     torch.manual_seed(1)
     eager(x)
-    other = SINGD(eager.parameters(), **FAST)
+    other = Optimizer(eager.parameters(), **FAST)
     batches = [(x + step, y) for step in range(4)]
     fit(lazy, optimizer, batches)
     fit(eager, other, batches)
@@ -538,7 +542,7 @@ def test_lazy_modules(spelling: str) -> None:
 
 def test_an_unused_layer_is_left_alone() -> None:
     model = nn.ModuleDict({"used": nn.Linear(4, 2), "unused": nn.Linear(4, 2)}).double()
-    optimizer = SINGD(model.parameters(), lr=0.1, weight_decay=0.1, T=1)
+    optimizer = Optimizer(model.parameters(), lr=0.1, weight_decay=0.1, T=1)
     before = weights(model)
     with pytest.warns(UserWarning, match="unused"):
         fit(model["used"], optimizer, [mlp_batch(step, 4, 2) for step in range(3)])
@@ -570,7 +574,7 @@ def test_a_layer_that_missed_its_update_takes_it_next_time(T: int) -> None:
     """With ``T=2`` it never runs in a step that is due by the clock after the first."""
     model = Sometimes().double()
     model.calls = 1  # the first batch, due at step 0, leaves it out
-    optimizer = SINGD(model.parameters(), lr=0.01, T=T)
+    optimizer = Optimizer(model.parameters(), lr=0.01, T=T)
     fit(model, optimizer, [mlp_batch(step, 4, 4) for step in range(6)])
     assert int(optimizer.state[model.sometimes.weight]["last_update"]) == 5
     assert int(optimizer.state[model.first.weight]["last_update"]) == 6 - T
@@ -580,7 +584,7 @@ def test_a_layer_that_missed_its_update_takes_it_next_time(T: int) -> None:
 def test_model_converted_after_construction(dtype: torch.dtype) -> None:
     """``.to(dtype)`` keeps the parameters; the optimizer follows before and after a step."""
     model = mlp(4, 5, 3, dtype=torch.float32)
-    optimizer = SINGD(model.parameters(), **FAST)
+    optimizer = Optimizer(model.parameters(), **FAST)
     model.to(dtype)
     before = weights(model)
     fit(model, optimizer, [mlp_batch(step, 4, 3, dtype=dtype) for step in range(4)])
@@ -591,7 +595,7 @@ def test_model_converted_after_construction(dtype: torch.dtype) -> None:
 def test_closure_is_called_once_with_gradients() -> None:
     model, twin = mlp(3, 4, 2), mlp(3, 4, 2)
     twin.load_state_dict(model.state_dict())
-    optimizer, other = SINGD(model.parameters(), **FAST), SINGD(twin.parameters(), **FAST)
+    optimizer, other = Optimizer(model.parameters(), **FAST), Optimizer(twin.parameters(), **FAST)
     x, y = mlp_batch(0, 3, 2)
     calls = []
 
@@ -613,7 +617,7 @@ def test_closure_is_called_once_with_gradients() -> None:
 
 def test_step_without_backward_changes_nothing() -> None:
     model = mlp(3, 4, 2)
-    optimizer = SINGD(model.parameters())
+    optimizer = Optimizer(model.parameters())
     before = copy.deepcopy(model)
     optimizer.step()
     assert optimizer.step() is None

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tnkfac
+from oracles.optimizers import Optimizer
 from tnkfac.optim import base
+
+BOTH_OPTIMIZERS = True
 
 
 class Delayed:
@@ -63,7 +65,7 @@ def batch(step: int, bad: bool = False) -> tuple[Tensor, Tensor]:
 
 def train(steps: int, bad: Iterable[int] = (), **options: Any) -> tuple[list[Tensor], Any]:
     model = network()
-    optimizer = tnkfac.SINGD(model.parameters(), lr=0.03, T=2, weight_decay=0.1, **options)
+    optimizer = Optimizer(model.parameters(), lr=0.03, T=2, weight_decay=0.1, **options)
     for step in range(steps):
         optimizer.zero_grad()
         x, y = batch(step, step in bad)
@@ -169,7 +171,7 @@ def test_no_wait_in_hooks_and_step(
     """
     monkeypatch.setattr(Delayed, "receive", lambda self, wait=False: None)
     model = network()
-    optimizer = tnkfac.SINGD(model.parameters(), lr=0.01, T=2, structures=structures, **options)
+    optimizer = Optimizer(model.parameters(), lr=0.01, T=2, structures=structures, **options)
     for step in range(5):
         x, y = batch(step)
         optimizer.zero_grad()

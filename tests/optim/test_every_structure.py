@@ -16,9 +16,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from oracles.loops import assert_same_state, assert_same_weights, fit, state_by_name, weights
+from oracles.optimizers import Optimizer
 from oracles.singd_cases import numbers
 from oracles.zoo import Everyday, everyday_batch, fixed_weights
-from tnkfac import SINGD
+
+BOTH_OPTIMIZERS = True
+
 
 STRUCTURES = (
     "dense",
@@ -44,11 +47,11 @@ def network(dtype: torch.dtype = torch.float64) -> Any:
     return fixed_weights(Everyday(), 2.0).to(dtype)
 
 
-def train(model: Any, optimizer: SINGD, data: Batches) -> list[float]:
+def train(model: Any, optimizer: Any, data: Batches) -> list[float]:
     return fit(model, optimizer, data, functional.cross_entropy)
 
 
-def all_finite(model: nn.Module, optimizer: SINGD) -> bool:
+def all_finite(model: nn.Module, optimizer: Any) -> bool:
     tensors = [*weights(model).values(), *state_by_name(model, optimizer).values()]
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
@@ -68,7 +71,7 @@ def test_low_precision_stays_finite(structure: str, precision: str) -> None:
     """300 steps with an update in each; the loss falls."""
     dtype, kept = PRECISIONS[precision]
     model = network(dtype)
-    optimizer = SINGD(
+    optimizer = Optimizer(
         model.parameters(), lr=1e-2, T=1, structures=structure, preconditioner_dtype=kept
     )
     data = batches(0, 5, dtype)
@@ -89,7 +92,7 @@ def test_low_precision_stays_finite(structure: str, precision: str) -> None:
 def test_a_bad_batch_is_skipped(structure: str, at: int, bad: float) -> None:
     """One bad number: nothing changes, it is counted, the update follows, training goes on."""
     model = network()
-    optimizer = SINGD(model.parameters(), lr=3e-3, T=4, structures=structure)
+    optimizer = Optimizer(model.parameters(), lr=3e-3, T=4, structures=structure)
     train(model, optimizer, batches(0, at))
     before, state = weights(model), state_by_name(model, optimizer)
     x, y = everyday_batch(at)
@@ -114,13 +117,13 @@ def test_resume_is_bit_equal(structure: str, phase: int) -> None:
     """Saved at any phase of the interval, and while the start is still being refined."""
     model, resumed = network(), network()
     options: dict[str, Any] = {"lr": 3e-3, "T": 3, "structures": structure}
-    optimizer = SINGD(model.parameters(), **options)
+    optimizer = Optimizer(model.parameters(), **options)
     train(model, optimizer, batches(0, phase))
     file = io.BytesIO()
     torch.save((model.state_dict(), optimizer.state_dict()), file)
     file.seek(0)
     saved_model, saved = torch.load(file, weights_only=True)
-    other = SINGD(resumed.parameters(), **options)
+    other = Optimizer(resumed.parameters(), **options)
     resumed.load_state_dict(saved_model)
     other.load_state_dict(saved)
     for m, o in ((model, optimizer), (resumed, other)):
@@ -134,7 +137,7 @@ def test_loading_an_empty_state_starts_anew(structure: str) -> None:
     """A checkpoint from before the first step, loaded into an optimizer that has run."""
     model, fresh = network(), network()
     options: dict[str, Any] = {"lr": 3e-3, "T": 2, "structures": structure}
-    optimizer, other = (SINGD(m.parameters(), **options) for m in (model, fresh))
+    optimizer, other = (Optimizer(m.parameters(), **options) for m in (model, fresh))
     saved_model, saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, batches(20, 3))
     model.load_state_dict(saved_model)
@@ -149,7 +152,7 @@ def test_loading_an_empty_state_starts_anew(structure: str) -> None:
 def test_copied_together(structure: str) -> None:
     """The copies of model and optimizer go on as the originals do, each for itself."""
     model = network()
-    optimizer = SINGD(model.parameters(), lr=3e-3, T=2, structures=structure)
+    optimizer = Optimizer(model.parameters(), lr=3e-3, T=2, structures=structure)
     train(model, optimizer, batches(0, 3))
     twin, other = copy.deepcopy((model, optimizer))
     for m, o in ((model, optimizer), (twin, other)):
@@ -183,7 +186,7 @@ def test_activation_checkpointing(structure: str, reentrant: bool) -> None:
     for build in (Everyday, Checkpointed):
         model = fixed_weights(build(), 2.0)
         model.reentrant = reentrant
-        optimizer = SINGD(model.parameters(), lr=3e-3, T=2, structures=structure)
+        optimizer = Optimizer(model.parameters(), lr=3e-3, T=2, structures=structure)
         train(model, optimizer, batches(0, 5))
         runs += [model, optimizer]
     for actual, expected in (
@@ -204,7 +207,7 @@ def test_grad_scaler(structure: str, unscale: bool, clip: float | None) -> None:
     runs = []
     for scaled in (False, True):
         model = network()
-        optimizer = SINGD(model.parameters(), lr=3e-3, T=2, structures=structure)
+        optimizer = Optimizer(model.parameters(), lr=3e-3, T=2, structures=structure)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scaled)
         for x, y in batches(0, 6):
             optimizer.zero_grad()
@@ -234,7 +237,7 @@ def test_compiled_whole_graph(structure: str) -> None:
         torch._dynamo.reset()
         model = network()
         run = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
-        optimizer = SINGD(model.parameters(), lr=3e-3, T=2, structures=structure)
+        optimizer = Optimizer(model.parameters(), lr=3e-3, T=2, structures=structure)
         for x, y in batches(0, 12):
             optimizer.zero_grad()
             functional.cross_entropy(run(x), y).backward()
@@ -278,9 +281,9 @@ def test_smallest_layers(structure: str, name: str) -> None:
     data = [(numbers(*shape, seed=s), numbers(6, seed=s + 9)) for s in range(6)]
     model, resumed = (fixed_weights(Shape(build())) for _ in range(2))
     before = weights(model)
-    optimizer = SINGD(model.parameters(), lr=1e-2, T=2, structures=structure)
+    optimizer = Optimizer(model.parameters(), lr=1e-2, T=2, structures=structure)
     fit(model, optimizer, data[:3], functional.mse_loss)
-    other = SINGD(resumed.parameters(), lr=1e-2, T=2, structures=structure)
+    other = Optimizer(resumed.parameters(), lr=1e-2, T=2, structures=structure)
     resumed.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
     for m, o in ((model, optimizer), (resumed, other)):
@@ -306,7 +309,7 @@ def test_state_bytes(structure: str, momentum: float) -> None:
     }
     count = counts.get(structure, lambda d: 2 * d - 1)
     model = network(torch.float32)
-    optimizer = SINGD(model.parameters(), structures=structure, alpha1=momentum)
+    optimizer = Optimizer(model.parameters(), structures=structure, alpha1=momentum)
     train(model, optimizer, batches(0, 1, torch.float32))
     for row in optimizer.report():
         if row.structure and row.name.endswith("weight"):

@@ -8,8 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 from oracles.loops import weights
+from oracles.optimizers import Optimizer
 from oracles.real_models import REAL_MODELS, RealModel
-from tnkfac import SINGD
+
+BOTH_OPTIMIZERS = True
+
 
 STOCK = (
     nn.Linear,
@@ -47,7 +50,9 @@ def test_three_steps(name: str, approx: str) -> None:
     case = REAL_MODELS[name]
     model = case.build().train()
     expected = called_layers(model, case)
-    optimizer = SINGD(model.parameters(), lr=1e-2, T=1, structures="diagonal", kfac_approx=approx)
+    optimizer = Optimizer(
+        model.parameters(), lr=1e-2, T=1, structures="diagonal", kfac_approx=approx
+    )
     before = weights(model)
     for _ in range(3):
         optimizer.zero_grad()
@@ -76,7 +81,7 @@ def test_three_steps(name: str, approx: str) -> None:
 def test_other_structures_on_small_networks(name: str, structures: str) -> None:
     case = REAL_MODELS[name]
     model = case.build().train()
-    optimizer = SINGD(model.parameters(), lr=1e-2, T=2, structures=structures)
+    optimizer = Optimizer(model.parameters(), lr=1e-2, T=2, structures=structures)
     before = weights(model)
     x = case.x()
     target = torch.randn_like(model(x))

@@ -27,8 +27,12 @@ from oracles.loops import (
     state_by_name,
     weights,
 )
+from oracles.optimizers import Optimizer
 from oracles.zoo import Mixed, mixed_batch, mixed_loss, mlp
 from tnkfac import SINGD
+
+BOTH_OPTIMIZERS = True
+
 
 T = 3
 
@@ -81,12 +85,12 @@ def test_resume_is_bit_equal(name: str, phase: int) -> None:
     """From before the first step, and from every phase of the interval."""
     options = {"lr": 0.01, "T": T, "lr_cov": 0.05, **OPTIONS[name]}
     model = network()
-    optimizer = SINGD(model.parameters(), **options)
+    optimizer = Optimizer(model.parameters(), **options)
     fit(model, optimizer, batches(0, phase))
     state, model_state = saved(optimizer.state_dict()), saved(model.state_dict())
 
     resumed = network()
-    other = SINGD(resumed.parameters(), **options)
+    other = Optimizer(resumed.parameters(), **options)
     resumed.load_state_dict(model_state)
     other.load_state_dict(state)
     assert_same_state(resumed, other, model, optimizer)
@@ -101,7 +105,7 @@ def test_resume_is_bit_equal(name: str, phase: int) -> None:
 def test_resume_into_an_optimizer_that_has_run() -> None:
     """Loading replaces what the optimizer did before, pending statistics included."""
     model, other = network(), network()
-    optimizer, used = (SINGD(m.parameters(), lr=0.01, T=T) for m in (model, other))
+    optimizer, used = (Optimizer(m.parameters(), lr=0.01, T=T) for m in (model, other))
     fit(model, optimizer, batches(0, 2))
     fit(other, used, batches(20, 4))
     x, y = mlp_batch(30, 4, 3)
@@ -123,9 +127,9 @@ def test_resume_into_an_optimizer_that_has_run() -> None:
 def test_hyper_parameters_come_from_the_checkpoint() -> None:
     """As with every torch optimizer."""
     model = network()
-    optimizer = SINGD(model.parameters(), lr=0.25, damping=0.125, T=7, structures="diagonal")
+    optimizer = Optimizer(model.parameters(), lr=0.25, damping=0.125, T=7, structures="diagonal")
     fit(model, optimizer, batches(0, 2))
-    other = SINGD(network().parameters(), structures="diagonal")
+    other = Optimizer(network().parameters(), structures="diagonal")
     other.load_state_dict(saved(optimizer.state_dict()))
     (group,) = other.param_groups
     assert (group["lr"], group["damping"], group["T"]) == (0.25, 0.125, 7)
@@ -134,13 +138,13 @@ def test_hyper_parameters_come_from_the_checkpoint() -> None:
 def test_resume_right_after_a_skipped_step() -> None:
     """The skipped step was due; the update that it missed is taken by the resumed run too."""
     model = network()
-    optimizer = SINGD(model.parameters(), lr=0.01, T=T)
+    optimizer = Optimizer(model.parameters(), lr=0.01, T=T)
     fit(model, optimizer, batches(0, T))
     x, y = mlp_batch(50, 4, 3)
     fit(model, optimizer, [(x * float("nan"), y)])
     assert optimizer.skipped_updates == 1
     resumed = network()
-    other = SINGD(resumed.parameters(), lr=0.01, T=T)
+    other = Optimizer(resumed.parameters(), lr=0.01, T=T)
     resumed.load_state_dict(saved(model.state_dict()))
     other.load_state_dict(saved(optimizer.state_dict()))
     for m, o in ((model, optimizer), (resumed, other)):
@@ -155,14 +159,14 @@ def test_resume_right_after_a_skipped_step() -> None:
 def test_saved_in_the_middle_of_accumulation(phase: int) -> None:
     """Gradients are in no checkpoint and neither are pending statistics: the batch is repeated."""
     model = network()
-    optimizer = SINGD(model.parameters(), lr=0.01, T=T)
+    optimizer = Optimizer(model.parameters(), lr=0.01, T=T)
     fit(model, optimizer, batches(0, phase))
     x, y = mlp_batch(phase, 4, 3)
     squares(model(x[:3]), y[:3]).backward()
     state, model_state = saved(optimizer.state_dict()), saved(model.state_dict())
     optimizer.zero_grad()
     resumed = network()
-    other = SINGD(resumed.parameters(), lr=0.01, T=T)
+    other = Optimizer(resumed.parameters(), lr=0.01, T=T)
     resumed.load_state_dict(model_state)
     other.load_state_dict(state)
     for m, o in ((model, optimizer), (resumed, other)):
@@ -210,7 +214,7 @@ def assert_equal_nested(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 def test_loading_neither_mutates_nor_aliases(lr: Any) -> None:
     model, other = network(), network()
-    optimizer, loaded = (SINGD(m.parameters(), lr=copy.copy(lr), T=1) for m in (model, other))
+    optimizer, loaded = (Optimizer(m.parameters(), lr=copy.copy(lr), T=1) for m in (model, other))
     fit(model, optimizer, batches(0, 2))
     state = saved(optimizer.state_dict())
     before = snapshot(state)
@@ -228,7 +232,7 @@ def test_loading_neither_mutates_nor_aliases(lr: Any) -> None:
 def test_loading_from_a_live_optimizer() -> None:
     """Without a file in between the two optimizers must not share a tensor."""
     model, other = network(), network()
-    optimizer, loaded = (SINGD(m.parameters(), lr=0.01, T=1) for m in (model, other))
+    optimizer, loaded = (Optimizer(m.parameters(), lr=0.01, T=1) for m in (model, other))
     fit(model, optimizer, batches(0, 2))
     loaded.load_state_dict(optimizer.state_dict())
     before = state_by_name(model, optimizer)
@@ -243,7 +247,7 @@ def test_dtypes_survive(structures: str, kept: torch.dtype | None) -> None:
     dtype = torch.bfloat16
     model, other = network(dtype), network(dtype)
     options = {"lr": 0.01, "T": 1, "structures": structures, "preconditioner_dtype": kept}
-    optimizer, loaded = (SINGD(m.parameters(), **options) for m in (model, other))
+    optimizer, loaded = (Optimizer(m.parameters(), **options) for m in (model, other))
     fit(model, optimizer, batches(0, 3, dtype))
     state = saved(optimizer.state_dict())
     other.load_state_dict(model.state_dict())
@@ -261,7 +265,7 @@ def test_dtypes_survive(structures: str, kept: torch.dtype | None) -> None:
 def test_state_is_plain_tensors(name: str) -> None:
     """Per-parameter state is tensors only; groups hold numbers, strings, None and tuples."""
     model = network()
-    optimizer = SINGD(model.parameters(), **OPTIONS[name])
+    optimizer = Optimizer(model.parameters(), **OPTIONS[name])
     fit(model, optimizer, batches(0, 2))
     for state in optimizer.state.values():
         assert all(type(value) is Tensor for value in state.values())
@@ -294,12 +298,12 @@ def test_callables_are_not_saved_and_stay_live() -> None:
         "loss_average": lambda module, shape: shape[0],
     }
     model = network()
-    optimizer = SINGD(model.parameters(), lr=0.01, **options)
+    optimizer = Optimizer(model.parameters(), lr=0.01, **options)
     fit(model, optimizer, batches(0, 3))
     state = saved(optimizer.state_dict())
     assert not set(options) & set(state["param_groups"][0])
     resumed = network()
-    other = SINGD(resumed.parameters(), lr=0.01, **options)
+    other = Optimizer(resumed.parameters(), lr=0.01, **options)
     resumed.load_state_dict(model.state_dict())
     other.load_state_dict(state)
     assert all(other.param_groups[0][name] is value for name, value in options.items())
@@ -314,8 +318,8 @@ def test_a_schedule_of_the_interval() -> None:
     """A callable ``T`` decides at every step; ``lr_cov`` sees the step."""
     model, twin = network(), network()
     options = {"lr": 0.01, "lr_cov": 0.05}
-    scheduled = SINGD(model.parameters(), T=lambda step: 1 if step < 2 else 3, **options)
-    plain = SINGD(twin.parameters(), T=1, **options)
+    scheduled = Optimizer(model.parameters(), T=lambda step: 1 if step < 2 else 3, **options)
+    plain = Optimizer(twin.parameters(), T=1, **options)
     marks = []
     for step in range(7):
         fit(model, scheduled, batches(step, 1))
@@ -334,11 +338,11 @@ def test_distributed_checkpoint_round_trip(name: str, flatten: bool) -> None:
     options = {"lr": 0.01, "T": T, **OPTIONS[name]}
     how = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = network()
-    optimizer = SINGD(model.parameters(), **options)
+    optimizer = Optimizer(model.parameters(), **options)
     fit(model, optimizer, batches(0, 4))
     state = saved(get_optimizer_state_dict(model, optimizer, options=how))
     resumed = network()
-    other = SINGD(resumed.parameters(), **options)
+    other = Optimizer(resumed.parameters(), **options)
     resumed.load_state_dict(model.state_dict())
     before = weights(resumed)
     set_optimizer_state_dict(resumed, other, state, options=how)
@@ -357,7 +361,7 @@ def test_template_step_moves_nothing(build: Callable[[], nn.Module], lr: Any) ->
     torch.manual_seed(0)
     model, twin = build(), build()
     twin.load_state_dict(model.state_dict())
-    optimizer, other = (SINGD(m.parameters(), lr=lr, weight_decay=0.1) for m in (model, twin))
+    optimizer, other = (Optimizer(m.parameters(), lr=lr, weight_decay=0.1) for m in (model, twin))
     before = weights(model)
     template = get_optimizer_state_dict(model, optimizer)
     assert_same_numbers(weights(model), before)
@@ -376,7 +380,7 @@ def test_template_step_moves_nothing(build: Callable[[], nn.Module], lr: Any) ->
 
 def test_training_after_the_template_is_training_from_the_start() -> None:
     model, twin = network(), network()
-    optimizer, other = (SINGD(m.parameters(), lr=0.01, T=T) for m in (model, twin))
+    optimizer, other = (Optimizer(m.parameters(), lr=0.01, T=T) for m in (model, twin))
     get_optimizer_state_dict(model, optimizer)
     fit(model, optimizer, batches(0, 5))
     fit(twin, other, batches(0, 5))
@@ -409,7 +413,7 @@ each_copy = pytest.mark.parametrize("how", COPIES)
 def test_a_copied_model_is_inert(how: str) -> None:
     """It contributes no statistics, and training goes on as if there were no copy."""
     model, twin = network(), network()
-    optimizer, other = (SINGD(m.parameters(), lr=0.01, T=1) for m in (model, twin))
+    optimizer, other = (Optimizer(m.parameters(), lr=0.01, T=1) for m in (model, twin))
     fit(model, optimizer, batches(0, 2))
     fit(twin, other, batches(0, 2))
     copied = COPIES[how](model)
@@ -426,7 +430,7 @@ def test_a_copied_model_is_inert(how: str) -> None:
 
 def test_an_averaged_model_is_inert() -> None:
     model, twin = network(), network()
-    optimizer, other = (SINGD(m.parameters(), lr=0.01, T=1) for m in (model, twin))
+    optimizer, other = (Optimizer(m.parameters(), lr=0.01, T=1) for m in (model, twin))
     average = torch.optim.swa_utils.AveragedModel(model)
     for x, y in batches(0, 4):
         fit(model, optimizer, [(x, y)])
@@ -436,11 +440,11 @@ def test_an_averaged_model_is_inert() -> None:
     assert_same_weights(model, twin)
 
 
-def as_dict(model: nn.Module, optimizer: SINGD) -> dict[str, Any]:
+def as_dict(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def optimizer_first(model: nn.Module, optimizer: SINGD) -> dict[str, Any]:
+def optimizer_first(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"optimizer": optimizer, "model": model}
 
 
@@ -449,7 +453,7 @@ def optimizer_first(model: nn.Module, optimizer: SINGD) -> dict[str, Any]:
 def test_model_and_optimizer_copied_together(how: str, together: Callable[..., Any]) -> None:
     """The copy captures for itself, and trains on exactly as the original does."""
     model = network()
-    optimizer = SINGD(model.parameters(), lr=0.01, T=T)
+    optimizer = Optimizer(model.parameters(), lr=0.01, T=T)
     fit(model, optimizer, batches(0, 4))
     both = COPIES[how](together(model, optimizer))
     copied, other = both["model"], both["optimizer"]
@@ -467,7 +471,7 @@ def test_model_and_optimizer_copied_together(how: str, together: Callable[..., A
 @each_copy
 def test_an_optimizer_copied_alone_does_no_harm(how: str) -> None:
     model = network()
-    optimizer = SINGD(model.parameters(), lr=0.01, T=T)
+    optimizer = Optimizer(model.parameters(), lr=0.01, T=T)
     fit(model, optimizer, batches(0, 2))
     other = COPIES[how](optimizer)
     before = weights(model)
@@ -509,8 +513,8 @@ def test_schedulers(name: str, tensor: bool) -> None:
     """The update follows learning rate and momentum as AdamW and SGD under the same scheduler."""
     lr: Any = torch.tensor(0.08, dtype=torch.float64) if tensor else 0.08
     model, twin = network(), network()
-    optimizer = SINGD(model.parameters(), lr=lr, T=2, momentum=0.9)
-    manual = SINGD(twin.parameters(), lr=0.08, T=2, momentum=0.9)
+    optimizer = Optimizer(model.parameters(), lr=lr, T=2, momentum=0.9)
+    manual = Optimizer(twin.parameters(), lr=0.08, T=2, momentum=0.9)
     shadow = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.08, momentum=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -533,13 +537,13 @@ def test_schedulers(name: str, tensor: bool) -> None:
 
 def test_scheduler_resumes_with_the_optimizer() -> None:
     model = network()
-    optimizer = SINGD(model.parameters(), lr=0.08)
+    optimizer = Optimizer(model.parameters(), lr=0.08)
     scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=12)
     for step in range(4):
         fit(model, optimizer, batches(step, 1))
         scheduler.step()
     resumed = network()
-    other = SINGD(resumed.parameters(), lr=0.08)
+    other = Optimizer(resumed.parameters(), lr=0.08)
     again = lr_scheduler.OneCycleLR(other, 0.1, total_steps=12)
     resumed.load_state_dict(model.state_dict())
     other.load_state_dict(saved(optimizer.state_dict()))
@@ -557,7 +561,7 @@ def test_fallback_learning_rate_follows_the_ratio(name: str, resume: bool) -> No
     """With its own learning rate the fallback is scaled by what the scheduler does to ``lr``."""
     model = nn.LayerNorm(3).double()
     options = {"lr": 0.5, "weight_decay": 0.0, "momentum": 0.0}
-    optimizer = SINGD(model.parameters(), lr=0.08, fallback="sgd", fallback_options=options)
+    optimizer = Optimizer(model.parameters(), lr=0.08, fallback="sgd", fallback_options=options)
     scheduler = SCHEDULERS[name](optimizer)
     for step in range(5):
         x, y = mlp_batch(step, 3, 3)
@@ -569,7 +573,9 @@ def test_fallback_learning_rate_follows_the_ratio(name: str, resume: bool) -> No
         scheduler.step()
         if resume and step == 2:
             state, positions = saved(optimizer.state_dict()), saved(scheduler.state_dict())
-            optimizer = SINGD(model.parameters(), lr=0.08, fallback="sgd", fallback_options=options)
+            optimizer = Optimizer(
+                model.parameters(), lr=0.08, fallback="sgd", fallback_options=options
+            )
             scheduler = SCHEDULERS[name](optimizer)
             optimizer.load_state_dict(state)
             scheduler.load_state_dict(positions)
@@ -579,7 +585,7 @@ def test_tensor_lr_is_not_baked_in() -> None:
     """A tensor that changes in place changes the next step."""
     lr = torch.tensor(0.01)
     model = mlp(4, 3)
-    optimizer = SINGD(model.parameters(), lr=lr, momentum=0.0)
+    optimizer = Optimizer(model.parameters(), lr=lr, momentum=0.0)
     sizes = []
     for scale in (1.0, 3.0):
         optimizer.param_groups[0]["lr"].fill_(0.01 * scale)

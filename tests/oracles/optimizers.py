@@ -1,0 +1,59 @@
+"""One spelling for both optimizers, so that one table of tests is for both.
+
+A module of tests with ``BOTH_OPTIMIZERS = True`` runs once with each; there ``Optimizer`` makes the
+one whose turn it is, from options of SINGD.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from tnkfac import KFAC, SINGD
+
+__all__ = ["KINDS", "Optimizer", "factor_key", "is_kfac", "translated", "use"]
+
+KINDS = ("SINGD", "KFAC")
+ONLY_SINGD = {
+    "alpha1",
+    "lr_cov",
+    "init",
+    "kfac_like",
+    "normalize_lr_cov",
+    "preconditioner_dtype",
+}
+_turn = ["SINGD"]
+
+
+def use(kind: str) -> None:
+    """Make optimizers of this kind from now on."""
+    _turn[0] = kind
+
+
+def is_kfac() -> bool:
+    """Whether it is KFAC's turn."""
+    return _turn[0] == "KFAC"
+
+
+def factor_key() -> str:
+    """State key of what an update of the factors changes in a dense layer."""
+    return "A" if is_kfac() else "K"
+
+
+def translated(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of SINGD as those of KFAC, for the same schedule and size of steps."""
+    options = {key: value for key, value in options.items() if key not in ONLY_SINGD}
+    if "T" in options:
+        T = options.pop("T")
+        options |= {"factor_update_steps": T, "inv_update_steps": T}
+    return options
+
+
+def Optimizer(params: Any, lr: float | Tensor = 1e-3, **options: Any) -> Any:
+    """SINGD or KFAC, with SINGD's defaults for what both have."""
+    if not is_kfac():
+        return SINGD(params, lr, **options)
+    defaults = {"T": 10, "grafting": "rms", "decoupled_weight_decay": True, "kl_clip": None}
+    options = translated({**defaults, **options})
+    if not isinstance(params, list | tuple) or not all(isinstance(p, dict) for p in params):
+        return KFAC(params, lr, **options)
+    return KFAC([translated(group) for group in params], lr, **options)
