@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oracles.loops import fit, mlp_batch, squares, weights
-from oracles.optimizers import Optimizer
+from oracles.optimizers import Optimizer, only_singd
 from oracles.zoo import mlp
 
 BOTH_OPTIMIZERS = True
@@ -122,6 +122,7 @@ def test_a_failed_decomposition_starts_at_a_scaled_identity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Training goes on, and says so."""
+    only_singd()
 
     def fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
         raise torch.linalg.LinAlgError("failed to converge")  # type: ignore[attr-defined]

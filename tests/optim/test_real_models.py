@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from oracles.loops import weights
-from oracles.optimizers import Optimizer
+from oracles.optimizers import Optimizer, skip_unless_decomposable
 from oracles.real_models import REAL_MODELS, RealModel
 
 BOTH_OPTIMIZERS = True
@@ -79,6 +79,7 @@ def test_three_steps(name: str, approx: str) -> None:
 @pytest.mark.parametrize("structures", ["auto", "dense", "hierarchical15_15", "triltoeplitz"])
 @pytest.mark.parametrize("name", ["U-Net", "audio", "GPT"])
 def test_other_structures_on_small_networks(name: str, structures: str) -> None:
+    skip_unless_decomposable(structures)
     case = REAL_MODELS[name]
     model = case.build().train()
     optimizer = Optimizer(model.parameters(), lr=1e-2, T=2, structures=structures)

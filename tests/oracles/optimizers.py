@@ -6,11 +6,21 @@ one whose turn it is, from options of SINGD.
 
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from tnkfac import KFAC, SINGD
 
-__all__ = ["KINDS", "Optimizer", "factor_key", "is_kfac", "translated", "use"]
+__all__ = [
+    "KINDS",
+    "Optimizer",
+    "factor_key",
+    "is_kfac",
+    "only_singd",
+    "skip_unless_decomposable",
+    "translated",
+    "use",
+]
 
 KINDS = ("SINGD", "KFAC")
 ONLY_SINGD = {
@@ -32,6 +42,18 @@ def use(kind: str) -> None:
 def is_kfac() -> bool:
     """Whether it is KFAC's turn."""
     return _turn[0] == "KFAC"
+
+
+def skip_unless_decomposable(structure: str) -> None:
+    """KFAC needs structures that hold an eigenbasis."""
+    if is_kfac() and structure.startswith(("tri", "hierarchical")):
+        pytest.skip("not a structure of KFAC")
+
+
+def only_singd() -> None:
+    """For options that KFAC does not have."""
+    if is_kfac():
+        pytest.skip("about an option of SINGD")
 
 
 def factor_key() -> str:

@@ -303,8 +303,9 @@ class CurvatureOptimizer(Optimizer):
 
     def _read_marks(self) -> None:
         for layer in self._registry.layers:
-            mark = self.state.get(layer.weight, {}).get("last_update")
-            layer.last_update = -1 if mark is None else int(mark)
+            state = self.state.get(layer.weight, {})
+            layer.last_update = int(state.get("last_update", -1))
+            layer.last_inverse = int(state.get("last_inverse", -1))
         self._set_taps()
 
     def _set_taps(self) -> None:

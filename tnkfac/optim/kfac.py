@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import Decomposable, Parts
-from tnkfac.optim import arguments, sampling
+from tnkfac.optim import adaptation, arguments, sampling
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.decompositions import METHODS, Decomposer
 from tnkfac.optim.layers import CapturedLayer
@@ -192,6 +192,45 @@ class KFAC(CurvatureOptimizer):
         given["structures"] = arguments.structure_pair(group["structures"], factors=True)
         given["inv_dtype"] = arguments.dtype_name("inv_dtype", group["inv_dtype"])
 
+    # ---------------------------------------------------------------- the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss. Called once, with gradients;
+                with ``adaptive_damping`` twice at every fifth step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: If a gradient is sparse, or ``adaptive_damping`` misses its closure.
+        """
+        adaptive = [group for group in self.param_groups if group["adaptive_damping"]]
+        if not adaptive:
+            return super().step(closure)
+        if closure is None:
+            raise ValueError("closure: got None. Supported with adaptive_damping: a closure.")
+        if (adaptive[0]["step"] + 1) % adaptation.EVERY:
+            return super().step(closure)
+        trial = adaptation.Trial(p for group in self.param_groups for p in group["params"])
+        loss = super().step(closure)
+        with torch.no_grad():
+            trial.moved()
+            layers = [layer for layer in self._registry.layers if layer.last_update >= 0]
+            groups = by_parameter(self.param_groups)
+            curvature = [
+                (layer, *self._factors(layer, groups[id(layer.weight)])) for layer in layers
+            ]
+            predicted = trial.predicted(curvature, adaptive[0]["damping"])
+            with self.no_stats():
+                change = trial.evaluate(closure) - float(loss)
+            for group in adaptive:
+                group["damping"] = adaptation.adapted(group["damping"], change, predicted)
+        self._excluded = False
+        return loss
+
     # ---------------------------------------------------------------- factors
 
     def _is_due(self, group: Group, step: int) -> bool:
@@ -229,7 +268,7 @@ class KFAC(CurvatureOptimizer):
 
         new = {"A": averaged("A", found.A), "B": averaged("B", found.B)}
         new["factor_weight"] = averaged("factor_weight", (torch.ones_like(found.counts[0]),))
-        if found.squares is not None and int(state["last_inverse"]) >= 0:
+        if found.squares is not None and layer.last_inverse >= 0:
             new["scales"] = averaged("scales", (found.squares,))
         overwrite(state, new, keep)
 
@@ -237,7 +276,7 @@ class KFAC(CurvatureOptimizer):
         statistics = layer.statistics
         if statistics.bound and statistics.squares:
             state = self.state.get(layer.weight)
-            if state and int(state["last_inverse"]) >= 0:
+            if state and layer.last_inverse >= 0 and "scales" in state:
                 group = by_parameter(self.param_groups)[id(layer.weight)]
                 counts = _decomposer(layer, group).counts
                 Q_A, Q_B = (read(state, name, counts[name]) for name in ("Q_A", "Q_B"))
@@ -257,7 +296,7 @@ class KFAC(CurvatureOptimizer):
             group = groups[id(layer.weight)]
             state = self.state.get(layer.weight)
             ready = layer.last_update >= 0 or id(layer) in measured
-            if state and ready and int(state["last_inverse"]) < group["last_inverse_due"]:
+            if state and ready and layer.last_inverse < group["last_inverse_due"]:
                 due.append(layer)
         if due and (keep is None or bool(keep)):
             self._decompose(due, groups)
@@ -280,7 +319,8 @@ class KFAC(CurvatureOptimizer):
         finite = _all_finite([[p for q in (f or {}).values() for p in q] for f in found])
         for index, (layer, new) in enumerate(zip(due, found, strict=True)):
             state, group = self.state[layer.weight], groups[id(layer.weight)]
-            state["last_inverse"].fill_(group["step"])
+            layer.last_inverse = group["step"]
+            state["last_inverse"].fill_(layer.last_inverse)
             if new is None or not finite[index]:
                 if new is not None:
                     reasons[index] = "its decomposition is not finite"
@@ -344,6 +384,36 @@ class KFAC(CurvatureOptimizer):
                 group["last_inverse_due"] = step
         super()._advance(updated, groups)
 
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; without decompositions in groups with ``compact_state``."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if group["compact_state"]:
+                for index in group["params"]:
+                    state = saved["state"].get(index, {})
+                    saved["state"][index] = {k: v for k, v in state.items() if not _is_derived(k)}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; missing decompositions are made anew.
+
+        Args:
+            state_dict: A saved state.
+        """
+        super().load_state_dict(state_dict)
+        groups = by_parameter(self.param_groups)
+        for layer in self._registry.layers:
+            state, group = self.state.get(layer.weight), groups[id(layer.weight)]
+            if state and not any(_is_derived(key) for key in state):
+                state.update(
+                    {k: v for k, v in self._init_layer(layer, group).items() if _is_derived(k)}
+                )
+                state["last_inverse"].fill_(-1)
+        self._read_marks()
+
     # ---------------------------------------------------------------- Fisher passes
 
     def sample_fisher(
@@ -404,6 +474,11 @@ class KFAC(CurvatureOptimizer):
                 f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
             )
         return [layer for layer in sampled if layer.statistics.on]
+
+
+def _is_derived(key: str) -> bool:
+    """Whether a part of the state follows from the factors."""
+    return key.split(".")[0] in ("Q_A", "Q_B", "d_A", "d_B", "scales", "A_inv", "B_inv")
 
 
 def _interval(value: int | Callable[[int], int], step: int) -> int:

@@ -23,6 +23,7 @@ class CapturedLayer:
         bias: The bias, if it is trained with the weight.
         statistics: What the taps of its modules measure.
         last_update: Step of the last factor update, or -1.
+        last_inverse: Step of the last decomposition, or -1.
         removers: Callables that remove the taps.
     """
 
@@ -32,6 +33,7 @@ class CapturedLayer:
     bias: Tensor | None
     statistics: Statistics
     last_update: int = -1
+    last_inverse: int = -1
     removers: list[Callable[[], Any]] = field(default_factory=list)
 
     def params(self) -> list[Tensor]:

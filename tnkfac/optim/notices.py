@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -42,7 +42,7 @@ class Notices:
                 stacklevel=5,
             )
 
-    def check_statistics(self, due: Iterable[CapturedLayer]) -> None:
+    def check_statistics(self, due: Sequence[CapturedLayer]) -> None:
         """Warn of layers that have a gradient, but never had statistics.
 
         Args:
@@ -59,11 +59,13 @@ class Notices:
         ]
         if silent:
             self._statistics = True
+            sampled = any(layer.statistics.chosen_passes for layer in due)
             warnings.warn(
                 f"No statistics reached {_some(silent)}, which have gradients: their modules were "
                 "not called in training mode (but, for example, their weights were used directly), "
-                "or ran compiled without their hooks. Until that changes they are trained without "
-                "curvature; see report().",
+                "or ran compiled without their hooks"
+                + (", or sample_fisher() was not called" if sampled else "")
+                + ". Until that changes they are trained without curvature; see report().",
                 stacklevel=5,
             )
 
