@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts
-from tnkfac.optim import adaptation, arguments, sampling
+from tnkfac.curvature import Parts
+from tnkfac.optim import adaptation, arguments
 from tnkfac.optim.base import CurvatureOptimizer
-from tnkfac.optim.decompositions import METHODS, Decomposer
+from tnkfac.optim.decompositions import METHODS
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.normalization import NORMALIZATIONS, normalized
 from tnkfac.optim.parts import overwrite, read, store
+from tnkfac.optim.passes import FisherPasses
+from tnkfac.optim.refresh import Refreshing, decomposer_of, inverse_dtype
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.step import roomy
 
@@ -30,7 +30,7 @@ ALIASES = {
 FISHER_TYPES = ("empirical", "mc", "forward-only")
 
 
-class KFAC(CurvatureOptimizer):
+class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
     r"""Kronecker-factored approximate curvature for every parameter of a model.
 
     For each supported layer it keeps moving averages of the input factor ``A`` and the output
@@ -246,7 +246,7 @@ class KFAC(CurvatureOptimizer):
             eye = structure.identity(groups, dtype, device)
             store(state, name, eye if start else tuple(torch.zeros_like(part) for part in eye))
         state["factor_weight"] = torch.full((), float(start), dtype=dtype, device=device)
-        kept = _decomposer(layer, group).identity(groups, _inverse_dtype(dtype, group), device)
+        kept = decomposer_of(layer, group).identity(groups, inverse_dtype(dtype, group), device)
         for name, parts in kept.items():
             store(state, name, parts)
         state["last_inverse"] = torch.tensor(-1)
@@ -278,7 +278,7 @@ class KFAC(CurvatureOptimizer):
             state = self.state.get(layer.weight)
             if state and layer.last_inverse >= 0 and "scales" in state:
                 group = by_parameter(self.param_groups)[id(layer.weight)]
-                counts = _decomposer(layer, group).counts
+                counts = decomposer_of(layer, group).counts
                 Q_A, Q_B = (read(state, name, counts[name]) for name in ("Q_A", "Q_B"))
                 statistics.project((Q_A, Q_B))
             else:
@@ -301,77 +301,10 @@ class KFAC(CurvatureOptimizer):
         if due and (keep is None or bool(keep)):
             self._decompose(due, groups)
 
-    def _decompose(self, due: list[CapturedLayer], groups: dict[int, Group]) -> None:
-        """Decompose the factors of some layers; the host waits twice for all of them together."""
-        pairs = [self._factors(layer, groups[id(layer.weight)]) for layer in due]
-        usable = _all_finite([(*A, *B) for A, B in pairs])
-        found: list[dict[str, Parts] | None] = []
-        reasons = ["its factors are not finite"] * len(due)
-        for index, layer in enumerate(due):
-            group = groups[id(layer.weight)]
-            found.append(None)
-            if usable[index]:
-                try:
-                    decomposer = _decomposer(layer, group)
-                    found[index] = decomposer.decompose(*pairs[index], group["damping"])
-                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                    reasons[index] = str(error)
-        finite = _all_finite([[p for q in (f or {}).values() for p in q] for f in found])
-        for index, (layer, new) in enumerate(zip(due, found, strict=True)):
-            state, group = self.state[layer.weight], groups[id(layer.weight)]
-            layer.last_inverse = group["step"]
-            state["last_inverse"].fill_(layer.last_inverse)
-            if new is None or not finite[index]:
-                if new is not None:
-                    reasons[index] = "its decomposition is not finite"
-                self._fail(layer, group, reasons[index], restart=not usable[index])
-                continue
-            state["failures"].zero_()
-            for name, parts in new.items():
-                for old, part in zip(read(state, name, len(parts)), parts, strict=True):
-                    old.copy_(part)
-
-    def _factors(self, layer: CapturedLayer, group: Group) -> tuple[Parts, Parts]:
-        """Both factors without the bias of their start, in the dtype of decompositions."""
-        state, statistics = self.state[layer.weight], layer.statistics
-        weight = state["factor_weight"]
-        dtype = torch.promote_types(_inverse_dtype(weight.dtype, group), torch.float32)
-        A, B = (
-            tuple((part / weight).to(dtype) for part in read(state, name, len(s.shapes)))
-            for name, s in (("A", statistics.k), ("B", statistics.c))
-        )
-        return A, B
-
-    def _fail(self, layer: CapturedLayer, group: Group, reason: str, restart: bool) -> None:
-        """Keep what there is; factors that are not finite are measured anew."""
-        state, name = self.state[layer.weight], layer.named()[0][0]
-        state["failures"] += 1
-        failures = int(state["failures"])
-        if restart:
-            state.update(
-                {
-                    k: v
-                    for k, v in self._init_layer(layer, group).items()
-                    if k in state
-                    and (k in ("A", "B", "factor_weight") or k.startswith(("A.", "B.")))
-                }
-            )
-            layer.last_update = -1
-        if failures > group["num_tolerated_failures"]:
-            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                f"The factors of {name} could not be decomposed {failures} times in a row: {reason}"
-            )
-        warnings.warn(
-            f"The factors of {name} could not be decomposed: {reason}. The step goes on with the "
-            f"last decomposition (failure {failures}, {group['num_tolerated_failures']} tolerated "
-            "in a row).",
-            stacklevel=2,
-        )
-
     def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
         state = self.state[layer.weight]
         group = by_parameter(self.param_groups)[id(layer.weight)]
-        decomposer = _decomposer(layer, group)
+        decomposer = decomposer_of(layer, group)
         kept = {name: read(state, name, count) for name, count in decomposer.counts.items()}
         dtype = next(part.dtype for parts in kept.values() for part in parts)
         update = decomposer.precondition(kept, gradient.to(dtype), group["damping"])
@@ -414,67 +347,6 @@ class KFAC(CurvatureOptimizer):
                 state["last_inverse"].fill_(-1)
         self._read_marks()
 
-    # ---------------------------------------------------------------- Fisher passes
-
-    def sample_fisher(
-        self,
-        output: Tensor,
-        likelihood: str = "categorical",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Draw targets from the model's own distribution and back-propagate for the factors only.
-
-        To be called between forward and backward pass, for every micro-batch; every ``.grad`` stays
-        as it is. On steps without a factor update it does nothing.
-
-        Args:
-            output: Output of the model that the loss is computed from: logits ``[N, C, ..]``, or
-                anything ``[N, ..]`` for the other likelihoods.
-            likelihood: ``"categorical"`` (cross-entropy), ``"gaussian"`` with variance one (half
-                the squared error, summed over outputs) or ``"bernoulli"`` (binary cross-entropy
-                with logits, summed over outputs).
-            generator: Source of random numbers, or torch's own.
-
-        Raises:
-            ValueError: If ``fisher_type`` is not ``"mc"``, or for an unknown likelihood.
-        """
-        arguments.choices("likelihood", likelihood, sampling.LIKELIHOODS)
-        chosen = self._sampled_layers("sample_fisher")
-        leaves = [leaf for layer in chosen for leaf in layer.statistics.hidden_leaves]
-        if not leaves:
-            return
-        group = by_parameter(self.param_groups)[id(chosen[0].weight)]
-        average = {"batch": False, None: None}.get(group["loss_average"], True)
-        samples = group["mc_samples"]
-        with sampling.listening(layer.statistics for layer in chosen), torch.enable_grad():
-            for _ in range(samples):
-                loss = sampling.sampled_loss(output, likelihood, average, generator)
-                torch.autograd.backward(loss / samples, retain_graph=True, inputs=leaves)
-
-    @contextmanager
-    def fisher_pass(self) -> Iterator[None]:
-        """Backward passes inside count for the factors, and leave every ``.grad`` as it is.
-
-        For targets drawn by oneself: the loss has to be averaged like that of training, and not
-        scaled. Keep the graph (``retain_graph=True``) if the training loss follows on it.
-
-        Raises:
-            ValueError: If ``fisher_type`` is not ``"mc"``.
-        """
-        chosen = self._sampled_layers("fisher_pass")
-        params = [param for group in self.param_groups for param in group["params"]]
-        with sampling.listening(la.statistics for la in chosen), sampling.kept_gradients(params):
-            yield
-
-    def _sampled_layers(self, caller: str) -> list[CapturedLayer]:
-        """Layers whose output factor is that of drawn targets, and due."""
-        sampled = [layer for layer in self._registry.layers if layer.statistics.chosen_passes]
-        if not sampled:
-            raise ValueError(
-                f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
-            )
-        return [layer for layer in sampled if layer.statistics.on]
-
 
 def _is_derived(key: str) -> bool:
     """Whether a part of the state follows from the factors."""
@@ -483,29 +355,3 @@ def _is_derived(key: str) -> bool:
 
 def _interval(value: int | Callable[[int], int], step: int) -> int:
     return value(step) if callable(value) else value
-
-
-def _decomposer(layer: CapturedLayer, group: Group) -> Decomposer:
-    k, c = layer.statistics.k, layer.statistics.c
-    assert isinstance(k, Decomposable)
-    assert isinstance(c, Decomposable)
-    return Decomposer(group["compute_method"], group["damping_type"], k, c)
-
-
-def _inverse_dtype(dtype: torch.dtype, group: Group) -> torch.dtype:
-    """``inv_dtype``, but float64 for factors in float64."""
-    chosen: torch.dtype = getattr(torch, group["inv_dtype"])
-    return dtype if dtype == torch.float64 else chosen
-
-
-def _all_finite(tensors: list[Any]) -> list[bool]:
-    """Whether each list of tensors is finite, with a single wait for the device."""
-    flags = [
-        torch.stack([part.isfinite().all() for part in parts]).all() if parts else None
-        for parts in tensors
-    ]
-    device = next((flag.device for flag in flags if flag is not None), torch.device("cpu"))
-    true = torch.ones((), dtype=torch.bool, device=device)
-    stacked = torch.stack([true if flag is None else flag.to(device) for flag in flags])
-    found: list[bool] = stacked.tolist()
-    return found

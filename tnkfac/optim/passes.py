@@ -1,0 +1,81 @@
+"""Backward passes that count for KFAC's factors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnkfac.optim import arguments, sampling
+from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.registry import Registry, by_parameter
+
+
+class FisherPasses:
+    """Adds passes with drawn targets to an optimizer whose ``fisher_type`` is ``"mc"``."""
+
+    _registry: Registry
+    param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+
+    def sample_fisher(
+        self,
+        output: Tensor,
+        likelihood: str = "categorical",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw targets from the model's own distribution and back-propagate for the factors only.
+
+        To be called between forward and backward pass, for every micro-batch; every ``.grad`` stays
+        as it is. On steps without a factor update it does nothing.
+
+        Args:
+            output: Output of the model that the loss is computed from: logits ``[N, C, ..]``, or
+                anything ``[N, ..]`` for the other likelihoods.
+            likelihood: ``"categorical"`` (cross-entropy), ``"gaussian"`` with variance one (half
+                the squared error, summed over outputs) or ``"bernoulli"`` (binary cross-entropy
+                with logits, summed over outputs).
+            generator: Source of random numbers, or torch's own.
+
+        Raises:
+            ValueError: If ``fisher_type`` is not ``"mc"``, or for an unknown likelihood.
+        """
+        arguments.choices("likelihood", likelihood, sampling.LIKELIHOODS)
+        chosen = self._sampled_layers("sample_fisher")
+        leaves = [leaf for layer in chosen for leaf in layer.statistics.hidden_leaves]
+        if not leaves:
+            return
+        group = by_parameter(self.param_groups)[id(chosen[0].weight)]
+        average = {"batch": False, None: None}.get(group["loss_average"], True)
+        samples = group["mc_samples"]
+        with sampling.listening(layer.statistics for layer in chosen), torch.enable_grad():
+            for _ in range(samples):
+                loss = sampling.sampled_loss(output, likelihood, average, generator)
+                torch.autograd.backward(loss / samples, retain_graph=True, inputs=leaves)
+
+    @contextmanager
+    def fisher_pass(self) -> Iterator[None]:
+        """Backward passes inside count for the factors, and leave every ``.grad`` as it is.
+
+        For targets drawn by oneself: the loss has to be averaged like that of training, and not
+        scaled. Keep the graph (``retain_graph=True``) if the training loss follows on it.
+
+        Raises:
+            ValueError: If ``fisher_type`` is not ``"mc"``.
+        """
+        chosen = self._sampled_layers("fisher_pass")
+        params = [param for group in self.param_groups for param in group["params"]]
+        with sampling.listening(la.statistics for la in chosen), sampling.kept_gradients(params):
+            yield
+
+    def _sampled_layers(self, caller: str) -> list[CapturedLayer]:
+        """Layers whose output factor is that of drawn targets, and due."""
+        sampled = [layer for layer in self._registry.layers if layer.statistics.chosen_passes]
+        if not sampled:
+            raise ValueError(
+                f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
+            )
+        return [layer for layer in sampled if layer.statistics.on]
