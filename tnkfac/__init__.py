@@ -1,6 +1,6 @@
 """Second-order optimizers for PyTorch whose curvature comes from tensor networks."""
 
 from tnkfac._version import __version__
-from tnkfac.optim import KFAC, SINGD
+from tnkfac.optim import KFAC, SINGD, KFACPreconditioner
 
-__all__ = ["KFAC", "SINGD", "__version__"]
+__all__ = ["KFAC", "SINGD", "KFACPreconditioner", "__version__"]

@@ -1,0 +1,239 @@
+"""KFAC as a preconditioner of gradients, to be followed by any optimizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnkfac.optim import arguments
+from tnkfac.optim.kfac import KFAC
+from tnkfac.optim.registry import Group
+from tnkfac.optim.report import Report
+from tnkfac.optim.updates import natural_gradients
+
+METHODS = {"eigen": ("eigen", "tikhonov"), "inverse": ("cholesky", "factor")}
+"""What each method of kfac-pytorch is called here."""
+SCHEDULED = (
+    "damping",
+    "factor_decay",
+    "kl_clip",
+    "lr",
+    "factor_update_steps",
+    "inv_update_steps",
+)
+"""Hyper-parameters that may be callables of the step."""
+Scheduled = float | Callable[[int], float]
+
+
+class _Rewriter(KFAC):
+    """KFAC that replaces gradients by natural ones and leaves parameters alone."""
+
+    def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
+        layers = self._registry.layers
+        for layer, _, update in natural_gradients(layers, self._natural, groups, keep):
+            weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
+            for param, new in ((layer.weight, weight), (layer.bias, bias)):
+                if param is not None and new is not None and param.grad is not None:
+                    param.grad.copy_(new)
+
+
+class KFACPreconditioner:
+    """Preconditions the gradients of a model's layers in place.
+
+    The constructor is that of the preconditioner of kfac-pytorch. With its ``normalization``,
+    which is the default, hyper-parameters that were tuned for that package carry over. Layers that
+    it does not know (other convolutions, groups, padding modes, dilation) are preconditioned, too.
+
+    Args:
+        model: Its layers are preconditioned; all other gradients stay as they are.
+        factor_update_steps: Steps between updates of the factors, or a callable of the step.
+        inv_update_steps: Steps between decompositions, or a callable of the step.
+        damping: Added to the curvature; a number or a callable of the step.
+        factor_decay: Decay of the moving averages of the factors, likewise.
+        kl_clip: Bound on the quadratic change of the loss, likewise, or None.
+        lr: Learning rate of the optimizer that follows, for ``kl_clip``, likewise.
+        accumulation_steps: Not needed: micro-batches are counted.
+        allreduce_bucket_cap_mb: Has no effect on one device.
+        assignment_strategy: Has no effect on one device.
+        colocate_factors: Has no effect on one device.
+        compute_method: ``"eigen"`` or ``"inverse"``, or a member of an enumeration so named.
+        compute_eigenvalue_outer_product: Has no effect: damping may change at any step.
+        grad_worker_fraction: Has no effect on one device.
+        symmetry_aware: Has no effect on one device.
+        grad_scaler: The ``GradScaler`` in use, or a callable that returns its scale.
+        factor_dtype: Has no effect: factors are kept in float32 at least.
+        inv_dtype: dtype of decompositions.
+        skip_layers: Regular expressions for names of modules or of their types.
+        update_factors_in_hook: Has no effect: factors are updated in :meth:`step`.
+        loglevel: Has no effect.
+        normalization: ``"kfac-pytorch"``, or ``"fisher"`` for factors of the Fisher matrix.
+        structures: Of the factors: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"``, ``"auto"``.
+
+    Raises:
+        TypeError: For a hyper-parameter of the wrong type.
+        ValueError: For a hyper-parameter out of range, or a model without supported layers.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> preconditioner = KFACPreconditioner(model, lr=0.1)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(16, 4)).square().mean().backward()
+        ...     preconditioner.step()
+        ...     optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        factor_update_steps: int | Callable[[int], int] = 1,
+        inv_update_steps: int | Callable[[int], int] = 1,
+        damping: Scheduled = 0.001,
+        factor_decay: Scheduled = 0.95,
+        kl_clip: Scheduled | None = 0.001,
+        lr: Scheduled = 0.1,
+        accumulation_steps: int = 1,
+        allreduce_bucket_cap_mb: float = 25.0,
+        assignment_strategy: Any = "compute",
+        colocate_factors: bool = True,
+        compute_method: Any = "eigen",
+        compute_eigenvalue_outer_product: bool = True,
+        grad_worker_fraction: Any = "comm_opt",
+        symmetry_aware: bool = False,
+        grad_scaler: Any = None,
+        factor_dtype: torch.dtype | None = None,
+        inv_dtype: torch.dtype = torch.float32,
+        skip_layers: Sequence[str] | None = None,
+        update_factors_in_hook: bool = True,
+        loglevel: int = 10,
+        normalization: str = "kfac-pytorch",
+        structures: str | tuple[str, str] = "dense",
+    ) -> None:
+        """See the class."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got a {type(model).__name__}. Supported: a torch.nn.Module.")
+        method = str(getattr(compute_method, "name", compute_method)).lower()
+        arguments.choices("compute_method", method, METHODS)
+        arguments.whole("accumulation_steps", accumulation_steps, least=1)
+        given = {
+            "damping": damping,
+            "factor_decay": factor_decay,
+            "kl_clip": kl_clip,
+            "lr": lr,
+            "factor_update_steps": factor_update_steps,
+            "inv_update_steps": inv_update_steps,
+        }
+        self._schedules = {name: value for name, value in given.items() if callable(value)}
+        now: dict[str, Any] = {k: v(0) if callable(v) else v for k, v in given.items()}
+        self._kfac = _Rewriter(
+            model,
+            **now,
+            momentum=0.0,
+            compute_method=METHODS[method][0],
+            damping_type=METHODS[method][1],
+            structures=structures,
+            inv_dtype=inv_dtype,
+            skip_layers=_matching(model, skip_layers),
+            normalization=normalization,
+            fallback="sgd",
+            grad_scaler=_Scale(grad_scaler) if _is_function(grad_scaler) else grad_scaler,
+        )
+        if not self._kfac._registry.layers:
+            raise ValueError("model: got no supported layer. Supported: Linear, Conv1d/2d/3d, ...")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the factors where it is time, and replace the gradients of all layers."""
+        for group in self._kfac.param_groups:
+            for name, schedule in self._schedules.items():
+                group[name] = schedule(group["step"])
+        self._kfac.step()
+
+    def reset_batch(self) -> None:
+        """Drop what the passes since the last step have measured."""
+        self._kfac._registry.clear()
+
+    def state_dict(self, include_factors: bool = True) -> dict[str, Any]:
+        """Hyper-parameters, and the factors with their decompositions unless left out.
+
+        Args:
+            include_factors: Whether to save more than hyper-parameters.
+        """
+        saved = self._kfac.state_dict()
+        return saved if include_factors else {**saved, "state": {}}
+
+    def load_state_dict(self, state_dict: dict[str, Any], compute_inverses: bool = True) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Args:
+            state_dict: A saved state.
+            compute_inverses: Has no effect: decompositions are part of the state.
+        """
+        self._kfac.load_state_dict(state_dict)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps so far."""
+        steps: int = self._kfac.param_groups[0]["step"]
+        return steps
+
+    def __getattr__(self, name: str) -> Any:
+        """Current values of ``damping``, ``lr`` and the other hyper-parameters."""
+        if name in SCHEDULED and "_kfac" in self.__dict__:
+            return self._kfac.param_groups[0][name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes of factors and decompositions: ``factors``, ``inverses`` and their ``total``."""
+        factors = inverses = 0
+        for state in self._kfac.state.values():
+            for key, value in state.items():
+                size = value.numel() * value.element_size()
+                if key.split(".")[0] in ("A", "B"):
+                    factors += size
+                elif key.split(".")[0] in ("Q_A", "Q_B", "d_A", "d_B", "A_inv", "B_inv"):
+                    inverses += size
+        return {"factors": factors, "inverses": inverses, "total": factors + inverses}
+
+    def report(self) -> Report:
+        """How every parameter is treated: a list of rows that prints as a table."""
+        return self._kfac.report()
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self._kfac.close()
+
+
+def _matching(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+    """Names of the modules that a regular expression finds by their name or type."""
+    wanted = [re.compile(pattern) for pattern in arguments.names("skip_layers", patterns)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(p.search(name) or p.search(type(module).__name__) for p in wanted)
+    ]
+
+
+def _is_function(scaler: Any) -> bool:
+    return callable(scaler) and not hasattr(scaler, "is_enabled")
+
+
+class _Scale:
+    """A function that returns the scale of the loss, in the place of a scaler."""
+
+    def __init__(self, function: Callable[[], float]) -> None:
+        self._function = function
+
+    def is_enabled(self) -> bool:
+        """Whether there is a scale."""
+        return True
+
+    @property
+    def _scale(self) -> float:
+        return float(self._function())
