@@ -152,7 +152,7 @@ def test_generators(kind: str) -> None:
 @pytest.mark.parametrize("name", [name for name in KNOWN if name.startswith("conv")])
 def test_folding_and_unfolding(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to the gradients of every sample."""
-    from tnkfac.curvature.estimators import folding
+    from tnkfac.curvature.routes import folding
 
     model, data = make(name)
     monkeypatch.setattr(folding, "UNFOLDED", most)

@@ -72,7 +72,13 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+ONLY_SLOW = ("bfloat16, K in float32", "float16, factors in bfloat16")
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(p, marks=pytest.mark.slow if p in ONLY_SLOW else ()) for p in PRECISIONS],
+)
 @each_structure
 def test_low_precision_stays_finite(structure: str, precision: str) -> None:
     """300 steps with an update in each; the loss falls."""
