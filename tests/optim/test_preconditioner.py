@@ -140,9 +140,12 @@ def test_state_and_memory() -> None:
         model.zero_grad()
         loss_of(model, seed).backward()
         preconditioner.step()
-    assert preconditioner.memory_usage()["factors"] > 0
     usage = preconditioner.memory_usage()
-    assert usage["total"] == usage["factors"] + usage["inverses"]
+    assert usage.pop("total") == sum(usage.values())
+    dims = {28: 1, 19: 2, 6: 1, 5: 1, 61: 1}  # rows of input factors, and how many there are
+    assert usage["a_factors"] == 8 * sum(count * dim**2 for dim, count in dims.items())
+    assert usage["a_inverses"] == usage["a_factors"] + 8 * sum(c * d for d, c in dims.items())
+    assert usage["g_factors"] == 8 * (4**2 + 2 * 3**2 + 3**2 + 5**2 + 4**2)
     second = KFACPreconditioner(other, inv_update_steps=3)
     second.load_state_dict(preconditioner.state_dict())
     assert second.damping == 0.1

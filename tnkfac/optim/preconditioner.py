@@ -26,6 +26,12 @@ SCHEDULED = (
     "inv_update_steps",
 )
 """Hyper-parameters that may be callables of the step."""
+_KINDS = {
+    "A": "a_factors",
+    "B": "g_factors",
+    **dict.fromkeys(("Q_A", "d_A", "A_inv"), "a_inverses"),
+    **dict.fromkeys(("Q_B", "d_B", "B_inv"), "g_inverses"),
+}
 Scheduled = float | Callable[[int], float]
 
 
@@ -190,16 +196,17 @@ class KFACPreconditioner:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of factors and decompositions: ``factors``, ``inverses`` and their ``total``."""
-        factors = inverses = 0
+        """Bytes of factors and decompositions of inputs and output gradients, and in all.
+
+        Keys: ``a_factors``, ``g_factors``, ``a_inverses``, ``g_inverses``, ``total``.
+        """
+        usage = dict.fromkeys(("a_factors", "g_factors", "a_inverses", "g_inverses"), 0)
         for state in self._kfac.state.values():
             for key, value in state.items():
-                size = value.numel() * value.element_size()
-                if key.split(".")[0] in ("A", "B"):
-                    factors += size
-                elif key.split(".")[0] in ("Q_A", "Q_B", "d_A", "d_B", "A_inv", "B_inv"):
-                    inverses += size
-        return {"factors": factors, "inverses": inverses, "total": factors + inverses}
+                kind = _KINDS.get(key.split(".")[0])
+                if kind is not None:
+                    usage[kind] += value.numel() * value.element_size()
+        return {**usage, "total": sum(usage.values())}
 
     def report(self) -> Report:
         """How every parameter is treated: a list of rows that prints as a table."""
