@@ -17,7 +17,7 @@ from tnkfac.optim.updates import natural_gradients
 
 METHODS = {"eigen": ("eigen", "tikhonov"), "inverse": ("cholesky", "factor")}
 """What each method of kfac-pytorch is called here."""
-SCHEDULED = (
+SHOWN = (
     "damping",
     "factor_decay",
     "kl_clip",
@@ -25,7 +25,7 @@ SCHEDULED = (
     "factor_update_steps",
     "inv_update_steps",
 )
-"""Hyper-parameters that may be callables of the step."""
+"""Hyper-parameters that can be asked for."""
 _KINDS = {
     "A": "a_factors",
     "B": "g_factors",
@@ -127,19 +127,14 @@ class KFACPreconditioner:
         method = str(getattr(compute_method, "name", compute_method)).lower()
         arguments.choices("compute_method", method, METHODS)
         arguments.whole("accumulation_steps", accumulation_steps, least=1)
-        given = {
-            "damping": damping,
-            "factor_decay": factor_decay,
-            "kl_clip": kl_clip,
-            "lr": lr,
-            "factor_update_steps": factor_update_steps,
-            "inv_update_steps": inv_update_steps,
-        }
+        given = {"damping": damping, "factor_decay": factor_decay, "kl_clip": kl_clip, "lr": lr}
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         now: dict[str, Any] = {k: v(0) if callable(v) else v for k, v in given.items()}
         self._kfac = _Rewriter(
             model,
             **now,
+            factor_update_steps=factor_update_steps,
+            inv_update_steps=inv_update_steps,
             momentum=0.0,
             compute_method=METHODS[method][0],
             damping_type=METHODS[method][1],
@@ -191,8 +186,9 @@ class KFACPreconditioner:
 
     def __getattr__(self, name: str) -> Any:
         """Current values of ``damping``, ``lr`` and the other hyper-parameters."""
-        if name in SCHEDULED and "_kfac" in self.__dict__:
-            return self._kfac.param_groups[0][name]
+        if name in SHOWN and "_kfac" in self.__dict__:
+            value = self._kfac.param_groups[0][name]
+            return value(self.steps) if callable(value) else value
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def memory_usage(self) -> dict[str, int]:
