@@ -179,7 +179,7 @@ def test_reset_batch_drops_what_was_measured() -> None:
         (["Conv"], {"conv", "grouped", "up"}),
         (["Linear", "up"], {"shared", "last", "up", "grouped"}),
     ],
-    ids=str,
+    ids=["name", "type", "both"],
 )
 def test_skipped_layers(patterns: list[str], skipped: set[str]) -> None:
     preconditioner = KFACPreconditioner(network(), skip_layers=patterns)
