@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oracles.optimizers import Optimizer, skip_unless_decomposable
+from oracles.zoo import STRUCTURES
 from tnkfac.optim import base
 
 BOTH_OPTIMIZERS = True
@@ -130,21 +131,6 @@ class Waiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-STRUCTURES = (
-    "auto",
-    "dense",
-    "diagonal",
-    "block3diagonal",
-    "hierarchical2_3",
-    "triltoeplitz",
-    "triutoeplitz",
-    "triltopleftdiag",
-    "trilbottomrightdiag",
-    "triutopleftdiag",
-    "triubottomrightdiag",
-)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -161,7 +147,7 @@ STRUCTURES = (
     ],
     ids=str,
 )
-@pytest.mark.parametrize("structures", STRUCTURES)
+@pytest.mark.parametrize("structures", ["auto", *STRUCTURES])
 def test_no_wait_in_hooks_and_step(
     structures: str, options: dict[str, Any], on_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,23 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from oracles.loops import assert_same_state, assert_same_weights, fit, state_by_name, weights
 from oracles.optimizers import Optimizer, is_kfac, only_singd, skip_unless_decomposable
 from oracles.singd_cases import numbers
-from oracles.zoo import Everyday, everyday_batch, fixed_weights
+from oracles.zoo import STRUCTURES, Everyday, everyday_batch, fixed_weights
 
 BOTH_OPTIMIZERS = True
 
 
-STRUCTURES = (
-    "dense",
-    "diagonal",
-    "block3diagonal",
-    "hierarchical2_3",
-    "triltoeplitz",
-    "triutoeplitz",
-    "triltopleftdiag",
-    "trilbottomrightdiag",
-    "triutopleftdiag",
-    "triubottomrightdiag",
-)
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 

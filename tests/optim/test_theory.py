@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from oracles.singd_reference import mean_trace, project
+from oracles.zoo import STRUCTURES
 from tnkfac.curvature import describe
 from tnkfac.curvature.grams import gram_pair
 from tnkfac.curvature.structures import resolve_structure
@@ -93,20 +94,6 @@ def test_only_the_product_of_both_factors_matters(scale: float) -> None:
     assert not torch.allclose(
         ikfac[0], update(K, C, A, B, damping=0.1, lr_cov=0.1, kfac_like=True)[0]
     )
-
-
-STRUCTURES = (
-    "dense",
-    "diagonal",
-    "block3diagonal",
-    "hierarchical2_3",
-    "triltoeplitz",
-    "triutoeplitz",
-    "triltopleftdiag",
-    "trilbottomrightdiag",
-    "triutopleftdiag",
-    "triubottomrightdiag",
-)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from oracles.singd_cases import numbers
 
 __all__ = [
+    "STRUCTURES",
     "AllLayers",
     "Everyday",
     "Mixed",
@@ -19,6 +20,21 @@ __all__ = [
     "mixed_loss",
     "mlp",
 ]
+
+
+STRUCTURES = (
+    "dense",
+    "diagonal",
+    "block3diagonal",
+    "hierarchical2_3",
+    "triltoeplitz",
+    "triutoeplitz",
+    "triltopleftdiag",
+    "trilbottomrightdiag",
+    "triutopleftdiag",
+    "triubottomrightdiag",
+)
+"""One of each kind."""
 
 
 class AllLayers(nn.Module):

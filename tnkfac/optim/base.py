@@ -126,7 +126,7 @@ class CurvatureOptimizer(Optimizer):
         """Take the pending statistics of a layer into its state."""
 
     @abstractmethod
-    def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
+    def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
         """Precondition a gradient matrix ``[G, C_out / G, D]``."""
 
     @abstractmethod
@@ -138,7 +138,7 @@ class CurvatureOptimizer(Optimizer):
         due: int = group["last_due"]
         return due
 
-    def _share_state(self, layer: CapturedLayer) -> None:
+    def _share_state(self, layer: CapturedLayer, group: Group) -> None:
         """Hand the statistics what they need of the state of a layer."""
 
     # ---------------------------------------------------------------- the step
@@ -196,7 +196,7 @@ class CurvatureOptimizer(Optimizer):
         """Step every parameter that has a gradient."""
         step_layers(self._registry.layers, self._natural, self.state, groups, keep)
         skip = None if keep is None else 1 - keep
-        step_others(self._registry.others, self.state, self.param_groups, skip)
+        step_others(self._registry.others, self.state, self.param_groups, groups, skip)
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
         for layer in updated:
@@ -313,9 +313,11 @@ class CurvatureOptimizer(Optimizer):
         groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
             group = groups.get(id(layer.weight))
-            due = group is not None and layer.last_update < self._due_since(layer, group)
-            layer.statistics.on = due
-            self._share_state(layer)
+            if group is None:
+                layer.statistics.on = False
+                continue
+            layer.statistics.on = layer.last_update < self._due_since(layer, group)
+            self._share_state(layer, group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Capture anew in a copied or unpickled optimizer."""

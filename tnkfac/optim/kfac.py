@@ -272,12 +272,11 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             new["scales"] = averaged("scales", (found.squares,))
         overwrite(state, new, keep)
 
-    def _share_state(self, layer: CapturedLayer) -> None:
+    def _share_state(self, layer: CapturedLayer, group: Group) -> None:
         statistics = layer.statistics
         if statistics.bound and statistics.squares:
             state = self.state.get(layer.weight)
             if state and layer.last_inverse >= 0 and "scales" in state:
-                group = by_parameter(self.param_groups)[id(layer.weight)]
                 counts = decomposer_of(layer, group).counts
                 Q_A, Q_B = (read(state, name, counts[name]) for name in ("Q_A", "Q_B"))
                 statistics.project((Q_A, Q_B))
@@ -301,9 +300,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         if due and (keep is None or bool(keep)):
             self._decompose(due, groups)
 
-    def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
+    def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
         state = self.state[layer.weight]
-        group = by_parameter(self.param_groups)[id(layer.weight)]
         decomposer = decomposer_of(layer, group)
         kept = {name: read(state, name, count) for name, count in decomposer.counts.items()}
         dtype = next(part.dtype for parts in kept.values() for part in parts)

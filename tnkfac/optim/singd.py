@@ -178,7 +178,7 @@ class SINGD(CurvatureOptimizer):
                 return step
         return super()._due_since(layer, group)
 
-    def _share_state(self, layer: CapturedLayer) -> None:
+    def _share_state(self, layer: CapturedLayer, group: Group) -> None:
         statistics = layer.statistics
         if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
             state = self.state.get(layer.weight)
@@ -241,7 +241,7 @@ class SINGD(CurvatureOptimizer):
             new |= {"m_K": m_K, "m_C": m_C}
         overwrite(state, new, keep)
 
-    def _natural(self, layer: CapturedLayer, gradient: Tensor) -> Tensor:
+    def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
         state, statistics = self.state[layer.weight], layer.statistics
         K, C = load(layer, state, ("K", "C"))
         return Preconditioner(statistics.k, statistics.c, K, C).apply(gradient)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tnkfac.optim import fallback
 from tnkfac.optim.layers import CapturedLayer, Uncaptured
-from tnkfac.optim.registry import Group, by_parameter
+from tnkfac.optim.registry import Group
 from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft
 
 State = Any
-Natural = Callable[[CapturedLayer, Tensor], Tensor]
+Natural = Callable[[CapturedLayer, Group, Tensor], Tensor]
 
 
 def natural_gradients(
@@ -26,7 +26,7 @@ def natural_gradients(
 
     Args:
         layers: Layers in module order.
-        natural: Preconditions the gradient matrix ``[G, C_out / G, D]`` of a layer.
+        natural: Preconditions a gradient matrix ``[G, C_out / G, D]``, given layer and group.
         groups: Parameter groups by ``id`` of the parameter.
         keep: Scalar that is zero where the batch is to be skipped.
 
@@ -35,8 +35,9 @@ def natural_gradients(
     """
     chosen = [la for la in layers if any(p.grad is not None for p in la.params())]
     matrices = [gradient_matrix(layer, keep) for layer in chosen]
-    found = [natural(la, matrix) for la, matrix in zip(chosen, matrices, strict=True)]
-    found = clipped(found, matrices, [groups[id(layer.weight)] for layer in chosen])
+    own = [groups[id(layer.weight)] for layer in chosen]
+    found = [natural(la, group, m) for la, group, m in zip(chosen, own, matrices, strict=True)]
+    found = clipped(found, matrices, own)
     return list(zip(chosen, matrices, found, strict=True))
 
 
@@ -83,10 +84,13 @@ def _step_param(
 
 
 def step_others(
-    others: Iterable[Uncaptured], state: State, param_groups: list[Group], skip: Tensor | None
+    others: Iterable[Uncaptured],
+    state: State,
+    param_groups: list[Group],
+    groups: dict[int, Group],
+    skip: Tensor | None,
 ) -> None:
     """Step all other parameters; ``skip`` turns the step into none where it is one."""
-    groups = by_parameter(param_groups)
     by_group: dict[int, list[Tensor]] = {}
     for other in others:
         if other.param.grad is not None:
