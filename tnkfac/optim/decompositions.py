@@ -97,14 +97,16 @@ class Decomposer:
         if self.method == "cholesky":
             right = self.k.product(kept["A_inv"], gradient.mT).mT
             return self.c.product(kept["B_inv"], right)
-        turned = self.k.product(kept["Q_A"], gradient.mT, transpose=True).mT
-        turned = self.c.product(kept["Q_B"], turned, transpose=True)
+        # in this order no product needs a copy of its operands: both leave what the next one takes
+        turned = self.c.product(kept["Q_B"], gradient, transpose=True).mT
+        turned = self.k.product(kept["Q_A"], turned, transpose=True)
         if self.method == "ekfac":
-            (scales,) = kept["scales"]
+            damped = kept["scales"][0].mT + damping
         else:
-            scales = _outer(kept["d_B"][0], kept["d_A"][0])
-        turned = turned / (scales + damping)
-        return self.c.product(kept["Q_B"], self.k.product(kept["Q_A"], turned.mT).mT)
+            a, b = kept["d_A"][0].unsqueeze(2), kept["d_B"][0].unsqueeze(1)
+            damped = torch.addcmul(torch.as_tensor(damping, dtype=a.dtype, device=a.device), a, b)
+        turned = self.k.product(kept["Q_A"], torch.div(turned, damped, out=damped))
+        return self.c.product(kept["Q_B"], turned.mT)
 
 
 def _outer(b: Tensor, a: Tensor) -> Tensor:

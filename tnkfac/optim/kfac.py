@@ -264,7 +264,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
         def averaged(name: str, new: Parts) -> Parts:
             old = read(state, name, len(new))
-            return tuple(decay * o + (1 - decay) * n for o, n in zip(old, new, strict=True))
+            return tuple(o.lerp(n, 1 - decay) for o, n in zip(old, new, strict=True))
 
         new = {"A": averaged("A", found.A), "B": averaged("B", found.B)}
         new["factor_weight"] = averaged("factor_weight", (torch.ones_like(found.counts[0]),))

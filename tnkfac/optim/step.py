@@ -39,16 +39,15 @@ def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
 
 
 def clipped(
-    natural: Sequence[Tensor], gradients: Sequence[Tensor], groups: Sequence[Group]
+    natural: list[Tensor], gradients: Sequence[Tensor], groups: Sequence[Group]
 ) -> list[Tensor]:
     """Shrink the updates of all layers by one factor where ``kl_clip`` asks for it.
 
     Args:
-        natural: Preconditioned gradients, in module order.
+        natural: Preconditioned gradients, in module order; scaled in place.
         gradients: Gradients, of the same shapes.
         groups: Parameter group of each layer.
     """
-    natural = list(natural)
     chosen = [i for i, group in enumerate(groups) if group["kl_clip"] is not None]
     if chosen:
         factor = trust_region(
@@ -58,7 +57,7 @@ def clipped(
             min(groups[i]["kl_clip"] for i in chosen),
         )
         for i in chosen:
-            natural[i] = natural[i] * factor.to(natural[i].device, natural[i].dtype)
+            natural[i].mul_(factor.to(natural[i].device, natural[i].dtype))
     return natural
 
 
@@ -109,7 +108,8 @@ def trust_region(
     """
     total = torch.zeros((), device=natural[0].device)
     for update, gradient, lr in zip(natural, gradients, lrs, strict=True):
-        product = (update * gradient).sum(dtype=torch.promote_types(update.dtype, torch.float32))
+        dtype = torch.promote_types(update.dtype, torch.float32)
+        product = torch.dot(update.to(dtype).flatten(), gradient.to(dtype).flatten())
         total = total + (product * lr * lr).to(total.device, non_blocking=True)
     return (bound / total.abs()).sqrt().clamp(max=1.0).nan_to_num(1.0)
 
@@ -182,6 +182,8 @@ def apply_update_(
         fresh = (1 - momentum) if keep is None else (1 - momentum) * keep
         if averaged:
             buffer.lerp_(update.to(buffer.dtype), fresh)
+        elif keep is None and update.dtype == buffer.dtype and not isinstance(momentum, Tensor):
+            torch.add(update, buffer, alpha=momentum, out=buffer)  # one pass instead of two
         else:
             buffer.mul_(momentum if keep is None else 1 - fresh).add_(update)
         if nesterov:

@@ -118,14 +118,15 @@ def block_routes(
     classes = tap_classes(layer, shape[2:], output_size)
     taps, features = prod(layer.kernel_size), layer.in_dim - layer.bias
     unfolding = _windows_route(layer, shape, classes)
-    cost = unfolding.cost * (0.5 + 0.5 * min(1.0, size / features))
     operations = unfolding.operations * size // features
+    numbers = operations // size
+    cost = operations / (80 * min(1.0, size / 48)) + numbers + 3e4 * (1 + numbers / CHUNK)
     routes = [Route("im2col", operations, unfolding.numbers, cost)]
     channels = min(layer.in_channels // layer.groups, (size - 1) // taps + 2) * layer.groups
     part = (shape[0], channels, *shape[2:])
     slab = expand_routes(replace(layer, in_channels=channels), part, output_size)[0]
     count = -(-features // size)
-    cost = slab.cost * count
+    cost = (slab.cost + 3e5) * count
     routes.append(Route("slabs", slab.operations * count, slab.numbers, cost))
     return tuple(sorted(routes, key=lambda route: route.cost))
 

@@ -152,8 +152,11 @@ def _add_blocks(blocks: Tensor, last: Tensor, rows: Tensor, scale: float, beta: 
         (last.unsqueeze(1), rows[:, None, end : end + last.shape[1]]),
     ):
         if out.numel():
-            product = torch.matmul(part, part.mT).mul_(scale)
-            out.copy_(product) if beta == 0 else out.add_(product)
+            square = out.flatten(0, 1)  # a copy where a slice of several groups is not one stack
+            part = part.flatten(0, 1)
+            torch.baddbmm(square, part, part.mT, beta=beta, alpha=scale, out=square)
+            if square.data_ptr() != out.data_ptr():
+                out.copy_(square.view_as(out))
 
 
 def _sums(gram: Gram) -> Tensor:

@@ -75,7 +75,8 @@ class BlockDiagonal(Decomposable):
         whole = X[:, : count * size].reshape(X.shape[0], count, size, X.shape[2])
         split = whole, X[:, count * size :]
         done = [(tr(q) if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
-        return torch.cat([done[0].flatten(1, 2), done[1]], dim=1)
+        whole = done[0].flatten(1, 2)
+        return torch.cat([whole, done[1]], dim=1) if done[1].numel() else whole
 
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
         """Of every block."""

@@ -16,7 +16,7 @@ from tnkfac.curvature.structures.toeplitz import Toeplitz
 
 LARGEST_DENSE = 1024
 """Above this many rows ``"auto"`` keeps blocks instead of the whole matrix."""
-AUTO_BLOCK = 256
+AUTO_BLOCK = 128
 """Rows of a block of ``"auto"``."""
 
 
