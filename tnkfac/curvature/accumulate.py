@@ -100,7 +100,7 @@ class Statistics:
         if not self.bound:
             self.layer = layer
             self.k = resolve_structure(self._structures[0], layer.in_dim)
-            self.c = resolve_structure(self._structures[1], layer.out_dim)
+            self.c = resolve_structure(self._structures[1], layer.out_dim, output=True)
             self.bound = True
         return layer
 

@@ -47,26 +47,31 @@ def non_finite(tensors: Iterable[Tensor]) -> Tensor | bool:
         A bool where everything is on the CPU; otherwise one where any is non-finite and zero
         where not, as a tensor on the first device, without waiting for it.
     """
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         local = getattr(tensor, "to_local", None)
         tensor = tensor if local is None else local()
         if tensor.numel():
-            by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+            by_device.setdefault(tensor.device, []).append(tensor)
     flags: list[Tensor] = []
-    for group in by_kind.values():
-        flags.append(~torch.stack(_extremes(group)).isfinite().all())
+    for group in by_device.values():
+        flags.append(~finite(group))
     if all(flag.device.type == "cpu" for flag in flags):
         return any(bool(flag) for flag in flags)
     device = next(flag.device for flag in flags if flag.device.type != "cpu")
     return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any().float()
 
 
-def _extremes(tensors: list[Tensor]) -> list[Tensor]:
-    """Scalars, finite just where all entries are; norms take nine times as long on a CPU."""
-    if tensors[0].device.type == "cpu":
-        return [end for tensor in tensors for end in torch.aminmax(tensor)]
-    return list(torch._foreach_norm(tensors, float("inf")))
+def finite(tensors: list[Tensor]) -> Tensor:
+    """Whether all entries of some tensors on one device are finite, without waiting for it."""
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if filled[0].device.type == "cpu":  # where norms take nine times as long
+        ends = [end for tensor in filled for end in torch.aminmax(tensor)]
+    else:
+        ends = list(torch._foreach_norm(filled, float("inf")))
+    if len({end.dtype for end in ends}) > 1:
+        ends = [end.double() for end in ends]
+    return torch.stack(ends).isfinite().all()
 
 
 class SkippedUpdates:

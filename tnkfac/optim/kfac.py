@@ -60,8 +60,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             averaged between decompositions.
         damping_type: ``"tikhonov"`` (eigen and ekfac), ``"pi"`` or ``"factor"`` (cholesky); None
             for the first that the method takes.
-        structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"`` or ``"auto"`` (dense up to
-            1,024 rows, blocks above), for both factors or as a pair (input, output).
+        structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"`` or ``"auto"`` (input
+            factors dense up to 1,024 rows, output factors up to 128, blocks of 128 above), for
+            both factors or as a pair (input, output).
         inv_dtype: dtype of decompositions; float64 parameters are decomposed in float64.
         skip_layers: Names of modules or parameters, or of types, to be left to the fallback.
         num_tolerated_failures: How many decompositions of a layer may fail in a row.

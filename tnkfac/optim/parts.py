@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import Parts
+from tnkfac.optim.guard import finite
 from tnkfac.optim.layers import CapturedLayer
 
 
@@ -43,7 +44,7 @@ def overwrite(state: dict[str, Any], new: dict[str, Parts], keep: Tensor | None)
         for name, parts in new.items()
         for key, part in zip(keys(name, len(parts)), parts, strict=True)
     ]
-    good = torch.stack([part.isfinite().all() for _, part in pairs]).all()
+    good = finite([part for _, part in pairs])
     if keep is not None:
         good = good & (keep.to(good.device) > 0)
     for old, part in pairs:

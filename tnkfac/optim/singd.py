@@ -42,8 +42,8 @@ class SINGD(CurvatureOptimizer):
         structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"``,
             ``"hierarchical{k1}_{k2}"``, ``"triltoeplitz"``, ``"triutoeplitz"``,
             ``"triltopleftdiag"``, ``"trilbottomrightdiag"``, ``"triutopleftdiag"``,
-            ``"triubottomrightdiag"``, or ``"auto"`` (dense up to 1,024 rows, blocks above), for
-            both factors or as a pair (input, output).
+            ``"triubottomrightdiag"``, or ``"auto"`` (input factors dense up to 1,024 rows, output
+            factors up to 128, blocks of 128 above), for both factors or as a pair (input, output).
         kfac_approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636).
         kfac_like: IKFAC: no trace coupling, and no momentum of the preconditioner.
         normalize_lr_cov: Bound the preconditioner's step by its largest entry.

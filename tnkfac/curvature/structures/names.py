@@ -16,13 +16,15 @@ from tnkfac.curvature.structures.toeplitz import Toeplitz
 
 LARGEST_DENSE = 1024
 """Above this many rows ``"auto"`` keeps blocks instead of the whole matrix."""
+LARGEST_DENSE_OUTPUT = 128
+"""The same for output factors: blocks of theirs train as well (``benchmarks/auto.py``)."""
 AUTO_BLOCK = 128
 """Rows of a block of ``"auto"``."""
 
 
-def auto(dim: int) -> Structure:
-    """Dense up to 1,024 rows, block-diagonal above."""
-    return Dense(dim) if dim <= LARGEST_DENSE else BlockDiagonal(dim, AUTO_BLOCK)
+def auto(dim: int, largest: int = LARGEST_DENSE) -> Structure:
+    """Dense up to some number of rows, block-diagonal above."""
+    return Dense(dim) if dim <= largest else BlockDiagonal(dim, AUTO_BLOCK)
 
 
 STRUCTURES: dict[str, Callable[..., Structure]] = {
@@ -85,12 +87,19 @@ def check_factor_structure(name: str) -> str:
     return name
 
 
-def resolve_structure(name: str, dim: int) -> Structure:
+def resolve_structure(name: str, dim: int, output: bool = False) -> Structure:
     """The structure of that name for matrices with ``dim`` rows.
+
+    Args:
+        name: A name of a structure.
+        dim: Number of rows.
+        output: Whether it is meant for an output factor, which matters to ``"auto"``.
 
     Raises:
         TypeError: If the name is not a string.
         ValueError: If it is unknown.
     """
+    if output and name == "auto":
+        return auto(dim, LARGEST_DENSE_OUTPUT)
     make, numbers = _found(name)
     return make(dim, *numbers)
