@@ -5,6 +5,7 @@
     python benchmarks/quality.py --shard 0/2      # every second one; another process does 1/2
     python benchmarks/quality.py --report         # the report alone
     python benchmarks/quality.py --quick          # two tasks, few steps, nothing is kept
+    python benchmarks/quality.py --pilot          # what the targets were taken from
 
 Every optimizer gets the same grid of learning rates on one seed, the same number of steps and a
 cosine schedule; the learning rate that reaches the target first (else, that ends lowest) is run on
@@ -130,6 +131,21 @@ def run(task_name: str, build: Build, lr: float, seed: int, steps: int) -> dict[
     }
 
 
+def pilot(task: str, steps: int) -> float:
+    """Training loss of AdamW after 60 % of the steps at its best rate, on seeds of their own."""
+    at = steps * 3 // 5 // 5 - 1  # every fifth step is kept
+    runs = {
+        lr: [run(task, OPTIMIZERS["AdamW"], lr, seed, steps) for seed in STUDY["pilot_seeds"]]
+        for lr in STUDY["grid"]
+    }
+
+    def final(lr: float) -> float:
+        return statistics.fmean(float(found["final"] or math.inf) for found in runs[lr])
+
+    best = min(runs, key=final)
+    return statistics.fmean(float(found["curve"].split()[at]) for found in runs[best])
+
+
 def best_lr(rows: list[dict[str, Any]]) -> float:
     """Learning rate that reaches the target first; else, that ends lowest."""
 
@@ -178,8 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--pilot", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.pilot:
+        for task in args.tasks:
+            print(f"{task:28}{pilot(task, STUDY['steps']):9.4g}", flush=True)
+        return 0
     installed = [name for name in OPTIMIZERS if name != "singd" or find_spec("singd")]
     names = args.optimizers or installed
     tasks, steps = args.tasks, STUDY["steps"]

@@ -70,7 +70,7 @@ def pictures(generator: torch.Generator, count: int, held_out: bool) -> Batch:
 def textures(generator: torch.Generator, count: int, held_out: bool) -> Batch:
     """Gratings of five directions and two widths in noise, ``[N, 3, 32, 32]``, classes ``[N]``."""
     y = torch.randint(10, (count,), generator=generator)
-    angle = (y % 5) * math.pi / 5 + 0.15 * torch.randn(count, generator=generator)
+    angle = (y % 5) * math.pi / 5 + 0.08 * torch.randn(count, generator=generator)
     width = torch.where(y < 5, 0.55, 1.1) * (1 + 0.1 * torch.randn(count, generator=generator))
     phase = 2 * math.pi * torch.rand(count, 3, 1, 1, generator=generator)
     at = torch.arange(32.0)

@@ -10,6 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)
 
 
+collect_ignore = ["data"]
+"""The loops in it are for packages that are not installed."""
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_dtype() -> Iterator[None]:
     dtype = torch.get_default_dtype()

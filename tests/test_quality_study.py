@@ -34,6 +34,7 @@ def test_the_study_names_its_tasks() -> None:
     assert len(TASKS) >= 6
     assert quality.STUDY["tuning_seed"] not in SEEDS
     assert len(SEEDS) >= 3
+    assert not set(quality.STUDY["pilot_seeds"]) & {*SEEDS, quality.STUDY["tuning_seed"]}
 
 
 def test_the_best_rate_reaches_the_target_first() -> None:

@@ -54,6 +54,7 @@ class CurvatureOptimizer(Optimizer):
         self._grad_scaler = grad_scaler
         self._skipped = SkippedUpdates()
         self._verdicts = Verdicts()
+        self._trust: Tensor | None = None
         self._search: FirstForward | None = None
         self._notices = Notices()
         self._excluded = False
@@ -194,7 +195,8 @@ class CurvatureOptimizer(Optimizer):
 
     def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
         """Step every parameter that has a gradient."""
-        step_layers(self._registry.layers, self._natural, self.state, groups, keep)
+        layers = self._registry.layers
+        self._trust = step_layers(layers, self._natural, self.state, groups, keep)
         skip = None if keep is None else 1 - keep
         step_others(self._registry.others, self.state, self.param_groups, groups, skip)
 
@@ -336,7 +338,10 @@ class CurvatureOptimizer(Optimizer):
 
     def report(self) -> Report:
         """How every parameter is trained: a list of rows that prints as a table."""
-        return self._registry.report(self.state)
+        report = self._registry.report(self.state)
+        report.skipped_updates = self.skipped_updates
+        report.trust_region = None if self._trust is None else float(self._trust)
+        return report
 
     def close(self) -> None:
         """Remove every hook; afterwards the factors stay as they are."""

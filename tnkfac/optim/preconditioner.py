@@ -40,7 +40,8 @@ class _Rewriter(KFAC):
 
     def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
         layers = self._registry.layers
-        for layer, _, update in natural_gradients(layers, self._natural, groups, keep):
+        updates, self._trust = natural_gradients(layers, self._natural, groups, keep)
+        for layer, _, update in updates:
             weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
             for param, new in ((layer.weight, weight), (layer.bias, bias)):
                 if param is not None and new is not None and param.grad is not None:

@@ -35,10 +35,19 @@ class Row:
 
 
 class Report(list[Row]):
-    """List of :class:`Row`; prints as a table."""
+    """List of :class:`Row`; prints as a table.
+
+    Attributes:
+        skipped_updates: Batches that were skipped for non-finite gradients or statistics.
+        trust_region: By what ``kl_clip`` scaled the last updates of all layers, at most 1; None
+            without it, or before the first step.
+    """
+
+    skipped_updates: int = 0
+    trust_region: float | None = None
 
     def __str__(self) -> str:
-        """One line per parameter."""
+        """One line per parameter, and one for each guard that acted."""
         titles = [field.name.replace("_", " ") for field in fields(Row)]
         lines = [titles, *([_cell(getattr(row, f.name)) for f in fields(Row)] for row in self)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
@@ -46,7 +55,15 @@ class Report(list[Row]):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+        guards = []
+        if self.trust_region is not None and self.trust_region < 1:
+            guards.append(f"kl_clip scaled the last updates by {self.trust_region:.3g}.")
+        if self.skipped_updates:
+            guards.append(
+                f"{self.skipped_updates} batches skipped for numbers that are not finite."
+            )
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([text[0], rule, *text[1:], *guards])
 
     __repr__ = __str__
 

@@ -40,25 +40,29 @@ def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
 
 def clipped(
     natural: list[Tensor], gradients: Sequence[Tensor], groups: Sequence[Group]
-) -> list[Tensor]:
+) -> Tensor | None:
     """Shrink the updates of all layers by one factor where ``kl_clip`` asks for it.
 
     Args:
         natural: Preconditioned gradients, in module order; scaled in place.
         gradients: Gradients, of the same shapes.
         groups: Parameter group of each layer.
+
+    Returns:
+        The factor, at most one; None without ``kl_clip``.
     """
     chosen = [i for i, group in enumerate(groups) if group["kl_clip"] is not None]
-    if chosen:
-        factor = trust_region(
-            [natural[i] for i in chosen],
-            [gradients[i] for i in chosen],
-            [groups[i]["lr"] for i in chosen],
-            min(groups[i]["kl_clip"] for i in chosen),
-        )
-        for i in chosen:
-            natural[i].mul_(factor.to(natural[i].device, natural[i].dtype))
-    return natural
+    if not chosen:
+        return None
+    factor = trust_region(
+        [natural[i] for i in chosen],
+        [gradients[i] for i in chosen],
+        [groups[i]["lr"] for i in chosen],
+        min(groups[i]["kl_clip"] for i in chosen),
+    )
+    for i in chosen:
+        natural[i].mul_(factor.to(natural[i].device, natural[i].dtype))
+    return factor
 
 
 def graft(

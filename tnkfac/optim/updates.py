@@ -21,7 +21,7 @@ def natural_gradients(
     natural: Natural,
     groups: dict[int, Group],
     keep: Tensor | None = None,
-) -> list[tuple[CapturedLayer, Tensor, Tensor]]:
+) -> tuple[list[tuple[CapturedLayer, Tensor, Tensor]], Tensor | None]:
     """Gradient matrices of all layers that have a gradient, preconditioned and clipped.
 
     Args:
@@ -31,14 +31,15 @@ def natural_gradients(
         keep: Scalar that is zero where the batch is to be skipped.
 
     Returns:
-        Layer, gradient matrix and preconditioned gradient.
+        Layer, gradient matrix and preconditioned gradient; and by what the trust region scaled
+        them, or None without one.
     """
     chosen = [la for la in layers if any(p.grad is not None for p in la.params())]
     matrices = [gradient_matrix(layer, keep) for layer in chosen]
     own = [groups[id(layer.weight)] for layer in chosen]
     found = [natural(la, group, m) for la, group, m in zip(chosen, own, matrices, strict=True)]
-    found = clipped(found, matrices, own)
-    return list(zip(chosen, matrices, found, strict=True))
+    factor = clipped(found, matrices, own)
+    return list(zip(chosen, matrices, found, strict=True)), factor
 
 
 def step_layers(
@@ -47,15 +48,17 @@ def step_layers(
     state: State,
     groups: dict[int, Group],
     keep: Tensor | None,
-) -> None:
-    """Step weights and biases of all layers; arguments as for :func:`natural_gradients`."""
-    for layer, matrix, update in natural_gradients(layers, natural, groups, keep):
+) -> Tensor | None:
+    """Step weights and biases of all layers; takes, and returns the factor, as above."""
+    updates, factor = natural_gradients(layers, natural, groups, keep)
+    for layer, matrix, update in updates:
         group = groups[id(layer.weight)]
         update = graft(layer, group, matrix, update, state.get(layer.weight, {}))
         weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
         _step_param(layer.weight, weight, state, groups, group, keep)
         if layer.bias is not None and bias is not None:
             _step_param(layer.bias, bias, state, groups, group, keep)
+    return factor
 
 
 def _step_param(

@@ -1,0 +1,46 @@
+"""What ``report()`` says beside its rows: which guards acted."""
+
+import pytest
+import torch
+
+from oracles.loops import mlp_batch, squares
+from oracles.optimizers import Optimizer
+from oracles.zoo import mlp
+
+BOTH_OPTIMIZERS = True
+
+
+@pytest.mark.parametrize("bound", [1e-9, 1e9, None])
+def test_the_trust_region_shows(bound: float | None) -> None:
+    model = mlp(3, 4, 2)
+    optimizer = Optimizer(model, lr=0.1, grafting=None, kl_clip=bound)
+    assert optimizer.report().trust_region is None
+    x, y = mlp_batch(0, 3, 2)
+    squares(model(x), y).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    report = optimizer.report()
+    if bound is None:
+        assert report.trust_region is None
+    elif bound > 1:
+        assert report.trust_region == 1
+    else:
+        moved = sum((p - q).abs().sum() for p, q in zip(model.parameters(), before, strict=True))
+        assert 0 < report.trust_region < 1
+        assert 0 < moved < 1e-2
+        assert f"kl_clip scaled the last updates by {report.trust_region:.3g}." in str(report)
+    assert ("kl_clip" in str(report)) == (bound == 1e-9)
+
+
+def test_skipped_batches_show() -> None:
+    model = mlp(3, 4, 2)
+    optimizer = Optimizer(model, lr=0.1)
+    assert "skipped" not in str(optimizer.report())
+    for _ in range(2):
+        optimizer.zero_grad()
+        x, y = mlp_batch(0, 3, 2)
+        squares(model(x), torch.full_like(y, float("nan"))).backward()
+        optimizer.step()
+    report = optimizer.report()
+    assert report.skipped_updates == 2
+    assert "2 batches skipped for numbers that are not finite." in str(report)
