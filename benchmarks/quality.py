@@ -3,7 +3,7 @@
     python benchmarks/quality.py                  # all runs that are missing, then the report
     python benchmarks/quality.py --minutes 20     # as many as fit; the next call goes on
     python benchmarks/quality.py --shard 0/2      # every second one; another process does 1/2
-    python benchmarks/quality.py --report         # the report alone
+    python benchmarks/quality.py --report         # the report alone; joins what shards have written
     python benchmarks/quality.py --quick          # two tasks, few steps, nothing is kept
     python benchmarks/quality.py --pilot          # what the targets were taken from
 
@@ -176,11 +176,28 @@ def missing(rows: list[dict[str, Any]], tasks: Any, names: Any) -> Iterator[tupl
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file, if it is there."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Rows of a file and of the files of its shards, as far as they are there."""
+    rows: list[dict[str, Any]] = []
+    for part in [path, *sorted(path.parent.glob(f"{path.stem}.[0-9]*.csv"))]:
+        if part.exists():
+            with part.open(encoding="utf-8", newline="") as file:
+                rows += csv.DictReader(file)
+    return rows
+
+
+def merge(path: Path) -> None:
+    """Put the rows of all shards into one file."""
+    shards = list(path.parent.glob(f"{path.stem}.[0-9]*.csv"))
+    if shards:
+        rows = sorted(
+            read(path), key=lambda row: [list(TASKS).index(row["task"]), row["optimizer"]]
+        )
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        for shard in shards:
+            shard.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         tasks, names, steps = ["digits CNN", "tones"], ["AdamW", "SINGD dense", "KFAC"], 30
         args.out = Path(tempfile.mkdtemp()) / "quality.csv"
     shard, shards = map(int, args.shard.split("/"))
-    if shards > 1:
-        args.out = args.out.with_suffix(f".{shard}.csv")
+    own = args.out.with_suffix(f".{shard}.csv") if shards > 1 else args.out
     begin = time.monotonic()
     mine = [
         pair for i, pair in enumerate((t, n) for t in tasks for n in names) if i % shards == shard
@@ -221,8 +237,8 @@ def main(argv: list[str] | None = None) -> int:
                     return 0
                 row = dict(zip(FIELDS, job, strict=False))
                 row |= run(task, OPTIMIZERS[name], job[2], job[3], steps)
-                fresh = not args.out.exists()
-                with args.out.open("a", encoding="utf-8", newline="") as file:
+                fresh = not own.exists()
+                with own.open("a", encoding="utf-8", newline="") as file:
                     writer = csv.DictWriter(file, FIELDS)
                     if fresh:
                         writer.writeheader()
@@ -230,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{task}: {name}", flush=True)
     if shards > 1:
         return 0
+    merge(args.out)
     return report(read(args.out), STUDY, args.out, best_lr)
 
 

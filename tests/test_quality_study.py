@@ -99,3 +99,19 @@ def test_a_second_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         rows = list(csv.DictReader(file))
     assert len(rows) == len({(r["lr"], r["seed"]) for r in rows}) == 2 + len(SEEDS)
     assert out.with_suffix(".png").exists()
+
+
+def test_shards_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each does its own pairs, sees what the others did, and the report makes one file of them."""
+    monkeypatch.setitem(quality.STUDY, "steps", 2)
+    monkeypatch.setitem(quality.STUDY, "grid", GRID[:2])
+    out = tmp_path / "quality.csv"
+    chosen = ["--tasks", "tones", "--optimizers", "AdamW", "SGD", "--out", str(out)]
+    for shard in ("0/2", "1/2", "0/2"):
+        quality.main([*chosen, "--shard", shard])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["quality.0.csv", "quality.1.csv"]
+    quality.main([*chosen, "--report"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["quality.csv", "quality.png"]
+    rows = quality.read(out)
+    assert len(rows) == 2 * (2 + len(SEEDS))
+    assert not list(quality.missing(rows, ["tones"], ["AdamW", "SGD"]))
