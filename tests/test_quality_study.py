@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quality
-from quality_report import summary
+from quality_report import bars, summary
 from quality_tasks import TASKS, held_out_loss
 
 GRID, SEEDS = quality.STUDY["grid"], quality.STUDY["seeds"]
@@ -62,8 +62,11 @@ def test_the_summary_leaves_the_tuning_seed_out() -> None:
     assert found["steps"] == 40 + sum(SEEDS) / len(SEEDS)
     assert found["seconds"] == pytest.approx(found["steps"] * 2e-3)
     assert found["share"] == 1 / len(GRID)
-    missed = [*rows, row(GRID[1], SEEDS[0])][1:]
-    assert summary(missed, quality.STUDY, quality.best_lr)["tones", "AdamW"]["steps"] == math.inf
+    missed = [row(lr, steps=10 if lr == GRID[1] else "") for lr in GRID]
+    missed += [row(GRID[1], seed, steps=50 if seed == SEEDS[0] else "") for seed in SEEDS]
+    found = summary(missed, quality.STUDY, quality.best_lr)["tones", "AdamW"]
+    assert found["reached"] == 1 / len(SEEDS)
+    assert found["steps"] == (50 + (len(SEEDS) - 1) * quality.STUDY["steps"]) / len(SEEDS)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -115,3 +118,11 @@ def test_shards_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows = quality.read(out)
     assert len(rows) == 2 * (2 + len(SEEDS))
     assert not list(quality.missing(rows, ["tones"], ["AdamW", "SGD"]))
+
+
+def test_what_is_committed_can_be_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quality.read(quality.RESULTS)
+    found = summary(rows, quality.STUDY, quality.best_lr)
+    assert {task for task, _ in found} == set(TASKS)
+    assert bars(found, list(TASKS), quality.STUDY) in (0, 1)
+    assert capsys.readouterr().out
