@@ -104,7 +104,8 @@ class Decomposer:
             damped = kept["scales"][0].mT + damping
         else:
             a, b = kept["d_A"][0].unsqueeze(2), kept["d_B"][0].unsqueeze(1)
-            damped = torch.addcmul(torch.as_tensor(damping, dtype=a.dtype, device=a.device), a, b)
+            shift = torch.full((), damping, dtype=a.dtype, device=a.device)  # no copy from the host
+            damped = torch.addcmul(shift, a, b)
         turned = self.k.product(kept["Q_A"], torch.div(turned, damped, out=damped))
         return self.c.product(kept["Q_B"], turned.mT)
 
