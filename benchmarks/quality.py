@@ -3,6 +3,7 @@
     python benchmarks/quality.py                  # all runs that are missing, then the report
     python benchmarks/quality.py --minutes 20     # as many as fit; the next call goes on
     python benchmarks/quality.py --shard 0/2      # every second one; another process does 1/2
+    python benchmarks/quality.py --time           # milliseconds of a step, all optimizers in turns
     python benchmarks/quality.py --report         # the report alone; joins what shards have written
     python benchmarks/quality.py --quick          # two tasks, few steps, nothing is kept
     python benchmarks/quality.py --pilot          # what the targets were taken from
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import quality_time
 import tnkfac
 from quality_report import report
 from quality_tasks import TASKS, held_out_loss
@@ -210,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--time", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--pilot", action="store_true")
     args = parser.parse_args(argv)
@@ -224,6 +227,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         tasks, names, steps = ["digits CNN", "tones"], ["AdamW", "SINGD dense", "KFAC"], 30
         args.out = Path(tempfile.mkdtemp()) / "quality.csv"
+    times = args.out.with_name(f"{args.out.stem}_time.csv")
+    if args.time or args.quick:
+        builds = {name: OPTIMIZERS[name] for name in names}
+        found = {
+            task: quality_time.step_times(TASKS[task], builds, STUDY["steps"], "AdamW")
+            for task in tasks
+        }
+        quality_time.write(times, found)
+    if args.time:
+        return 0
     shard, shards = map(int, args.shard.split("/"))
     own = args.out.with_suffix(f".{shard}.csv") if shards > 1 else args.out
     begin = time.monotonic()
@@ -247,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     if shards > 1:
         return 0
     merge(args.out)
-    return report(read(args.out), STUDY, args.out, best_lr)
+    return report(read(args.out), quality_time.read(times), STUDY, args.out, best_lr)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 import quality
+import quality_time
 from quality_report import bars, summary
 from quality_tasks import TASKS, held_out_loss
 
+TIMES = {("tones", "AdamW"): 2.0}
 GRID, SEEDS = quality.STUDY["grid"], quality.STUDY["seeds"]
 
 
@@ -58,13 +61,13 @@ def test_the_grid_comes_before_the_seeds() -> None:
 def test_the_summary_leaves_the_tuning_seed_out() -> None:
     rows = [row(lr, steps=10 if lr == GRID[1] else "") for lr in GRID]
     rows += [row(GRID[1], seed, steps=40 + seed) for seed in SEEDS]
-    found = summary(rows, quality.STUDY, quality.best_lr)["tones", "AdamW"]
+    found = summary(rows, TIMES, quality.STUDY, quality.best_lr)["tones", "AdamW"]
     assert found["steps"] == 40 + sum(SEEDS) / len(SEEDS)
     assert found["seconds"] == pytest.approx(found["steps"] * 2e-3)
     assert found["share"] == 1 / len(GRID)
     missed = [row(lr, steps=10 if lr == GRID[1] else "") for lr in GRID]
     missed += [row(GRID[1], seed, steps=50 if seed == SEEDS[0] else "") for seed in SEEDS]
-    found = summary(missed, quality.STUDY, quality.best_lr)["tones", "AdamW"]
+    found = summary(missed, TIMES, quality.STUDY, quality.best_lr)["tones", "AdamW"]
     assert found["reached"] == 1 / len(SEEDS)
     assert found["steps"] == (50 + (len(SEEDS) - 1) * quality.STUDY["steps"]) / len(SEEDS)
 
@@ -87,6 +90,22 @@ def test_tasks_repeat_themselves_and_train(name: str) -> None:
 def test_quick_run(capsys: pytest.CaptureFixture[str]) -> None:
     quality.main(["--quick"])
     assert "seconds to target" in capsys.readouterr().out
+
+
+def test_times_are_those_of_the_steps() -> None:
+    """An optimizer that sleeps is slower by what it sleeps; the first step is shared out."""
+
+    class Sleeps(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            time.sleep(0.5 if not self.state else 0.02)
+            super().step(closure)
+
+    builds: Any = {
+        "base": lambda m, lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9),
+        "late": lambda m, lr: Sleeps(m.parameters(), lr=lr, momentum=0.9),
+    }
+    found = quality_time.step_times(TASKS["deep autoencoder"], builds, 100, "base")
+    assert found["late"] > 15 + 4  # 20 ms a step, 5 for the first
 
 
 def test_a_second_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +141,9 @@ def test_shards_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_committed_can_be_reported(capsys: pytest.CaptureFixture[str]) -> None:
     rows = quality.read(quality.RESULTS)
-    found = summary(rows, quality.STUDY, quality.best_lr)
+    times = quality_time.read(quality.RESULTS.with_name("quality_time.csv"))
+    assert {(task, name) for task in TASKS for name in quality.OPTIMIZERS} == times.keys()
+    found = summary(rows, times, quality.STUDY, quality.best_lr)
     assert {task for task, _ in found} == set(TASKS)
     assert bars(found, list(TASKS), quality.STUDY) in (0, 1)
     assert capsys.readouterr().out

@@ -55,7 +55,7 @@ CHOICES: list[tuple[str, Any, type[Exception], str]] = [
         for name in ("lr", "momentum", "damping", "alpha1", "weight_decay", "lr_cov", "kl_clip")
         for value in (True, "0.1", [0.1])
     ),
-    *((name, None, TypeError, "number") for name in ("lr", "damping", "weight_decay")),
+    *((name, None, TypeError, "number") for name in ("lr", "relative_damping", "weight_decay")),
     ("lr", torch.ones(2), ValueError, "scalar"),
     ("T", 0, ValueError, "positive"),
     ("T", -3, ValueError, "positive"),
@@ -68,6 +68,11 @@ CHOICES: list[tuple[str, Any, type[Exception], str]] = [
     ("grad_worker_fraction", -0.5, ValueError, "at least 0"),
     ("grad_worker_fraction", 1.5, ValueError, "1"),
     ("grad_worker_fraction", "all", TypeError, "number"),
+    ("grafting", 0.0, ValueError, "positive"),
+    ("grafting", -0.2, ValueError, "at least 0"),
+    ("grafting", True, ValueError, "positive"),
+    ("grafting", [0.2], TypeError, "number"),
+    ("relative_damping", -0.1, ValueError, "at least 0"),
     ("max_state_ratio", -1.0, ValueError, "at least 0"),
     ("max_step_ratio", "one", TypeError, "number"),
 ]

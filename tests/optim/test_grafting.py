@@ -243,7 +243,7 @@ def test_kl_clip_of_zero_stops_the_layers() -> None:
 def test_size_counts_what_is_trained() -> None:
     """With a bias frozen in between, the weight alone has RMS 0.2."""
     model = mlp(3, 4, 2)
-    optimizer = SINGD(model.parameters(), lr=LR, momentum=0.0, T=1)
+    optimizer = SINGD(model.parameters(), lr=LR, momentum=0.0, T=1, grafting="rms")
     x, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
     step(model, optimizer, x, y)
     bias = model[0].bias

@@ -57,6 +57,9 @@ def test_reference_is_a_dict_of_arguments() -> None:
     assert SINGD.REFERENCE["grafting"] is None
     assert SINGD.REFERENCE["decoupled_weight_decay"] is False
     assert SINGD.REFERENCE["structures"] == ("dense", "dense")
+    paper = {"momentum": 0.9, "damping": 1e-3, "lr_cov": 1e-2, "T": 10, "alpha1": 0.5}
+    (group,) = SINGD(nn.Linear(2, 2).parameters(), **SINGD.REFERENCE).param_groups
+    assert {name: group[name] for name in paper} == paper
 
 
 # --- all layers, against the slow reference -----------------------------------------------------

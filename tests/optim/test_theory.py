@@ -50,7 +50,7 @@ def test_ikfac_agrees_with_kfac_to_second_order() -> None:
     damping = 0.1
     errors = []
     for rate in (0.02, 0.01, 0.005, 0.0025, 0.00125):
-        moved = update(K, C, A, B, damping=damping, lr_cov=rate, kfac_like=True)
+        moved = update(K, C, A, B, damping=(damping, damping), lr_cov=rate, kfac_like=True)
         for old, new, factor in zip((K, C), moved, (A, B), strict=True):
             eye = torch.eye(old.shape[1], dtype=torch.float64)
             average = (1 - rate) * inverse_gram(old) + rate * (factor + damping * eye)
@@ -69,7 +69,7 @@ def test_stationary_point() -> None:
     A, B, damping = symmetric(6, 0), symmetric(4, 1), 0.1
     K, C = start(6, 2), start(4, 3)
     for _ in range(3000):
-        K, C = update(K, C, A, B, damping=damping, lr_cov=0.05)
+        K, C = update(K, C, A, B, damping=(damping, damping), lr_cov=0.05)
     for X, Y, M, N in ((K, C, A, B), (C, K, B, A)):
         eye = torch.eye(X.shape[1], dtype=torch.float64)
         trace_H, trace_Y = (m.diagonal(dim1=1, dim2=2).mean() for m in (Y.mT @ N @ Y, Y.mT @ Y))
@@ -86,13 +86,13 @@ def test_stationary_point() -> None:
 def test_only_the_product_of_both_factors_matters(scale: float) -> None:
     """``A`` times a number and ``B`` over it give the same step, except with ``kfac_like``."""
     A, B, K, C = symmetric(5, 0), symmetric(3, 1), start(5, 2), start(3, 3)
-    plain = update(K, C, A, B, damping=0.1, lr_cov=0.1)
-    scaled = update(K, C, scale * A, B / scale, damping=0.1, lr_cov=0.1)
+    plain = update(K, C, A, B, damping=(0.1, 0.1), lr_cov=0.1)
+    scaled = update(K, C, scale * A, B / scale, damping=(0.1, 0.1), lr_cov=0.1)
     for one, other in zip(plain, scaled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
-    ikfac = update(K, C, scale * A, B / scale, damping=0.1, lr_cov=0.1, kfac_like=True)
+    ikfac = update(K, C, scale * A, B / scale, damping=(0.1, 0.1), lr_cov=0.1, kfac_like=True)
     assert not torch.allclose(
-        ikfac[0], update(K, C, A, B, damping=0.1, lr_cov=0.1, kfac_like=True)[0]
+        ikfac[0], update(K, C, A, B, damping=(0.1, 0.1), lr_cov=0.1, kfac_like=True)[0]
     )
 
 
@@ -117,7 +117,17 @@ def test_a_thousand_random_updates(structure: str) -> None:
             gram, _ = gram_pair(describe(module), data[0].T, torch.zeros(9, 1), "expand")
             read.append(tuple(part / 9 for part in s.statistic(gram, factor)))
         K, C, _, _ = singd_update(
-            k, c, K, C, None, None, read[0], read[1], damping=damping, lr_cov=rate, **ARGUMENTS
+            k,
+            c,
+            K,
+            C,
+            None,
+            None,
+            read[0],
+            read[1],
+            damping=(damping, damping),
+            lr_cov=rate,
+            **ARGUMENTS,
         )
         new = []
         A, B = rows @ rows.mT / 9, columns @ columns.mT / 9

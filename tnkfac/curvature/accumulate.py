@@ -104,6 +104,26 @@ class Statistics:
             self.bound = True
         return layer
 
+    def expect(self, structures: tuple[str, str]) -> None:
+        """Take these structures once the shape is known."""
+        self._structures = structures
+
+    def restructure(self, structures: tuple[str, str], like: Tensor) -> None:
+        """Take other structures from now on; what has been collected is dropped.
+
+        Args:
+            structures: Names of the structures of input and output factor.
+            like: A tensor on the device and of the dtype of the layer.
+        """
+        self._structures = structures
+        self.k = resolve_structure(structures[0], self.layer.in_dim)
+        self.c = resolve_structure(structures[1], self.layer.out_dim, output=True)
+        self.clear()
+        self._leaves = ()
+        self._used = False
+        self.live = (None, None)
+        self.leaves(like)
+
     def leaves(self, like: Tensor) -> tuple[Tensor, ...]:
         """Hidden leaves: non-empty parts of ``A`` and ``B``, and counts ``[n, n * s, terms]``.
 

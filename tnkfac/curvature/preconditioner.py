@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tnkfac.curvature.structures import Parts, Structure
 
-_BISECTIONS = 80
+_ITERATIONS = 80
+_ACCURACY = 1e-13
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def stationary_point(
     channel group (the fixed point of arXiv 2312.05705, eq. 9). With the eigenvalues ``a`` of
     ``A`` and ``b`` of ``B`` both are ``1 / (a + r)`` and ``1 / (b + s)`` up to a scale, where
     ``r = damping f_b(s)``, ``s = damping f_a(r)`` and ``f(r) = mean(1/(a+r)) / mean(a/(a+r))``.
-    Both maps decrease with a log-slope above -1, so there is one solution, found by bisection.
+    Both maps decrease with a log-slope above -1, so there is one solution, found between bounds.
     The free scale between both is fixed by equal mean squares.
 
     Args:
@@ -93,20 +94,17 @@ def _spectra(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     if damping == 0:  # the inverse of a singular factor has no other bound
         a, b = a + 1e-12 * mean_a, b + 1e-12 * mean_b
 
-    def ratio(e: Tensor, shift: Tensor) -> Tensor:
-        kept = e / (e + shift)
-        return (1 / (e + shift)).mean(1, keepdim=True) / kept.mean(1, keepdim=True)
+    def residual(level: Tensor) -> tuple[Tensor, Tensor]:
+        """How far ``log f_b(f_a(r))`` is above ``log r``, and the derivative of that."""
+        s, slope_s = _damping_of(a, level.exp(), damping)
+        found, slope_r = _damping_of(b, s, damping)
+        return found.clamp(min=1e-250).log() - level, slope_r * slope_s - 1
 
     mean_b = b.mean(1, keepdim=True)
     low = (damping / mean_b).clamp(min=1e-250).log()
     high = (damping * (1 / (b + 1e-30 * mean_b)).mean(1, keepdim=True)).clamp(min=1e-250).log()
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        s = damping * ratio(a, middle.exp())
-        below = (damping * ratio(b, s)).clamp(min=1e-250).log() > middle
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    r = ((low + high) / 2).exp() if damping > 0 else torch.zeros_like(low)
-    s = damping * ratio(a, r)
+    r = _root(residual, low, high).exp() if damping > 0 else torch.zeros_like(low)
+    s, _ = _damping_of(a, r, damping)
     p, q = 1 / (a + r), 1 / (b + s)
     # The product of both scales: mean eigenvalue of P (B (x) A + damping I) is one.
     level = (a * p).mean(1, keepdim=True) * (b * q).mean(1, keepdim=True)
@@ -115,3 +113,33 @@ def _spectra(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     p, q = p * balance, q / (balance * level)
     limit = damping**-0.5 if damping > 0 else 1.0
     return torch.where(empty, limit, p), torch.where(empty, limit, q)
+
+
+def _damping_of(e: Tensor, shift: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """``damping mean(1 / (e + shift)) / mean(e / (e + shift))``, and its slope in logarithms."""
+    inverse = 1 / (e + shift)
+    kept = e * inverse
+    free, used = inverse.mean(1, keepdim=True), kept.mean(1, keepdim=True)
+    slope = (kept * inverse).mean(1, keepdim=True) / used - inverse.square().mean(
+        1, keepdim=True
+    ) / free
+    return damping * free / used, shift * slope
+
+
+def _root(falling: Callable[[Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor) -> Tensor:
+    """Where a falling function is zero, for each entry: Newton's method between bounds.
+
+    Args:
+        falling: Returns values and derivatives.
+        low: Where it is not negative; the method starts here.
+        high: Where it is not positive.
+    """
+    root = low
+    for _ in range(_ITERATIONS):
+        value, slope = falling(root)
+        if bool((value.abs() < _ACCURACY).all()):
+            break
+        low, high = torch.where(value > 0, root, low), torch.where(value > 0, high, root)
+        newton = root - value / slope
+        root = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+    return root

@@ -146,12 +146,14 @@ def shared(group: Mapping[str, Any], given: dict[str, Any]) -> None:
         given.update({k: v for k, v in settings.items() if k not in given})
     number("lr", group["lr"])
     number("momentum", group["momentum"], below=1.0)
-    number("damping", group["damping"])
+    if group["damping"] is not None:
+        number("damping", group["damping"])
+    number("relative_damping", group["relative_damping"])
     number("weight_decay", group["weight_decay"])
     if not callable(group["loss_average"]):
         choices("loss_average", group["loss_average"], LOSS_AVERAGE)
     choices("kfac_approx", group["kfac_approx"], APPROX)
-    choices("grafting", group["grafting"], GRAFTING)
+    grafting(group["grafting"])
     choices("fallback", group["fallback"], FALLBACK)
     if group["kl_clip"] is not None:
         number("kl_clip", group["kl_clip"])
@@ -160,6 +162,21 @@ def shared(group: Mapping[str, Any], given: dict[str, Any]) -> None:
     if fraction > 1:
         raise ValueError(f"grad_worker_fraction: got {fraction}. Supported: 0 to 1.")
     flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+
+
+def grafting(value: Any) -> None:
+    """Raise unless this can be the size of a layer's update.
+
+    Raises:
+        TypeError: If it is no name, number or None.
+        ValueError: For an unknown name, or a number that is not positive.
+    """
+    named = value is None or isinstance(value, str)
+    if value not in GRAFTING if named else isinstance(value, bool) or value == 0:
+        listed = ", ".join(map(repr, GRAFTING))
+        raise ValueError(f"grafting: got {value!r}. Supported: {listed}, a positive number.")
+    if not named:
+        number("grafting", value)
 
 
 def structure_pair(value: Any, factors: bool = False) -> tuple[str, str]:

@@ -27,12 +27,15 @@ class Decomposer:
             eq. 30).
         k: Structure of ``A``.
         c: Structure of ``B``.
+        relative: Whether damping is in units of the mean eigenvalue of ``B (x) A``, or of each
+            factor for ``"factor"``.
     """
 
     method: str
     damping_type: str
     k: Decomposable
     c: Decomposable
+    relative: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -86,9 +89,13 @@ class Decomposer:
     def _shifts(self, A: Parts, B: Parts, damping: float) -> tuple[Tensor, Tensor]:
         """What is added to both factors, ``[G]`` each."""
         mean_A, mean_B = self.k.trace(A), self.c.trace(B)
+        usable = (mean_A > 0) & (mean_B > 0)
+        if self.relative:
+            share = damping if self.damping_type == "factor" else damping**0.5
+            mean_A, mean_B = (torch.where(usable, mean, 1.0) for mean in (mean_A, mean_B))
+            return share * mean_A, share * mean_B
         if self.damping_type == "factor":
             return torch.full_like(mean_A, damping), torch.full_like(mean_B, damping)
-        usable = (mean_A > 0) & (mean_B > 0)
         pi = torch.where(usable, mean_A / torch.where(usable, mean_B, 1.0), 1.0).sqrt()
         return pi * damping**0.5, damping**0.5 / pi
 
@@ -100,11 +107,14 @@ class Decomposer:
         # in this order no product needs a copy of its operands: both leave what the next one takes
         turned = self.c.product(kept["Q_B"], gradient, transpose=True).mT
         turned = self.k.product(kept["Q_A"], turned, transpose=True)
+        shift = torch.full((), damping, dtype=turned.dtype, device=turned.device)  # without a copy
         if self.method == "ekfac":
-            damped = kept["scales"][0].mT + damping
+            scales = kept["scales"][0].mT
+            damped = scales + (shift * _level(scales) if self.relative else shift)
         else:
             a, b = kept["d_A"][0].unsqueeze(2), kept["d_B"][0].unsqueeze(1)
-            shift = torch.full((), damping, dtype=a.dtype, device=a.device)  # no copy from the host
+            if self.relative:
+                shift = shift * _level(a) * _level(b)
             damped = torch.addcmul(shift, a, b)
         turned = self.k.product(kept["Q_A"], torch.div(turned, damped, out=damped))
         return self.c.product(kept["Q_B"], turned.mT)
@@ -113,3 +123,9 @@ class Decomposer:
 def _outer(b: Tensor, a: Tensor) -> Tensor:
     """``[G, C_out / G, D]`` from ``[G, C_out / G]`` and ``[G, D]``."""
     return b.unsqueeze(2) * a.unsqueeze(1)
+
+
+def _level(values: Tensor) -> Tensor:
+    """Mean ``[G, 1, 1]`` of the eigenvalues of each channel group; one where it is zero."""
+    mean = values.mean((1, 2), keepdim=True)
+    return torch.where(mean > 0, mean, 1.0)

@@ -16,7 +16,7 @@ from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.normalization import NORMALIZATIONS, normalized
 from tnkfac.optim.parts import overwrite, read, store
 from tnkfac.optim.passes import FisherPasses
-from tnkfac.optim.refresh import Refreshing, decomposer_of, inverse_dtype
+from tnkfac.optim.refresh import Refreshing, damping_of, decomposer_of, inverse_dtype
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.step import roomy
 
@@ -27,6 +27,10 @@ ALIASES = {
     "TInv": "inv_update_steps",
 }
 """Spellings of other KFAC optimizers."""
+CLASSIC = {"momentum": 0.9, "damping": 1e-3, "kl_clip": 1e-3, "grafting": None}
+"""What ``"auto"`` stands for once a scale of the natural gradient is given."""
+UNTUNED = {"momentum": 0.7, "damping": None, "kl_clip": None, "grafting": 1.0}
+"""What ``"auto"`` stands for otherwise."""
 FISHER_TYPES = ("empirical", "mc", "forward-only")
 
 
@@ -41,9 +45,10 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
     Args:
         params: Parameters, named parameters, parameter groups, or a ``torch.nn.Module``. Layers
             are found from the parameters alone.
-        lr: Learning rate.
-        momentum: Of the parameter updates.
-        damping: :math:`\lambda`, added to the curvature.
+        lr: Learning rate; AdamW's, as long as ``damping`` and ``kl_clip`` are not given.
+        momentum: Of the parameter updates; a moving average with grafting.
+        damping: :math:`\lambda`, added to the curvature; None for ``relative_damping`` times the
+            mean eigenvalue of the layer's curvature.
         weight_decay: Coefficient; see ``decoupled_weight_decay``.
         factor_decay: Decay of the moving averages of the factors, which start without bias.
         factor_update_steps: Steps between updates of the factors, or a callable of the step.
@@ -67,7 +72,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         skip_layers: Names of modules or parameters, or of types, to be left to the fallback.
         num_tolerated_failures: How many decompositions of a layer may fail in a row.
         nesterov: Nesterov momentum.
-        grafting: Size of a layer's update: ``"rms"``, ``"adam"``, ``"sgd"`` or None.
+        grafting: Size of a layer's update: a number (its root mean square, before momentum),
+            ``"rms"`` (0.2), ``"adam"``, ``"sgd"`` or None.
         decoupled_weight_decay: Shrink parameters beside the update instead of through it.
         adaptive_damping: Adapt ``damping`` to how well the quadratic model predicts the loss; needs
             a closure, which every fifth step is evaluated twice.
@@ -78,8 +84,14 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         fallback: ``"adamw"``, ``"sgd"``, or ``"error"`` to refuse parameters without a layer.
         fallback_options: Its ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``.
         grad_scaler: A ``GradScaler`` whose ``step`` is not what calls this optimizer's.
+        relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
         **aliases: ``stat_decay`` or ``curvature_ema`` for ``factor_decay``, ``TCov`` for
             ``factor_update_steps``, ``TInv`` for ``inv_update_steps``.
+
+    What is left at ``"auto"`` goes together: updates of AdamW's size with a damping relative to
+    the curvature, which need no tuning; or, as soon as ``damping`` or ``kl_clip`` is a number,
+    ``adaptive_damping`` is set or ``normalization`` is that of kfac-pytorch, the classic: natural
+    gradients in a trust region. :data:`UNTUNED` and :data:`CLASSIC` have the values of both.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type, unknown, or given twice.
@@ -101,13 +113,13 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        damping: float = 1e-3,
+        momentum: float | str = "auto",
+        damping: float | str | None = "auto",
         weight_decay: float = 0.0,
         factor_decay: float = 0.95,
         factor_update_steps: int | Callable[[int], int] = 1,
         inv_update_steps: int | Callable[[int], int] = 10,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | str | None = "auto",
         kfac_approx: str = "expand",
         loss_average: str | Callable[..., float] | None = "batch",
         fisher_type: str = "empirical",
@@ -120,7 +132,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         num_tolerated_failures: int = 3,
         *,
         nesterov: bool = False,
-        grafting: str | None = None,
+        grafting: str | float | None = "auto",
         decoupled_weight_decay: bool = False,
         adaptive_damping: bool = False,
         normalization: str = "fisher",
@@ -129,6 +141,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         fallback: str = "adamw",
         fallback_options: dict[str, Any] | None = None,
         grad_scaler: Any = None,
+        relative_damping: float = 0.03,
         **aliases: Any,
     ) -> None:
         """See the class."""
@@ -136,6 +149,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             "lr": lr,
             "momentum": momentum,
             "damping": damping,
+            "relative_damping": relative_damping,
             "weight_decay": weight_decay,
             "factor_decay": factor_decay,
             "factor_update_steps": factor_update_steps,
@@ -161,6 +175,11 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             **arguments.fallback_settings(fallback, fallback_options),
         }
         arguments.take_aliases(defaults, aliases, ALIASES, KFAC.__init__)
+        classic = isinstance(damping, float | int) or isinstance(kl_clip, float | int)
+        classic = classic or adaptive_damping or normalization == "kfac-pytorch"
+        for name, value in (CLASSIC if classic else UNTUNED).items():
+            if defaults[name] == "auto":
+                defaults[name] = value
         self._check_group(defaults, defaults)
         super().__init__(params, defaults, grad_scaler)
 
@@ -189,6 +208,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             )
         for name in ("nesterov", "adaptive_damping", "compact_state"):
             arguments.flag(name, group[name])
+        if group["adaptive_damping"] and group["damping"] is None:
+            raise ValueError("damping: got None. Supported with adaptive_damping: a number.")
         given["skip_layers"] = arguments.names("skip_layers", group["skip_layers"])
         given["structures"] = arguments.structure_pair(group["structures"], factors=True)
         given["inv_dtype"] = arguments.dtype_name("inv_dtype", group["inv_dtype"])
@@ -306,7 +327,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         decomposer = decomposer_of(layer, group)
         kept = {name: read(state, name, count) for name, count in decomposer.counts.items()}
         dtype = next(part.dtype for parts in kept.values() for part in parts)
-        update = decomposer.precondition(kept, gradient.to(dtype), group["damping"])
+        update = decomposer.precondition(kept, gradient.to(dtype), damping_of(group))
         return update.to(roomy(gradient.dtype))
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:

@@ -34,7 +34,7 @@ class Refreshing:
             if usable[index]:
                 try:
                     decomposer = decomposer_of(layer, group)
-                    found[index] = decomposer.decompose(*pairs[index], group["damping"])
+                    found[index] = decomposer.decompose(*pairs[index], damping_of(group))
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                     reasons[index] = str(error)
         finite = _all_finite([[p for q in (f or {}).values() for p in q] for f in found])
@@ -95,7 +95,14 @@ def decomposer_of(layer: CapturedLayer, group: Group) -> Decomposer:
     k, c = layer.statistics.k, layer.statistics.c
     assert isinstance(k, Decomposable)
     assert isinstance(c, Decomposable)
-    return Decomposer(group["compute_method"], group["damping_type"], k, c)
+    relative = group["damping"] is None
+    return Decomposer(group["compute_method"], group["damping_type"], k, c, relative)
+
+
+def damping_of(group: Group) -> float:
+    """What the decomposer of the group takes."""
+    given = group["relative_damping"] if group["damping"] is None else group["damping"]
+    return float(given)
 
 
 def inverse_dtype(dtype: torch.dtype, group: Group) -> torch.dtype:

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Preconditioner, stationary_point
-from tnkfac.optim import arguments
+from tnkfac.curvature import Parts, Preconditioner, Structure, stationary_point
+from tnkfac.optim import arguments, budget
 from tnkfac.optim.base import CurvatureOptimizer
+from tnkfac.optim.damping import damped, divided
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.parts import load, overwrite, store
-from tnkfac.optim.registry import Group
+from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.singd_rule import singd_update
 from tnkfac.optim.step import roomy
 
@@ -32,7 +33,8 @@ class SINGD(CurvatureOptimizer):
             are found from the parameters alone.
         lr: Learning rate; with grafting, AdamW's.
         momentum: Of the parameter updates; a moving average with grafting.
-        damping: :math:`\lambda`, added to the curvature.
+        damping: :math:`\lambda`, added to the curvature; None for ``relative_damping`` times the
+            mean eigenvalue of the layer's curvature.
         alpha1: Momentum of the preconditioner.
         weight_decay: Coefficient; see ``decoupled_weight_decay``.
         T: Steps between updates of the preconditioner, or a callable of the step.
@@ -52,8 +54,9 @@ class SINGD(CurvatureOptimizer):
         init: ``"first_batch"``: start where the first batch's factors leave the preconditioner at
             rest, and bound every later change. ``"identity"``: start at the identity, with the
             paper's unbounded updates.
-        grafting: Size of a layer's update: ``"rms"`` (root mean square 0.2, as AdamW's),
-            ``"adam"`` (that of its AdamW update), ``"sgd"`` (that of its gradient), or None.
+        grafting: Size of a layer's update: a number (its root mean square, before momentum),
+            ``"rms"`` (0.2), ``"adam"`` (that of its AdamW update), ``"sgd"`` (that of its
+            gradient), or None.
         decoupled_weight_decay: Shrink parameters beside the update instead of through it.
         kl_clip: Bound on the quadratic change of the loss over all layers, or None.
         fallback: ``"adamw"``, ``"sgd"``, or ``"error"`` to refuse parameters without a layer.
@@ -62,6 +65,7 @@ class SINGD(CurvatureOptimizer):
         grad_worker_fraction: Share of the processes that precondition a layer; 1.0 on one device.
         max_state_ratio: With ``"auto"``, bound on the state relative to AdamW's.
         max_step_ratio: With ``"auto"``, bound on the cost of a step relative to AdamW's.
+        relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type.
@@ -79,6 +83,9 @@ class SINGD(CurvatureOptimizer):
 
     REFERENCE: ClassVar[dict[str, Any]] = {
         "structures": ("dense", "dense"),
+        "momentum": 0.9,
+        "damping": 1e-3,
+        "lr_cov": 1e-2,
         "init": "identity",
         "grafting": None,
         "decoupled_weight_decay": False,
@@ -89,13 +96,13 @@ class SINGD(CurvatureOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        damping: float = 1e-3,
+        momentum: float = 0.7,
+        damping: float | None = None,
         alpha1: float = 0.5,
         weight_decay: float = 0.0,
         T: int | Callable[[int], int] = 10,
         loss_average: str | Callable[..., float] | None = "batch",
-        lr_cov: float | Callable[[int], float] = 1e-2,
+        lr_cov: float | Callable[[int], float] = 0.2,
         structures: str | tuple[str, str] = "auto",
         kfac_approx: str = "expand",
         kfac_like: bool = False,
@@ -103,7 +110,7 @@ class SINGD(CurvatureOptimizer):
         preconditioner_dtype: Any = None,
         *,
         init: str = "first_batch",
-        grafting: str | None = "rms",
+        grafting: str | float | None = 1.0,
         decoupled_weight_decay: bool = True,
         kl_clip: float | None = None,
         fallback: str = "adamw",
@@ -112,20 +119,16 @@ class SINGD(CurvatureOptimizer):
         grad_worker_fraction: float = 1.0,
         max_state_ratio: float | None = None,
         max_step_ratio: float | None = None,
+        relative_damping: float = 0.03,
     ) -> None:
         """See the class."""
         if kfac_like and alpha1 != 0:
             warnings.warn(f"alpha1={alpha1} has no effect with kfac_like=True.", stacklevel=2)
-        for name, ratio in (
-            ("max_state_ratio", max_state_ratio),
-            ("max_step_ratio", max_step_ratio),
-        ):
-            if ratio is not None:
-                warnings.warn(f"{name}={ratio} has no effect yet.", stacklevel=2)
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "damping": damping,
+            "relative_damping": relative_damping,
             "alpha1": alpha1,
             "weight_decay": weight_decay,
             "T": T,
@@ -162,6 +165,23 @@ class SINGD(CurvatureOptimizer):
             arguments.flag(name, group[name])
         given["structures"] = arguments.structure_pair(group["structures"])
         given["preconditioner_dtype"] = arguments.dtype_pair(group["preconditioner_dtype"])
+
+    def _sort(self) -> None:
+        known = {id(layer) for layer in self._registry.layers}
+        super()._sort()
+        new = [layer for layer in self._registry.layers if id(layer) not in known]
+        budget.limit_state(new, self._registry.others, self.param_groups, self.state)
+
+    def _ensure_state(self, groups: dict[int, Group]) -> None:
+        if budget.limit_time(self._registry.layers, self.param_groups, self.state):
+            self._excluded = True  # statistics that are missing from this step are no surprise
+        super()._ensure_state(groups)
+
+    def _read_marks(self) -> None:
+        groups = by_parameter(self.param_groups)
+        for layer in self._registry.layers:
+            budget.follow_state(layer, groups.get(id(layer.weight)), self.state)
+        super()._read_marks()
 
     def _is_due(self, group: Group, step: int) -> bool:
         T = group["T"]
@@ -207,29 +227,28 @@ class SINGD(CurvatureOptimizer):
         factors = statistics.factors(scale)
         dtype = factors.A[0].dtype
         K, C = load(layer, state, ("K", "C"), dtype)
+        k, c = statistics.k, statistics.c
         if layer.last_update < 0 and group["init"] == "first_batch":
-            if keep is not None and not bool(keep):  # decompositions wait for the device anyway
-                return
-            K, C = stationary_point(
-                statistics.k, statistics.c, factors.A, factors.B, group["damping"]
-            )
-            overwrite(state, {"K": K, "C": C}, None)
+            if keep is None or bool(keep):  # decompositions wait for the device anyway
+                K, C = _start(k, c, factors.A, factors.B, group)
+                overwrite(state, {"K": K, "C": C}, None)
             return
         with_momentum = group["alpha1"] != 0 and not group["kfac_like"]
         m_K = m_C = None
         if with_momentum:
             m_K, m_C = load(layer, state, ("m_K", "m_C"), dtype)
         lr_cov = group["lr_cov"]
+        taken = damped(k, c, factors.A, factors.B, group)
         K, C, m_K, m_C = singd_update(
-            statistics.k,
-            statistics.c,
+            k,
+            c,
             K,
             C,
             m_K,
             m_C,
-            factors.A,
-            factors.B,
-            damping=group["damping"],
+            taken.A,
+            taken.B,
+            damping=(taken.on_K, taken.on_C),
             alpha1=0.0 if group["kfac_like"] else group["alpha1"],
             lr_cov=lr_cov(group["step"]) if callable(lr_cov) else lr_cov,
             kfac_like=group["kfac_like"],
@@ -245,3 +264,19 @@ class SINGD(CurvatureOptimizer):
         state, statistics = self.state[layer.weight], layer.statistics
         K, C = load(layer, state, ("K", "C"))
         return Preconditioner(statistics.k, statistics.c, K, C).apply(gradient)
+
+
+def _start(k: Structure, c: Structure, A: Parts, B: Parts, group: Group) -> tuple[Parts, Parts]:
+    """``K`` and ``C`` of the first batch.
+
+    Relative damping is a number for factors of mean eigenvalue one, whose preconditioner is then
+    brought to the level of the curvature.
+    """
+    if group["damping"] is not None:
+        return stationary_point(k, c, A, B, group["damping"])
+    unit = damped(k, c, A, B, {**group, "grafting": 1.0})
+    K, C = stationary_point(k, c, unit.A, unit.B, group["relative_damping"])
+    level = damped(k, c, A, B, group).level
+    if level is None:
+        return K, C
+    return divided(K, level**0.25), divided(C, level**0.25)

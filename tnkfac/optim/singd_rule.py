@@ -42,7 +42,7 @@ def singd_update(
     A: Parts,
     B: Parts,
     *,
-    damping: float,
+    damping: tuple[Tensor | float, Tensor | float],
     alpha1: float,
     lr_cov: float,
     kfac_like: bool,
@@ -60,7 +60,7 @@ def singd_update(
         m_C: Momentum of ``C``, or None for zero.
         A: Input factor of the curvature.
         B: Output-gradient factor.
-        damping: Added to the curvature.
+        damping: Added to the curvature in the update of ``K`` and of ``C``.
         alpha1: Decay of the momenta.
         lr_cov: Step size.
         kfac_like: Replace the four traces by one (IKFAC).
@@ -72,9 +72,9 @@ def singd_update(
     """
     H_K, H_C = k.pull(K, A), c.pull(C, B)
     KK, CC = k.gram(K), c.gram(C)
-    one: tuple[Tensor | float, ...] = (1.0, damping)
-    on_K = one if kfac_like else (c.trace(H_C), damping * c.trace(CC))
-    on_C = one if kfac_like else (k.trace(H_K), damping * k.trace(KK))
+    for_K, for_C = damping
+    on_K = (1.0, for_K) if kfac_like else (c.trace(H_C), for_K * c.trace(CC))
+    on_C = (1.0, for_C) if kfac_like else (k.trace(H_K), for_C * k.trace(KK))
     half = 0.5 * (1 - alpha1 if normalize else 1.0)
     new: list[Parts] = []
     moved: list[Parts] = []

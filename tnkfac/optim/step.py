@@ -12,7 +12,7 @@ from tnkfac.optim.layers import CapturedLayer
 
 Group = dict[str, Any]
 RMS = 0.2
-"""Root mean square of a grafted update: that of a typical AdamW update (arXiv 2502.16982)."""
+"""Root mean square of ``grafting="rms"``: that of a late AdamW update (arXiv 2502.16982)."""
 
 
 def roomy(dtype: torch.dtype) -> torch.dtype:
@@ -83,8 +83,8 @@ def graft(
     trained = update
     if layer.bias is not None and layer.bias.grad is None:
         trained, gradient = update[:, :, :-1], gradient[:, :, :-1]
-    if kind == "rms":
-        return update * grafting_scale(trained, RMS)
+    if not isinstance(kind, str) or kind == "rms":
+        return update * grafting_scale(trained, RMS if kind == "rms" else kind)
     if kind == "sgd":
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         size = torch.linalg.vector_norm(gradient, dtype=dtype) / gradient.numel() ** 0.5

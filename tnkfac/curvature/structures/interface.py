@@ -104,7 +104,7 @@ class Structure(ABC):
 
     @abstractmethod
     def statistic_trace(self, A: Parts) -> Tensor:
-        """Trace of ``A`` divided by ``dim``, ``[G]``, where ``K`` was the identity."""
+        """Trace of ``A`` divided by ``dim``, ``[G]``."""
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Eigenvalues ``[G, dim]`` of ``A``, and its eigenvectors as parts.

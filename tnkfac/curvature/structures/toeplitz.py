@@ -50,17 +50,24 @@ class Toeplitz(Structure):
         """``d``."""
         return ((self.dim,),)
 
+    @property
+    def statistic_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Diagonals of ``Pi(K^T A K)``, and the mean of the diagonal of ``A``."""
+        return (self.dim,), (1,)
+
     def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
         """``Pi(K^T A K)`` itself, from the power spectrum of ``K^T X`` for the rows ``X``."""
         length = self.length
         total = gram.tensor.new_zeros(gram.layer.groups, length // 2 + 1)
+        trace = gram.tensor.new_zeros(gram.layer.groups, 1)
         for rows in gram.rows():
+            trace = trace + rows.square().sum((1, 2)).unsqueeze(1)
             if K is not None:
                 rows = self._multiply(K[0].to(rows.dtype), rows, correlate=self.lower)
             spectrum = torch.fft.rfft(rows, n=length, dim=1)
             total = total + (spectrum.real.square() + spectrum.imag.square()).sum(2)
         sums = torch.fft.irfft(total, n=length, dim=1)[:, : self.dim]
-        return (self._means(sums),)
+        return self._means(sums), trace / self.dim
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """One on the main diagonal."""
@@ -81,15 +88,15 @@ class Toeplitz(Structure):
 
     def pull(self, K: Parts, A: Parts) -> Parts:
         """What was measured with the same ``K``."""
-        return A
+        return A[:1]
 
     def trace(self, m: Parts) -> Tensor:
         """The main diagonal."""
         return m[0][:, 0]
 
     def statistic_trace(self, A: Parts) -> Tensor:
-        """The main diagonal."""
-        return A[0][:, 0]
+        """What was measured of it."""
+        return A[1].squeeze(1)
 
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """Correlate, then convolve; the other way round for upper ones."""

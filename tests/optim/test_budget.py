@@ -1,0 +1,165 @@
+"""``max_state_ratio`` and ``max_step_ratio``: what ``"auto"`` chooses, and that it is kept."""
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oracles.loops import assert_same_weights, fit, squares
+from tnkfac import SINGD
+from tnkfac.optim.ladders import candidates, ladder
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 160),
+        nn.ReLU(),
+        nn.Linear(160, 10),
+    )
+
+
+def batches(count: int, size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(size, 3, 8, 8), torch.randn(size, 10)) for _ in range(count)]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors of the state that are not scalars."""
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    return sum(t.numel() * t.element_size() for t in tensors if t.ndim)
+
+
+def structures(optimizer: SINGD) -> list[str]:
+    return [row.structure for row in optimizer.report() if row.structure]
+
+
+def adamw_bytes() -> int:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    fit(model, optimizer, batches(1))
+    return state_bytes(optimizer)
+
+
+def trained(count: int = 1, **options: Any) -> tuple[nn.Module, SINGD]:
+    model = network()
+    optimizer = SINGD(model.parameters(), lr=1e-3, **options)
+    fit(model, optimizer, batches(count))
+    return model, optimizer
+
+
+@pytest.mark.parametrize("more", [{}, {"alpha1": 0.0}, {"grafting": "adam"}], ids=str)
+@pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5, 2.0, 4.0, 8.0])
+def test_the_state_is_within_its_bound(ratio: float, more: dict[str, Any]) -> None:
+    """Measured against AdamW's own state, and not by leaving room unused."""
+    model, optimizer = trained(max_state_ratio=ratio, **more)
+    bound = ratio * adamw_bytes()
+    assert state_bytes(optimizer) <= bound
+    _, free = trained(**more)
+    if state_bytes(optimizer) < state_bytes(free):
+        assert state_bytes(optimizer) > 0.5 * bound
+    else:
+        assert structures(optimizer) == structures(free)
+    fit(model, optimizer, batches(3))
+
+
+def test_a_larger_bound_never_means_a_smaller_state() -> None:
+    sizes = [state_bytes(trained(max_state_ratio=r)[1]) for r in (1.0, 1.1, 1.3, 1.7, 2.5, 5.0)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) >= 4
+
+
+def test_a_bound_that_cannot_be_met_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"max_state_ratio: got 0\.1\. With the smallest"):
+        _, optimizer = trained(max_state_ratio=0.1)
+    assert set(structures(optimizer)) == {"diagonal, diagonal"}
+
+
+@pytest.mark.parametrize("bound", ["max_state_ratio", "max_step_ratio"])
+@pytest.mark.filterwarnings("ignore:max_state_ratio")
+def test_structures_asked_for_by_name_stay(bound: str) -> None:
+    _, optimizer = trained(2, structures=("dense", "auto"), **{bound: 1.0})
+    assert set(structures(optimizer)) == {"dense, diagonal"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_step_is_within_its_bound() -> None:
+    """Multiply-adds of all layers together, for the batch that was seen."""
+    _, free = trained(2)
+    previous = -1.0
+    for ratio in (1.0, 1.3, 2.0, 4.0, 1e9):
+        model, optimizer = trained(2, max_step_ratio=ratio)
+        work, base = 0.0, 0.0
+        for layer, rows in zip(optimizer._registry.layers, (8 * 64, 8 * 16, 8, 8), strict=True):
+            shape, s = layer.statistics.layer, layer.statistics
+            base += 3 * rows * shape.groups * s.k.dim * s.c.dim
+            chosen = [c for c in candidates(shape, ("auto", "auto")) if c.k == s.k and c.c == s.c]
+            work += chosen[0].work(rows, 10)
+        assert work <= (ratio - 1) * base or set(structures(optimizer)) == {"diagonal, diagonal"}
+        assert work >= previous
+        previous = work
+        assert all(row.last_update is not None for row in optimizer.report() if row.structure)
+        fit(model, optimizer, batches(3))
+    assert structures(optimizer) == structures(free)
+
+
+@pytest.mark.parametrize("bound", [{"max_state_ratio": 1.2}, {"max_step_ratio": 1.5}], ids=str)
+def test_a_run_goes_on_with_its_structures(bound: dict[str, float]) -> None:
+    """Also where the next batch would have led to other ones."""
+    model, optimizer = trained(3, T=2, **bound)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(model)
+    again = SINGD(twin.parameters(), lr=1e-3, T=2, **bound)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert structures(again) == structures(optimizer)
+    assert len(set(structures(optimizer))) > 1
+    for data in (batches(2, size=64), batches(3)):
+        fit(model, optimizer, data)
+        fit(twin, again, data)
+    assert_same_weights(twin, model)
+
+
+def test_lazy_layers_are_diagonal_under_a_bound_on_the_state() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = SINGD(model.parameters(), max_state_ratio=40.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, optimizer, [(torch.randn(8, 6), torch.randn(8, 4))] * 2, squares)
+    assert structures(optimizer)[0] == "diagonal, diagonal"
+    assert structures(optimizer)[-1] == "dense, dense"
+
+
+def test_a_compiled_model_keeps_its_statistics() -> None:
+    model = network()
+    optimizer = SINGD(model.parameters(), lr=1e-3, max_step_ratio=1.5, T=1)
+    compiled = torch.compile(model, backend="eager")
+    for x, y in batches(3):
+        optimizer.zero_grad()
+        squares(compiled(x), y).backward()
+        optimizer.step()
+    assert {row.last_update for row in optimizer.report() if row.structure} == {2}
+
+
+def test_a_ladder_goes_down() -> None:
+    assert ladder("auto", 5, False) == ["dense", "diagonal"]
+    assert ladder("auto", 200, False)[0] == "dense"
+    assert ladder("auto", 200, True)[0] == "block128diagonal"
+    assert ladder("auto", 2000, False) == [
+        "block128diagonal",
+        "block32diagonal",
+        "block8diagonal",
+        "diagonal",
+    ]
+    assert ladder("triltoeplitz", 200, False) == ["triltoeplitz"]
