@@ -23,7 +23,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -187,19 +187,29 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def merge(path: Path) -> None:
-    """Put the rows of all shards into one file."""
+def append(path: Path, fields: Sequence[str], row: dict[str, Any]) -> None:
+    """Add a row to a file, which begins with the names of its columns."""
+    fresh = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def merge(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """All rows, after putting those of all shards into one file."""
+    rows = read(path)
     shards = list(path.parent.glob(f"{path.stem}.[0-9]*.csv"))
     if shards:
-        rows = sorted(
-            read(path), key=lambda row: [list(TASKS).index(row["task"]), row["optimizer"]]
-        )
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        if "optimizer" in fields:
+            rows.sort(key=lambda row: [list(TASKS).index(row["task"]), row["optimizer"]])
+        path.unlink(missing_ok=True)
+        for row in rows:
+            append(path, fields, row)
         for shard in shards:
             shard.unlink()
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,17 +260,12 @@ def main(argv: list[str] | None = None) -> int:
                     return 0
                 row = dict(zip(FIELDS, job, strict=False))
                 row |= run(task, OPTIMIZERS[name], job[2], job[3], steps)
-                fresh = not own.exists()
-                with own.open("a", encoding="utf-8", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    if fresh:
-                        writer.writeheader()
-                    writer.writerow(row)
+                append(own, FIELDS, row)
         print(f"{task}: {name}", flush=True)
     if shards > 1:
         return 0
-    merge(args.out)
-    return report(read(args.out), quality_time.read(times), STUDY, args.out, best_lr)
+    rows = merge(args.out, FIELDS)
+    return report(rows, quality_time.read(times), STUDY, args.out, best_lr)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ def step_times(
 ) -> dict[str, float]:
     """Mean over a run of some steps, the first one included, in milliseconds.
 
-    One step of every optimizer follows one of every other, so that a machine that slows down slows
-    down all of them; of the ratios of cycles to those of one optimizer the median counts.
+    Ten steps of every optimizer follow ten of every other, so that a machine that slows down slows
+    down all of them; of the ratios to those of one optimizer the median counts.
 
     Args:
         task: What is trained; all optimizers see the same batches.
@@ -34,32 +34,33 @@ def step_times(
         steps: Length of a run.
         base: Optimizer that the others are divided by.
     """
-    runs: dict[str, tuple[nn.Module, Any, list[float]]] = {}
+    generator = torch.Generator().manual_seed(0)
+    batches = [task.draw(generator, task.batch_size, False) for _ in range(CYCLE)]
+    first, cycles = dict[str, float](), {name: list[float]() for name in builds}
+    runs = {}
+
+    def seconds(name: str, x: Any, y: Any) -> float:
+        model, optimizer = runs[name]
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        task.loss(model(x), y).backward()
+        optimizer.step()
+        return time.perf_counter() - begin
+
     for name, build in builds.items():
         torch.manual_seed(0)
         model = task.build()
-        runs[name] = (model, build(model, 1e-3), [])
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(1 + CYCLE * CYCLES):
-        x, y = task.draw(generator, task.batch_size, False)
-        for model, optimizer, seconds in runs.values():
-            begin = time.perf_counter()
-            optimizer.zero_grad()
-            task.loss(model(x), y).backward()
-            optimizer.step()
-            seconds.append(time.perf_counter() - begin)
-
-    def cycles(name: str) -> list[float]:
-        later = runs[name][2][1:]
-        return [sum(later[i : i + CYCLE]) for i in range(0, len(later), CYCLE)]
-
-    theirs = cycles(base)
-    unit = 1e3 * statistics.median(theirs) / CYCLE
+        runs[name] = (model, build(model, 1e-3))
+        first[name] = seconds(name, *batches[0])
+    for _ in range(CYCLES):
+        for name in builds:
+            cycles[name].append(sum(seconds(name, x, y) for x, y in batches))
+    unit = 1e3 * statistics.median(cycles[base]) / CYCLE
     means = {}
-    for name, (*_, seconds) in runs.items():
-        ratio = statistics.median(a / b for a, b in zip(cycles(name), theirs, strict=True))
-        first = 1e3 * max(seconds[0] - runs[base][2][0], 0.0)  # the first batch is slow for all
-        means[name] = unit * ratio + first / steps
+    for name, mine in cycles.items():
+        ratio = statistics.median(a / b for a, b in zip(mine, cycles[base], strict=True))
+        extra = 1e3 * max(first[name] - first[base], 0.0)  # the first batch is slow for all
+        means[name] = unit * ratio + extra / steps
     return means
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import ablation
 import quality
 import quality_time
 from quality_report import bars, summary
@@ -147,3 +148,28 @@ def test_what_is_committed_can_be_reported(capsys: pytest.CaptureFixture[str]) -
     assert {task for task, _ in found} == set(TASKS)
     assert bars(found, list(TASKS), quality.STUDY) in (0, 1)
     assert capsys.readouterr().out
+
+
+def test_the_ablation_changes_one_thing_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two variants in two shards; the table has those that are complete."""
+    monkeypatch.setitem(quality.STUDY, "steps", 2)
+    monkeypatch.setattr(ablation, "LRS", (1e-3,))
+    monkeypatch.setattr(ablation, "CHOSEN", ["deep autoencoder", "tones"])
+    chosen = {name: ablation.VARIANTS[name] for name in ("T=1", f"batches of {ablation.TINY}")}
+    monkeypatch.setattr(ablation, "VARIANTS", {**chosen, "AdamW": ablation.VARIANTS["AdamW"]})
+    out = ["--out", str(tmp_path / "ablation.csv")]
+    for shard in ("0/2", "1/2"):
+        ablation.main([*out, "--shard", shard])
+    ablation.main(out)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| T=1", "| batches of 8", "| AdamW"]
+    assert TASKS["tones"].batch_size == 64
+    assert [p.name for p in tmp_path.iterdir()] == ["ablation.csv"]
+
+
+@pytest.mark.parametrize("name", ablation.VARIANTS)
+def test_every_variant_can_be_built(name: str) -> None:
+    torch.manual_seed(0)
+    assert ablation.VARIANTS[name](TASKS["tones"].build(), 1e-3).param_groups

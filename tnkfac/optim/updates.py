@@ -50,15 +50,34 @@ def step_layers(
     keep: Tensor | None,
 ) -> Tensor | None:
     """Step weights and biases of all layers; takes, and returns the factor, as above."""
-    updates, factor = natural_gradients(layers, natural, groups, keep)
-    for layer, matrix, update in updates:
-        group = groups[id(layer.weight)]
-        update = graft(layer, group, matrix, update, state.get(layer.weight, {}))
-        weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
-        _step_param(layer.weight, weight, state, groups, group, keep)
-        if layer.bias is not None and bias is not None:
-            _step_param(layer.bias, bias, state, groups, group, keep)
-    return factor
+    layers = [la for la in layers if any(p.grad is not None for p in la.params())]
+    if any(groups[id(layer.weight)]["kl_clip"] is not None for layer in layers):
+        updates, factor = natural_gradients(layers, natural, groups, keep)
+        for layer, matrix, update in updates:
+            _step_layer(layer, matrix, update, state, groups, keep)
+        return factor
+    for layer in layers:  # to the end, one after the other: its tensors are in the cache
+        matrix = gradient_matrix(layer, keep)
+        update = natural(layer, groups[id(layer.weight)], matrix)
+        _step_layer(layer, matrix, update, state, groups, keep)
+    return None
+
+
+def _step_layer(
+    layer: CapturedLayer,
+    matrix: Tensor,
+    update: Tensor,
+    state: State,
+    groups: dict[int, Group],
+    keep: Tensor | None,
+) -> None:
+    """Graft, and step weight and bias."""
+    group = groups[id(layer.weight)]
+    update = graft(layer, group, matrix, update, state.get(layer.weight, {}))
+    weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
+    _step_param(layer.weight, weight, state, groups, group, keep)
+    if layer.bias is not None and bias is not None:
+        _step_param(layer.bias, bias, state, groups, group, keep)
 
 
 def _step_param(
