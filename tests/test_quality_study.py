@@ -158,13 +158,13 @@ def test_the_ablation_changes_one_thing_at_a_time(
     monkeypatch.setattr(ablation, "LRS", (1e-3,))
     monkeypatch.setattr(ablation, "CHOSEN", ["deep autoencoder", "tones"])
     chosen = {name: ablation.VARIANTS[name] for name in ("T=1", f"batches of {ablation.TINY}")}
-    monkeypatch.setattr(ablation, "VARIANTS", {**chosen, "AdamW": ablation.VARIANTS["AdamW"]})
+    monkeypatch.setattr(ablation, "VARIANTS", {"AdamW": ablation.VARIANTS["AdamW"], **chosen})
     out = ["--out", str(tmp_path / "ablation.csv")]
     for shard in ("0/2", "1/2"):
         ablation.main([*out, "--shard", shard])
     ablation.main(out)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| T=1", "| batches of 8", "| AdamW"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| AdamW", "| T=1", "| batches of 8"]
     assert TASKS["tones"].batch_size == 64
     assert [p.name for p in tmp_path.iterdir()] == ["ablation.csv"]
 

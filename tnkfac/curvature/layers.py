@@ -14,6 +14,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -181,14 +182,14 @@ class Layer:
             weight: Weight or its gradient, in the module's layout.
             bias: ``[C_out]``, or None for a matrix without bias column.
         """
-        equation = "(g ci) co ... -> g co (ci ...)"
-        if self.kind != "conv_transpose":
-            equation = "(g co) ... -> g co (...)"
-        matrix = rearrange(weight, equation, g=self.groups)
+        if self.kind == "conv_transpose":
+            matrix = rearrange(weight, "(g ci) co ... -> g co (ci ...)", g=self.groups)
+        else:
+            rows = weight.shape[0] // self.groups
+            matrix = weight.reshape(self.groups, rows, prod(weight.shape[1:]))
         if bias is None:
             return matrix
-        column = rearrange(bias, "(g co) -> g co 1", g=self.groups)
-        return _concatenate(matrix, column)
+        return torch.cat([matrix, bias.reshape(self.groups, matrix.shape[1], 1)], 2)
 
     def from_matrix(self, matrix: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Inverse of :meth:`to_matrix`.
@@ -207,13 +208,6 @@ class Layer:
             channels = self.in_channels // self.groups
             weight = rearrange(weight, "g co (ci k) -> g ci co k", ci=channels)
         return weight.reshape(tuple(shape)), bias
-
-
-def _concatenate(matrix: Tensor, column: Tensor) -> Tensor:
-    joint = matrix.new_empty(*matrix.shape[:-1], matrix.shape[-1] + 1)
-    joint[..., :-1] = matrix
-    joint[..., -1:] = column
-    return joint
 
 
 def _linear(module: Any) -> Layer:

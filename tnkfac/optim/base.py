@@ -130,6 +130,13 @@ class CurvatureOptimizer(Optimizer):
     def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
         """Precondition a gradient matrix ``[G, C_out / G, D]``."""
 
+    def _naturals(
+        self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
+    ) -> list[Tensor]:
+        """Precondition the gradient matrices of several layers."""
+        pairs = zip(layers, matrices, strict=True)
+        return [self._natural(layer, groups[id(layer.weight)], m) for layer, m in pairs]
+
     @abstractmethod
     def _is_due(self, group: Group, step: int) -> bool:
         """Whether factors are to be updated at a step."""
@@ -196,7 +203,7 @@ class CurvatureOptimizer(Optimizer):
     def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
         """Step every parameter that has a gradient."""
         layers = self._registry.layers
-        self._trust = step_layers(layers, self._natural, self.state, groups, keep)
+        self._trust = step_layers(layers, self._naturals, self.state, groups, keep)
         skip = None if keep is None else 1 - keep
         step_others(self._registry.others, self.state, self.param_groups, groups, skip)
 

@@ -40,7 +40,7 @@ class _Rewriter(KFAC):
 
     def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
         layers = self._registry.layers
-        updates, self._trust = natural_gradients(layers, self._natural, groups, keep)
+        updates, self._trust = natural_gradients(layers, self._naturals, groups, keep)
         for layer, _, update in updates:
             weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
             for param, new in ((layer.weight, weight), (layer.bias, bias)):

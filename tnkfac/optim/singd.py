@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import Parts, Preconditioner, Structure, stationary_point
-from tnkfac.optim import arguments, budget
+from tnkfac.optim import arguments, budget, diagonals
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.damping import damped, divided
+from tnkfac.optim.guard import loss_scale
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.parts import load, overwrite, store
+from tnkfac.optim.paths import fast
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.singd_rule import singd_update
 from tnkfac.optim.step import roomy
@@ -237,7 +239,6 @@ class SINGD(CurvatureOptimizer):
         m_K = m_C = None
         if with_momentum:
             m_K, m_C = load(layer, state, ("m_K", "m_C"), dtype)
-        lr_cov = group["lr_cov"]
         taken = damped(k, c, factors.A, factors.B, group)
         K, C, m_K, m_C = singd_update(
             k,
@@ -250,7 +251,7 @@ class SINGD(CurvatureOptimizer):
             taken.B,
             damping=(taken.on_K, taken.on_C),
             alpha1=0.0 if group["kfac_like"] else group["alpha1"],
-            lr_cov=lr_cov(group["step"]) if callable(lr_cov) else lr_cov,
+            lr_cov=_at(group["lr_cov"], group["step"]),
             kfac_like=group["kfac_like"],
             normalize=group["normalize_lr_cov"],
             bounded=group["init"] == "first_batch",
@@ -260,10 +261,57 @@ class SINGD(CurvatureOptimizer):
             new |= {"m_K": m_K, "m_C": m_C}
         overwrite(state, new, keep)
 
+    def _update_factors(
+        self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
+    ) -> None:
+        """Layers with diagonal factors together, all others one by one."""
+        together: dict[Any, list[CapturedLayer]] = {}
+        for layer in pending if fast() else ():
+            group = groups[id(layer.weight)]
+            starts = layer.last_update < 0 and group["init"] == "first_batch"
+            plain = starts or group["kfac_like"] or group["normalize_lr_cov"]
+            if not plain and diagonals.suits(layer, self.state[layer.weight]):
+                key = id(group), layer.weight.device, layer.weight.dtype
+                together.setdefault(key, []).append(layer)
+        scale = loss_scale(self._grad_scaler) if together else 1.0
+        for layers in together.values():
+            group = groups[id(layers[0].weight)]
+            found = [layer.statistics.factors(scale) for layer in layers]
+            diagonals.update(
+                [self.state[layer.weight] for layer in layers],
+                [(factors.A[0], factors.B[0]) for factors in found],
+                group,
+                _at(group["lr_cov"], group["step"]),
+                keep,
+            )
+        done = {id(layer) for layers in together.values() for layer in layers}
+        rest = [layer for layer in pending if id(layer) not in done]
+        super()._update_factors(rest, groups, keep)
+
+    def _naturals(
+        self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
+    ) -> list[Tensor]:
+        chosen = [
+            i
+            for i, layer in enumerate(layers)
+            if fast() and diagonals.suits(layer, self.state[layer.weight])
+        ]
+        pairs = [(self.state[layers[i].weight], matrices[i]) for i in chosen]
+        found = dict(zip(chosen, diagonals.precondition(pairs), strict=True)) if pairs else {}
+        return [
+            found[i] if i in found else self._natural(layer, groups[id(layer.weight)], matrices[i])
+            for i, layer in enumerate(layers)
+        ]
+
     def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
         state, statistics = self.state[layer.weight], layer.statistics
         K, C = load(layer, state, ("K", "C"))
         return Preconditioner(statistics.k, statistics.c, K, C).apply(gradient)
+
+
+def _at(lr_cov: float | Callable[[int], float], step: int) -> float:
+    """Step size of the preconditioner at a step."""
+    return lr_cov(step) if callable(lr_cov) else lr_cov
 
 
 def _start(k: Structure, c: Structure, A: Parts, B: Parts, group: Group) -> tuple[Parts, Parts]:

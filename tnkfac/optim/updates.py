@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from tnkfac.optim import fallback
+from tnkfac.optim import fallback, multi
 from tnkfac.optim.layers import CapturedLayer, Uncaptured
+from tnkfac.optim.paths import fast
 from tnkfac.optim.registry import Group
 from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft
 
 State = Any
-Natural = Callable[[CapturedLayer, Group, Tensor], Tensor]
+Naturals = Callable[[list[CapturedLayer], dict[int, Group], list[Tensor]], list[Tensor]]
 
 
 def natural_gradients(
     layers: Iterable[CapturedLayer],
-    natural: Natural,
+    naturals: Naturals,
     groups: dict[int, Group],
     keep: Tensor | None = None,
 ) -> tuple[list[tuple[CapturedLayer, Tensor, Tensor]], Tensor | None]:
@@ -26,7 +27,7 @@ def natural_gradients(
 
     Args:
         layers: Layers in module order.
-        natural: Preconditions a gradient matrix ``[G, C_out / G, D]``, given layer and group.
+        naturals: Preconditions gradient matrices ``[G, C_out / G, D]``, given layers and groups.
         groups: Parameter groups by ``id`` of the parameter.
         keep: Scalar that is zero where the batch is to be skipped.
 
@@ -37,14 +38,14 @@ def natural_gradients(
     chosen = [la for la in layers if any(p.grad is not None for p in la.params())]
     matrices = [gradient_matrix(layer, keep) for layer in chosen]
     own = [groups[id(layer.weight)] for layer in chosen]
-    found = [natural(la, group, m) for la, group, m in zip(chosen, own, matrices, strict=True)]
+    found = naturals(chosen, groups, matrices)
     factor = clipped(found, matrices, own)
     return list(zip(chosen, matrices, found, strict=True)), factor
 
 
 def step_layers(
     layers: Iterable[CapturedLayer],
-    natural: Natural,
+    naturals: Naturals,
     state: State,
     groups: dict[int, Group],
     keep: Tensor | None,
@@ -52,15 +53,34 @@ def step_layers(
     """Step weights and biases of all layers; takes, and returns the factor, as above."""
     layers = [la for la in layers if any(p.grad is not None for p in la.params())]
     if any(groups[id(layer.weight)]["kl_clip"] is not None for layer in layers):
-        updates, factor = natural_gradients(layers, natural, groups, keep)
-        for layer, matrix, update in updates:
-            _step_layer(layer, matrix, update, state, groups, keep)
+        updates, factor = natural_gradients(layers, naturals, groups, keep)
+        chosen = {id(layer): (matrix, update) for layer, matrix, update in updates}
+        for chunk in multi.chunks(layers):
+            _finish(chunk, [chosen[id(layer)] for layer in chunk], state, groups, keep)
         return factor
-    for layer in layers:  # to the end, one after the other: its tensors are in the cache
-        matrix = gradient_matrix(layer, keep)
-        update = natural(layer, groups[id(layer.weight)], matrix)
-        _step_layer(layer, matrix, update, state, groups, keep)
+    for chunk in multi.chunks(layers):  # to the end, one after the other
+        matrices = [gradient_matrix(layer, keep) for layer in chunk]
+        found = naturals(chunk, groups, matrices)
+        _finish(chunk, list(zip(matrices, found, strict=True)), state, groups, keep)
     return None
+
+
+def _finish(
+    layers: list[CapturedLayer],
+    pairs: list[tuple[Tensor, Tensor]],
+    state: State,
+    groups: dict[int, Group],
+    keep: Tensor | None,
+) -> None:
+    """Graft and step, given gradient matrices and what they were preconditioned to."""
+    many = []
+    for layer, (matrix, update) in zip(layers, pairs, strict=True):
+        if fast() and multi.suits(layer, groups):
+            many.append((layer, update))
+        else:
+            _step_layer(layer, matrix, update, state, groups, keep)
+    if many:
+        multi.step_many(many, state, groups, keep)
 
 
 def _step_layer(

@@ -1,0 +1,156 @@
+"""Many layers at once: the same numbers as one layer after the other."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from oracles.loops import fit, state_by_name, weights
+from oracles.zoo import AllLayers, all_layers_batch, fixed_weights
+from tnkfac import KFAC, SINGD
+from tnkfac.optim import multi, updates
+from tnkfac.optim.paths import fast, plain_path
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+SINGD_CASES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "diagonal": {"structures": "diagonal"},
+    "diagonal and dense": {"structures": ("diagonal", "dense")},
+    "without momentum": {"structures": "diagonal", "momentum": 0.0, "alpha1": 0.0},
+    "without grafting": {"structures": "diagonal", "grafting": None, "momentum": 0.9},
+    "a number as damping": {"structures": "diagonal", "damping": 0.1, "grafting": "rms"},
+    "from the identity": {"structures": "diagonal", "init": "identity"},
+    "trust region": {"structures": "diagonal", "grafting": None, "kl_clip": 1e-4},
+    "decoupled decay": {"structures": "diagonal", "weight_decay": 0.1},
+    "coupled decay": {
+        "structures": "diagonal",
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": False,
+    },
+    "as AdamW's size": {"structures": "diagonal", "grafting": "adam"},
+    "as the gradient's size": {"grafting": "sgd"},
+    "paper": dict(SINGD.REFERENCE),
+    "paper, diagonal": {**SINGD.REFERENCE, "structures": "diagonal"},
+    "ikfac": {"structures": "diagonal", "kfac_like": True, "alpha1": 0.0},
+    "normalised": {"structures": "diagonal", "normalize_lr_cov": True},
+    "half precision": {"structures": "diagonal", "preconditioner_dtype": torch.bfloat16},
+    "reduce": {"structures": "diagonal", "kfac_approx": "reduce"},
+}
+KFAC_CASES: dict[str, dict[str, Any]] = {
+    "KFAC": {},
+    "KFAC classic": {"damping": 1e-2},
+    "KFAC diagonal": {"structures": "diagonal"},
+    "KFAC Nesterov": {"nesterov": True},
+}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{name: (SINGD, options) for name, options in SINGD_CASES.items()},
+    **{name: (KFAC, options) for name, options in KFAC_CASES.items()},
+}
+
+
+def trained(cls: Any, options: dict[str, Any], frozen: bool = False) -> Any:
+    model = fixed_weights(AllLayers())
+    intervals: dict[str, Any] = {"T": 2} if cls is SINGD else {"inv_update_steps": 2}
+    optimizer = cls(model.parameters(), lr=1e-2, **intervals, **options)
+    fit(model, optimizer, [all_layers_batch(seed) for seed in range(4)])
+    if frozen:
+        for name, param in model.named_parameters():
+            if name.endswith("bias"):
+                param.requires_grad_(False)
+                param.grad = None
+    fit(model, optimizer, [all_layers_batch(seed) for seed in range(4, 7)])
+    return model, optimizer
+
+
+@pytest.mark.filterwarnings("ignore:alpha1")
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen biases"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_fast_path_equals_the_plain_one(name: str, frozen: bool) -> None:
+    """Weights and every tensor of the state, in float64, after seven steps."""
+    cls, options = CASES[name]
+    model, optimizer = trained(cls, options, frozen)
+    with plain_path():
+        assert not fast()
+        twin, other = trained(cls, options, frozen)
+    low = "half" in name
+    close: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3} if low else {"rtol": 1e-9, "atol": 1e-12}
+    for key, value in weights(model).items():
+        torch.testing.assert_close(value, weights(twin)[key], msg=key, **close)
+    states, others = state_by_name(model, optimizer), state_by_name(twin, other)
+    assert states.keys() == others.keys()
+    for key, value in states.items():
+        if key.split("/")[1].startswith("Q_"):
+            continue  # eigenvectors of equal eigenvalues are not unique
+        torch.testing.assert_close(value, others[key], msg=key, **close)
+
+
+def test_the_fast_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the comparison above compares two paths."""
+    seen: list[int] = []
+    known = multi.step_many
+
+    def counted(chosen: Any, *args: Any) -> None:
+        seen.append(len(chosen))
+        known(chosen, *args)
+
+    monkeypatch.setattr(updates.multi, "step_many", counted)
+    _, optimizer = trained(SINGD, {"structures": "diagonal"})
+    assert seen == [len(optimizer._registry.layers)] * 7
+    seen.clear()
+    with plain_path():
+        trained(SINGD, {"structures": "diagonal"})
+    assert not seen
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 22])
+def test_how_layers_are_cut_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = trained(SINGD, {"structures": "diagonal"})
+    monkeypatch.setattr(multi, "CHUNK", chunk)
+    found, _ = trained(SINGD, {"structures": "diagonal"})
+    for key, value in weights(found).items():
+        assert torch.equal(value, weights(expected)[key]), key
+
+
+def test_a_channels_last_model_takes_the_same_steps() -> None:
+    """Its weights are no matrices as they lie."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double()
+        model = model.to(memory_format=layout)
+        optimizer = SINGD(model.parameters(), structures="diagonal", T=2)
+        torch.manual_seed(1)
+        data = [(torch.randn(4, 3, 8, 8).double(), torch.randn(4, 4, 4, 4).double())] * 4
+        fit(model, optimizer, data)
+        found.append(weights(model))
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key])
+
+
+def test_a_factor_that_is_not_finite_is_left_alone() -> None:
+    """One layer's overflow does not cost the others their update."""
+    found = []
+    for way in ("fast", "plain"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        torch.manual_seed(0)
+        for param in model.parameters():
+            nn.init.normal_(param)
+        optimizer = SINGD(model.parameters(), structures="diagonal", T=1)
+        x, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+        fit(model, optimizer, [(x, y)])
+        state = optimizer.state[model[0].weight]
+        state["K"].fill_(1e200)  # its square times a factor overflows
+        before = state["K"].clone(), optimizer.state[model[2].weight]["K"].clone()
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+        if way == "fast":
+            optimizer.step()
+        else:
+            with plain_path():
+                optimizer.step()
+        assert torch.equal(state["K"], before[0])
+        assert not torch.equal(optimizer.state[model[2].weight]["K"], before[1])
+        found.append(optimizer.state[model[2].weight]["K"])
+    torch.testing.assert_close(found[0], found[1])
