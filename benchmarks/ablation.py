@@ -4,8 +4,8 @@
     python benchmarks/ablation.py --shard 0/2    # every second variant; another process does 1/2
     python benchmarks/ablation.py --report       # the table alone
 
-Tasks, budget, schedule and targets are those of ``quality.py`` (all tasks but the three slowest), and
-three of its learning rates; the best of them counts, all steps where none reaches the target.
+Tasks, budget, schedule and targets are those of ``quality.py`` (all tasks but the three slowest),
+and three of its learning rates; the best counts, all steps where none reaches the target.
 """
 
 from __future__ import annotations

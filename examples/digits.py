@@ -52,8 +52,8 @@ def singd(structures: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda model: tnkfac.SINGD(model.parameters(), lr=1e-2, structures=structures)
 
 
-# Those of SGD and AdamW give the lowest final loss, or equal it within 1 %, at the default budget and
-# as a mean over two seeds, of 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1. SINGD takes AdamW's.
+# Those of SGD and AdamW give the lowest final loss, or equal it within 1 %, at the default budget
+# and as a mean over two seeds, of 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1. SINGD takes AdamW's.
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     **{f"SINGD {structure}": singd(structure) for structure in STRUCTURES},
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=3e-1, momentum=0.9),
