@@ -154,3 +154,33 @@ def test_a_factor_that_is_not_finite_is_left_alone() -> None:
         assert not torch.equal(optimizer.state[model[2].weight]["K"], before[1])
         found.append(optimizer.state[model[2].weight]["K"])
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("change", ["layout of the buffers", "precision of the model"])
+def test_tensors_that_do_not_fit_together_go_the_plain_way(change: str) -> None:
+    """A checkpoint of a channels-last model, or a model in another precision than its state."""
+    found = []
+    for way in ("fast", "plain"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        optimizer = SINGD(model.parameters(), structures="diagonal", T=2, lr=1e-2)
+        torch.manual_seed(1)
+        x, y = torch.randn(4, 3, 8, 8), torch.randn(4, 4, 4, 4)
+        fit(model, optimizer, [(x, y)] * 2)
+        if change.startswith("layout"):
+            for layer in (model[0], model[2]):
+                state = optimizer.state[layer.weight]
+                buffer = state["momentum_buffer"]
+                state["momentum_buffer"] = buffer.to(memory_format=torch.channels_last)
+                assert not state["momentum_buffer"].is_contiguous()
+        else:
+            model.double()
+            x, y = x.double(), y.double()
+        if way == "fast":
+            fit(model, optimizer, [(x, y)] * 3)
+        else:
+            with plain_path():
+                fit(model, optimizer, [(x, y)] * 3)
+        found.append(weights(model))
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key])

@@ -26,11 +26,11 @@ _KINDS = (torch.float32, torch.float64)
 def suits(layer: CapturedLayer, state: State) -> bool:
     """Whether both factors of a layer are diagonal, in the precision of its weight."""
     statistics, kind = layer.statistics, layer.weight.dtype
-    if kind not in _KINDS or not isinstance(statistics.k, Diagonal):
+    if kind not in _KINDS or layer.weight.device.type not in ("cpu", "cuda") or "K" not in state:
         return False
-    if not isinstance(statistics.c, Diagonal) or "K" not in state:
+    if not (isinstance(statistics.k, Diagonal) and isinstance(statistics.c, Diagonal)):
         return False
-    return bool(state["K"].dtype == state["C"].dtype == kind)
+    return all(state[name].dtype == kind for name in ("K", "C"))
 
 
 def precondition(pairs: Sequence[tuple[State, Tensor]]) -> list[Tensor]:

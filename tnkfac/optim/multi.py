@@ -22,12 +22,12 @@ CHUNK = 1 << 22
 Update = tuple[CapturedLayer, Tensor]
 
 
-def suits(layer: CapturedLayer, groups: dict[int, Group]) -> bool:
-    """Whether all options of a layer can be had for lists of tensors."""
+def suits(layer: CapturedLayer, update: Tensor, state: Any, groups: dict[int, Group]) -> bool:
+    """Whether all options of a layer can be had for lists of tensors, and its tensors viewed."""
     own = groups[id(layer.weight)]
     if own["grafting"] in ("adam", "sgd") or own.get("nesterov", False):
         return False
-    kind = layer.weight.dtype
+    kind = update.dtype
     if kind not in (torch.float32, torch.float64):
         return False
     for param in layer.params():
@@ -37,6 +37,9 @@ def suits(layer: CapturedLayer, groups: dict[int, Group]) -> bool:
         if isinstance(group["momentum"], Tensor) or param.dtype != kind:
             return False
         if not param.is_contiguous() or type(param) not in (Tensor, torch.nn.Parameter):
+            return False
+        buffer = state.get(param, {}).get("momentum_buffer")  # that of a checkpoint may differ
+        if buffer is not None and (buffer.dtype != kind or not buffer.is_contiguous()):
             return False
     return True
 

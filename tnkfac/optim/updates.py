@@ -75,7 +75,7 @@ def _finish(
     """Graft and step, given gradient matrices and what they were preconditioned to."""
     many = []
     for layer, (matrix, update) in zip(layers, pairs, strict=True):
-        if fast() and multi.suits(layer, groups):
+        if fast() and multi.suits(layer, update, state, groups):
             many.append((layer, update))
         else:
             _step_layer(layer, matrix, update, state, groups, keep)
