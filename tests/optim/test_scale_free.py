@@ -143,7 +143,11 @@ def assert_same_for_scaled_loss(cls: Any, scale: float, options: dict[str, Any])
         torch.testing.assert_close(runs[1][name], expected, rtol=1e-5, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("average", ["batch+sequence", None, lambda m, s: 17.0], ids=str)
+@pytest.mark.parametrize(
+    "average",
+    ["batch+sequence", None, lambda m, s: 17.0],
+    ids=["batch+sequence", "sum", "callable"],
+)
 @pytest.mark.parametrize("cls", [SINGD, KFAC])
 def test_nor_does_what_the_loss_is_averaged_over(cls: Any, average: Any) -> None:
     """A wrong ``loss_average`` cannot spoil training with the defaults."""
