@@ -184,3 +184,11 @@ def test_tensors_that_do_not_fit_together_go_the_plain_way(change: str) -> None:
         found.append(weights(model))
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key])
+
+
+def test_sizes_of_huge_and_tiny_updates() -> None:
+    """Squares of these overflow or vanish in float32."""
+    updates = [torch.full((1, 4, 9), size) for size in (1e25, 1e-25, 0.0, 1.0)]
+    found = multi._scales(updates, (6.0,) * 4)
+    sizes = [float((u * scale).norm()) for u, scale in zip(updates, found, strict=True)]
+    assert sizes == pytest.approx([6.0, 6.0, 0.0, 6.0], rel=1e-6)

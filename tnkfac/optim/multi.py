@@ -160,11 +160,15 @@ def _size(group: Group) -> float:
 
 
 def _scales(updates: list[Tensor], sizes: tuple[float, ...]) -> list[Tensor]:
-    """What brings each update to its norm, zero for one of zeros."""
-    norms = torch.stack(torch._foreach_norm(updates))
+    """What brings each update to its norm, zero for one of zeros.
+
+    Squares are summed in float64: where a normalisation follows a layer, its output factor is all
+    rounding, and its natural gradient may be of size 1e19.
+    """
+    norms = torch.stack(torch._foreach_norm(updates, dtype=torch.float64))
     wanted = _sizes(sizes, norms.dtype, norms.device)
     found = torch.where(norms > 0, wanted / norms, 0.0)
-    return list(found.unbind())
+    return list(found.to(updates[0].dtype).unbind())
 
 
 @lru_cache(maxsize=256)
