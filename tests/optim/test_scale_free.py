@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from oracles.loops import dense_factor, fit, squares, weights
-from oracles.zoo import AllLayers, all_layers_batch, fixed_weights, mlp
+from oracles.zoo import STRUCTURES, AllLayers, all_layers_batch, fixed_weights, mlp
 from tnkfac import KFAC, SINGD
 from tnkfac.curvature import grad_factor, input_factor
 from tnkfac.curvature.grams import Gram
@@ -17,18 +17,6 @@ from tnkfac.optim.kfac import CLASSIC, UNTUNED
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
-STRUCTURES = (
-    "dense",
-    "diagonal",
-    "block3diagonal",
-    "hierarchical2_1",
-    "triltoeplitz",
-    "triutoeplitz",
-    "triltopleftdiag",
-    "trilbottomrightdiag",
-    "triutopleftdiag",
-    "triubottomrightdiag",
-)
 METHODS = (
     ("eigen", "tikhonov"),
     ("ekfac", "tikhonov"),
@@ -221,6 +209,10 @@ def test_grafting_takes_a_number(cls: Any, size: float) -> None:
 
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nothing given": ({}, UNTUNED),
+    "damping as a tensor": (
+        {"damping": torch.tensor(0.5)},
+        {**CLASSIC, "damping": torch.tensor(0.5)},
+    ),
     "no trust region": ({"kl_clip": None}, UNTUNED),
     "damping": ({"damping": 1e-2}, {**CLASSIC, "damping": 1e-2}),
     "trust region": ({"kl_clip": 1e-2}, {**CLASSIC, "kl_clip": 1e-2}),

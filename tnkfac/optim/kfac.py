@@ -175,8 +175,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             **arguments.fallback_settings(fallback, fallback_options),
         }
         arguments.take_aliases(defaults, aliases, ALIASES, KFAC.__init__)
-        classic = isinstance(damping, float | int) or isinstance(kl_clip, float | int)
-        classic = classic or adaptive_damping or normalization == "kfac-pytorch"
+        scaled = not all(given is None or isinstance(given, str) for given in (damping, kl_clip))
+        classic = scaled or adaptive_damping or normalization == "kfac-pytorch"
         for name, value in (CLASSIC if classic else UNTUNED).items():
             if defaults[name] == "auto":
                 defaults[name] = value
