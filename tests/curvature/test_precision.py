@@ -12,7 +12,7 @@ from oracles.loops import state_by_name
 from oracles.zoo import Everyday, everyday_batch
 from tnkfac import SINGD
 from tnkfac.curvature import grams, input_factor, kfac
-from tnkfac.curvature.precision import full_precision
+from tnkfac.curvature.precision import FullPrecision
 
 
 @pytest.fixture(params=["high", "medium"])
@@ -31,10 +31,10 @@ def settings() -> tuple[str, str]:
 def test_settings_come_back(reduced: str) -> None:
     """Also after an error, and unknown to those who use the older interface."""
     before = settings()
-    with full_precision(torch.device("cpu")):
+    with FullPrecision(torch.device("cpu")):
         assert settings()[0] == "ieee"
     assert settings() == before
-    with pytest.raises(KeyError), full_precision(torch.device("cpu")):
+    with pytest.raises(KeyError), FullPrecision(torch.device("cpu")):
         raise KeyError
     assert settings() == before
     assert torch.get_float32_matmul_precision() == reduced
@@ -49,7 +49,7 @@ def train() -> dict[str, Tensor]:
     for seed in range(2):
         optimizer.zero_grad()
         x, y = everyday_batch(seed, dtype=torch.float32)
-        with full_precision(torch.device("cpu")):
+        with FullPrecision(torch.device("cpu")):
             functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     return state_by_name(model, optimizer)

@@ -9,8 +9,8 @@ from torch import nn
 from oracles.loops import fit, state_by_name, weights
 from oracles.zoo import AllLayers, all_layers_batch, fixed_weights
 from tnkfac import KFAC, SINGD
+from tnkfac.curvature import fast, plain_path
 from tnkfac.optim import multi, updates
-from tnkfac.optim.paths import fast, plain_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -186,9 +186,19 @@ def test_tensors_that_do_not_fit_together_go_the_plain_way(change: str) -> None:
         torch.testing.assert_close(value, found[1][key])
 
 
-def test_sizes_of_huge_and_tiny_updates() -> None:
+@pytest.mark.parametrize("size", [1e25, 1e-25, 0.0, 1.0])
+def test_norms_of_huge_and_tiny_updates(size: float) -> None:
     """Squares of these overflow or vanish in float32."""
-    updates = [torch.full((1, 4, 9), size) for size in (1e25, 1e-25, 0.0, 1.0)]
-    found = multi._scales(updates, (6.0,) * 4)
-    sizes = [float((u * scale).norm()) for u, scale in zip(updates, found, strict=True)]
-    assert sizes == pytest.approx([6.0, 6.0, 0.0, 6.0], rel=1e-6)
+    found = multi._host_norms([torch.full((4, 9), size), torch.ones(3)])
+    assert found == pytest.approx([6 * size, 3**0.5], rel=1e-6)
+
+
+def test_gradients_stay_as_they_are() -> None:
+    """A layer without statistics is not preconditioned: its update is its gradient at first."""
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = SINGD(model.parameters(), lr=1e-2, init="identity", structures="dense")
+    with optimizer.no_stats():
+        model(torch.ones(4, 3)).square().sum().backward()
+    before = model.weight.grad.clone()
+    optimizer.step()
+    assert torch.equal(model.weight.grad, before)

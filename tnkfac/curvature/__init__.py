@@ -14,7 +14,7 @@ from tnkfac.curvature.estimators import (
 from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.precision import full_precision
+from tnkfac.curvature.precision import FullPrecision
 from tnkfac.curvature.preconditioner import Preconditioner, stationary_point
 from tnkfac.curvature.structures import (
     Decomposable,
@@ -24,11 +24,13 @@ from tnkfac.curvature.structures import (
     check_structure,
     resolve_structure,
 )
+from tnkfac.curvature.switch import fast, plain_path
 
 __all__ = [
     "Decomposable",
     "Factors",
     "FirstForward",
+    "FullPrecision",
     "Kronecker",
     "Layer",
     "LossAverage",
@@ -44,14 +46,15 @@ __all__ = [
     "describe",
     "diagonal",
     "explain",
+    "fast",
     "find_owners",
-    "full_precision",
     "grad_factor",
     "gram",
     "input_factor",
     "kfac",
     "ntk",
     "per_sample_gradients",
+    "plain_path",
     "resolve_structure",
     "root_of",
     "stationary_point",

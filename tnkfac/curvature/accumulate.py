@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
 from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
 from tnkfac.curvature.scales import projected_squares
 from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
+from tnkfac.curvature.structures.diagonal import Diagonal
+from tnkfac.curvature.switch import fast
 
 LossTerms = Callable[..., float]
 LossAverage = str | None | LossTerms
@@ -99,10 +103,15 @@ class Statistics:
         layer = replace(describe(module), bias=self._bias)
         if not self.bound:
             self.layer = layer
-            self.k = resolve_structure(self._structures[0], layer.in_dim)
-            self.c = resolve_structure(self._structures[1], layer.out_dim, output=True)
+            self._resolve(layer)
             self.bound = True
         return layer
+
+    def _resolve(self, layer: Layer) -> None:
+        self.k = resolve_structure(self._structures[0], layer.in_dim)
+        self.c = resolve_structure(self._structures[1], layer.out_dim, output=True)
+        both = isinstance(self.k, Diagonal) and isinstance(self.c, Diagonal)
+        self._diagonal = both and self.outputs and not self.squares
 
     def expect(self, structures: tuple[str, str]) -> None:
         """Take these structures once the shape is known."""
@@ -116,8 +125,7 @@ class Statistics:
             like: A tensor on the device and of the dtype of the layer.
         """
         self._structures = structures
-        self.k = resolve_structure(structures[0], self.layer.in_dim)
-        self.c = resolve_structure(structures[1], self.layer.out_dim, output=True)
+        self._resolve(self.layer)
         self.clear()
         self._leaves = ()
         self._used = False
@@ -180,6 +188,8 @@ class Statistics:
         if self.chosen_passes and not self._heard and not torch.compiler.is_compiling():
             return None
         dtype = self._leaves[0].dtype
+        if self._diagonal and x.numel() and fast() and not torch.compiler.is_compiling():
+            return self._measure_squares(layer, x, g, terms)
         x, g = x.to(dtype), g.to(dtype)
         a, b = gram_pair(layer, x, g, self.approx)
         rows = a.samples * a.positions
@@ -194,6 +204,20 @@ class Statistics:
         if self.squares:
             parts.append(self._squared(layer, x, g))
         return (*(part for part in parts if part.numel()), counts)
+
+    def _measure_squares(
+        self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
+    ) -> tuple[Tensor, ...]:
+        """The same where both factors are diagonal and nothing else is asked for."""
+        x, g = layer.standard_input(x), layer.standard_output(g)
+        size = output_size(layer, x, g)
+        samples, rows = len(x), len(x) * prod(size)
+        if terms is None:
+            terms = rows if self.loss_average == "batch+sequence" else samples
+        dtype = self._leaves[0].dtype
+        counts = _kept_counts(samples, rows, terms, dtype, x.device)
+        A = input_squares(layer, x, size, self.approx, dtype)
+        return A, output_squares(layer, g, self.approx, dtype), counts
 
     def _squared(self, layer: Layer, x: Tensor, g: Tensor) -> Tensor:
         if self._basis is None:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature.accumulate import Statistics
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.precision import full_precision
+from tnkfac.curvature.precision import FullPrecision, without_autocast
 
 
 class _Identity(torch.autograd.Function):
@@ -42,9 +42,8 @@ class _Identity(torch.autograd.Function):
         (g,) = grads
         if torch.is_grad_enabled():  # create_graph=True: not a pass of training
             return (g, None, None, None, *(None for _ in ctx.shapes))
-        traced = torch.compiler.is_compiling()
-        exact = nullcontext() if traced else full_precision(g.device)
-        with torch.autocast(g.device.type, enabled=False), exact:
+        exact = nullcontext() if torch.compiler.is_compiling() else FullPrecision(g.device)
+        with without_autocast(g.device.type), exact:
             statistics = ctx.measure(ctx.saved_tensors[0].detach(), g.detach())
         if statistics is None:
             return (g, None, None, None, *(None for _ in ctx.shapes))

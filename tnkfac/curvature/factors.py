@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnkfac.curvature.grams import APPROXIMATIONS, Approx, Gram, accumulation_dtype
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.precision import full_precision
+from tnkfac.curvature.precision import FullPrecision
 from tnkfac.curvature.structures import Parts, check_factor_structure, resolve_structure
 
 Factor = Tensor | tuple[Tensor, ...]
@@ -111,7 +111,7 @@ def _accumulating(tensor: Tensor) -> Tensor:
 
 def _read(gram: Gram, structure: str) -> Factor:
     device = gram.tensor.device
-    with torch.autocast(device.type, enabled=False), full_precision(device):
+    with torch.autocast(device.type, enabled=False), FullPrecision(device):
         parts: Parts = resolve_structure(check_factor_structure(structure), gram.dim).statistic(
             gram
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,22 +17,33 @@ def _settings(device: torch.device) -> list[Any]:
     return [backends.mkldnn.matmul, backends.mkldnn.conv] if device.type == "cpu" else []
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+class FullPrecision:
     """No TensorFloat-32 or bfloat16 inside float32 matrix products and convolutions.
 
     On CUDA convolutions use it by default, and ``torch.set_float32_matmul_precision`` turns it on
     for matrix products everywhere. Factors need more digits: they are inverted.
     """
-    reduced = [
-        (setting, setting.fp32_precision)
-        for setting in _settings(device)
-        if setting.fp32_precision not in ("none", "ieee")
-    ]
-    for setting, _ in reduced:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, before in reduced:
-            setting.fp32_precision = before
+
+    def __init__(self, device: torch.device) -> None:
+        """On the backends of one device."""
+        self._backends = _settings(device)
+        self._reduced: list[Setting] = []
+
+    def __enter__(self) -> None:
+        for backend in self._backends:
+            before = backend.fp32_precision
+            if before not in ("none", "ieee"):
+                self._reduced.append((backend, before))
+                backend.fp32_precision = "ieee"
+
+    def __exit__(self, *error: object) -> None:
+        for backend, before in self._reduced:
+            backend.fp32_precision = before
+        self._reduced.clear()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Operations inside keep the dtype of their arguments."""
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

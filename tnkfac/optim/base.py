@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tnkfac.curvature import FirstForward, full_precision
+from tnkfac.curvature import FirstForward, FullPrecision
 from tnkfac.optim import arguments, checkpoint, fallback
 from tnkfac.optim.guard import SkippedUpdates, Verdicts, loss_scale, non_finite
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.notices import Notices
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
+from tnkfac.optim.scaling import Scaling
 from tnkfac.optim.step import roomy
 from tnkfac.optim.updates import step_layers, step_others
 
@@ -137,6 +138,10 @@ class CurvatureOptimizer(Optimizer):
         pairs = zip(layers, matrices, strict=True)
         return [self._natural(layer, groups[id(layer.weight)], m) for layer, m in pairs]
 
+    def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
+        """Preconditioner of every layer where it scales each number of a gradient."""
+        return [None] * len(layers)
+
     @abstractmethod
     def _is_due(self, group: Group, step: int) -> bool:
         """Whether factors are to be updated at a step."""
@@ -185,7 +190,7 @@ class CurvatureOptimizer(Optimizer):
         if skip is not True:
             keep = None if skip is False else 1 - skip
             device = gradients[0].device if gradients else torch.device("cpu")
-            with full_precision(device):
+            with FullPrecision(device):
                 self._update_factors(pending, groups, keep)
                 self._move(groups, keep)
         self._advance(pending if skip is not True else [], groups)
@@ -203,7 +208,7 @@ class CurvatureOptimizer(Optimizer):
     def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
         """Step every parameter that has a gradient."""
         layers = self._registry.layers
-        self._trust = step_layers(layers, self._naturals, self.state, groups, keep)
+        self._trust = step_layers(layers, self._naturals, self._scalings, self.state, groups, keep)
         skip = None if keep is None else 1 - keep
         step_others(self._registry.others, self.state, self.param_groups, groups, skip)
 
@@ -217,7 +222,7 @@ class CurvatureOptimizer(Optimizer):
             group["step"] += 1
             if self._is_due(group, group["step"]):
                 group["last_due"] = group["step"]
-        self._set_taps()
+        self._set_taps(groups)
 
     def _undo(self, updated: list[CapturedLayer]) -> Callable[[], None]:
         """What to do once a step turns out to have been skipped on the device."""
@@ -226,7 +231,7 @@ class CurvatureOptimizer(Optimizer):
             for layer in updated:
                 layer.last_update -= 1  # due again
                 self.state[layer.weight]["last_update"].fill_(layer.last_update)
-            self._set_taps()
+            self._set_taps(by_parameter(self.param_groups))
 
         return undo
 
@@ -315,11 +320,10 @@ class CurvatureOptimizer(Optimizer):
             state = self.state.get(layer.weight, {})
             layer.last_update = int(state.get("last_update", -1))
             layer.last_inverse = int(state.get("last_inverse", -1))
-        self._set_taps()
+        self._set_taps(by_parameter(self.param_groups))
 
-    def _set_taps(self) -> None:
+    def _set_taps(self, groups: dict[int, Group]) -> None:
         """Switch taps on where the next step is to update factors, and off elsewhere."""
-        groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
             group = groups.get(id(layer.weight))
             if group is None:

@@ -1,4 +1,4 @@
-"""SINGD's update and preconditioning for many layers with diagonal factors at once.
+"""SINGD's update for many layers with diagonal factors at once.
 
 The factors of all layers lie end to end in one vector; every channel group of a layer is a segment
 of it. The arithmetic is that of :mod:`tnkfac.optim.singd_rule`.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.structures.diagonal import Diagonal
+from tnkfac.optim.guard import finite_on_host
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.registry import Group
 from tnkfac.optim.singd_rule import LARGEST_CHANGE
@@ -33,27 +34,30 @@ def suits(layer: CapturedLayer, state: State) -> bool:
     return all(state[name].dtype == kind for name in ("K", "C"))
 
 
-def precondition(pairs: Sequence[tuple[State, Tensor]]) -> list[Tensor]:
-    """``C C^T G K K^T`` for the states and gradient matrices ``[G, C_out / G, D]`` of layers."""
-    K, C = [state["K"] for state, _ in pairs], [state["C"] for state, _ in pairs]
-    right = [part.unsqueeze(1) for part in torch._foreach_mul(K, K)]
-    left = [part.unsqueeze(2) for part in torch._foreach_mul(C, C)]
-    found = torch._foreach_mul([matrix for _, matrix in pairs], right)
-    torch._foreach_mul_(found, left)
-    return list(found)
-
-
 @dataclass(frozen=True)
 class Segments:
-    """Where each channel group of each layer lies in a vector.
+    """Where each channel group of each ``K`` and each ``C`` lies in a vector of all of them.
+
+    All ``K`` come first. The *partner* of a segment of ``K`` is that of the same channel group of
+    ``C``, and the other way round.
 
     Attributes:
         lengths: Numbers of each segment.
-        total: Numbers of all.
+        twice: The same for two such vectors end to end.
+        own: The segment of every number.
+        other: Its partner.
+        partner: The partner of every segment.
+        layer: The layer of every segment.
+        entry: The segment's entry in a table with a number for every ``A``, then for every ``B``.
     """
 
     lengths: Tensor
-    total: int
+    twice: Tensor
+    own: Tensor
+    other: Tensor
+    partner: Tensor
+    layer: Tensor
+    entry: Tensor
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of every segment."""
@@ -63,22 +67,34 @@ class Segments:
         """Largest number of every segment."""
         return torch.segment_reduce(values, "max", lengths=self.lengths, unsafe=True)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """One number for every segment, to all its places."""
-        return torch.repeat_interleave(values, self.lengths, output_size=self.total)
-
 
 @lru_cache(maxsize=64)
-def _segments(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Segments:
-    """Segments of factors ``[G, dim]``; kept, since copying lengths to a device waits for it."""
-    lengths = [dim for groups, dim in shapes for _ in range(groups)]
-    return Segments(torch.tensor(lengths, device=device), sum(lengths))
+def _segments(shapes: tuple[tuple[int, int, int], ...], device: torch.device) -> Segments:
+    """Segments of layers ``(G, D, C_out / G)``; kept, since copies to a device wait for it."""
+    layers = [layer for layer, (groups, _, _) in enumerate(shapes) for _ in range(groups)]
+    lengths = [D for groups, D, _ in shapes for _ in range(groups)]
+    lengths += [out for groups, _, out in shapes for _ in range(groups)]
+    half = len(layers)
+    partner = torch.arange(2 * half).roll(half)
+    own = torch.repeat_interleave(torch.tensor(lengths))
+    layer = torch.tensor(layers)
+    found = (
+        torch.tensor(lengths),
+        torch.tensor(lengths * 2),
+        own,
+        partner[own],
+        partner,
+        layer.repeat(2),
+        torch.cat([layer, layer + len(shapes)]),
+    )
+    return Segments(*(tensor.to(device) for tensor in found))
 
 
 def update(
     states: Sequence[State],
-    factors: Sequence[tuple[Tensor, Tensor]],
+    collected: Sequence[Sequence[Tensor]],
     group: Group,
+    loss_scale: Tensor | float,
     lr_cov: float,
     keep: Tensor | None,
 ) -> None:
@@ -86,66 +102,86 @@ def update(
 
     Args:
         states: States of the layers.
-        factors: ``A [G, D]`` and ``B [G, C_out / G]`` of each.
+        collected: Their statistics, un-normalised: ``A [G, D]``, ``B [G, C_out / G]``, counts.
         group: Hyper-parameters that they share, without ``kfac_like`` and ``normalize_lr_cov``.
+        loss_scale: Number by which the loss was multiplied before it was back-propagated.
         lr_cov: Step size.
         keep: Scalar that is zero where the batch is to be skipped.
     """
-    device = factors[0][0].device
-    k = _segments(tuple((A.shape[0], A.shape[1]) for A, _ in factors), device)
-    c = _segments(tuple((B.shape[0], B.shape[1]) for _, B in factors), device)
-    K, C = (_joined([state[name] for state in states]) for name in ("K", "C"))
-    A, B = _joined([A for A, _ in factors]), _joined([B for _, B in factors])
-    damping: Any = group["damping"]
-    if damping is None:
-        a, b = k.mean(A), c.mean(B)
-        a, b = torch.where(a > 0, a, 1.0), torch.where(b > 0, b, 1.0)
-        damping = group["relative_damping"]
-        if group["grafting"] is None:
-            damping = damping * a * b
-        else:
-            A, B = A / k.spread(a), B / c.spread(b)
-    KK, CC = K * K, C * C
-    H_K, H_C = KK * A, CC * B
-    alpha1 = group["alpha1"]
-    new: dict[str, Tensor] = {}
-    for names, mine, other, X, H, XX, other_H, other_XX in (
-        (("K", "m_K"), k, c, K, H_K, KK, H_C, CC),
-        (("C", "m_C"), c, k, C, H_C, CC, H_K, KK),
-    ):
-        step = mine.spread(other.mean(other_H)) * H
-        step += mine.spread(damping * other.mean(other_XX)) * XX
-        step = 0.5 * (step - 1)
-        if alpha1:
-            step += alpha1 * _joined([state[names[1]] for state in states])
-            new[names[1]] = step
-        rate: Any = lr_cov
-        if group["init"] == "first_batch":
-            rate = mine.spread(torch.clamp(LARGEST_CHANGE / mine.largest(step.abs()), max=lr_cov))
-        new[names[0]] = X - rate * (X * step)
-    _write(states, new, keep)
+    A, B, counts = zip(*collected, strict=True)
+    shapes = tuple((*a.shape, b.shape[1]) for a, b in zip(A, B, strict=True))
+    at = _segments(shapes, A[0].device)
+    X, factors = _joined(states, "K", "C"), torch.cat([part.view(-1) for part in (*A, *B)])
+    factors, damping = _damped(factors, counts, group, loss_scale, at)
+    XX = X * X
+    both = torch.cat([XX * factors, XX])
+    means = torch.segment_reduce(both, "mean", lengths=at.twice, unsafe=True).view(2, -1)
+    means[1] *= damping
+    step = (both.view(2, -1) * means.index_select(1, at.other)).sum(0).sub_(1).mul_(0.5)
+    new = {}
+    if group["alpha1"]:
+        step.add_(_joined(states, "m_K", "m_C"), alpha=group["alpha1"])
+        new["m_"] = step
+    change = X * step
+    if group["init"] == "first_batch":
+        rates = (LARGEST_CHANGE / at.largest(step.abs())).clamp_max_(lr_cov)
+        new[""] = X - change.mul_(rates.index_select(0, at.own))
+    else:
+        new[""] = X - change.mul_(lr_cov)
+    _write(states, new, at, keep)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _damped(
+    factors: Tensor,
+    counts: Sequence[Tensor],
+    group: Group,
+    loss_scale: Tensor | float,
+    at: Segments,
+) -> tuple[Tensor, Any]:
+    """Normalised factors, and the damping of every segment, as :mod:`tnkfac.optim.damping`."""
+    damping = group["damping"]
+    if damping is not None or group["grafting"] is None:
+        samples, rows, terms = torch.stack(list(counts)).unbind(1)
+        by_A = 1 / (rows if group["kfac_approx"] == "expand" else samples)
+        by_B = (torch.ones_like(terms) if group["loss_average"] is None else terms) / loss_scale**2
+        factors = factors * torch.cat([by_A, by_B])[at.entry][at.own]
+    if damping is not None:
+        return factors, damping
+    mean = at.mean(factors)
+    mean += mean == 0  # factors of zeros stay what they are
+    if group["grafting"] is None:
+        return factors, group["relative_damping"] * mean * mean.index_select(0, at.partner)
+    return factors / mean.index_select(0, at.own), group[
+        "relative_damping"
+    ]  # counts and scales do not matter
+
+
+def _joined(states: Sequence[State], *names: str) -> Tensor:
     """Factors end to end."""
-    return torch.cat([part.reshape(-1) for part in parts])
+    return torch.cat([state[name].view(-1) for name in names for state in states])
 
 
-def _write(states: Sequence[State], new: dict[str, Tensor], keep: Tensor | None) -> None:
-    """Write factors into the states, but none of a layer where one of its numbers is not finite."""
-    split = {
-        name: torch.split(values, [state[name].numel() for state in states])
-        for name, values in new.items()
-    }
-    on_host = keep is None and next(iter(new.values())).device.type == "cpu"
-    if on_host and all(bool(values.isfinite().all()) for values in new.values()):
-        for name, parts in split.items():
-            torch._foreach_copy_([state[name].view(-1) for state in states], parts)
-        return
-    for index, state in enumerate(states):
-        mine = {name: parts[index].view_as(state[name]) for name, parts in split.items()}
-        good = torch.stack([part.isfinite().all() for part in mine.values()]).all()
-        if keep is not None:
-            good = good & (keep.to(good.device) > 0)
-        for name, part in mine.items():
-            state[name].copy_(torch.where(good, part, state[name]))
+def _write(
+    states: Sequence[State], new: dict[str, Tensor], at: Segments, keep: Tensor | None
+) -> None:
+    """Write factors into the states, but none of a layer where one of its numbers is not finite.
+
+    Args:
+        states: States of the layers.
+        new: Numbers of ``K`` and ``C``, and of what bears their names behind a prefix.
+        at: Where they lie.
+        keep: Scalar that is zero where the batch is to be skipped.
+    """
+    values = list(new.values())
+    if keep is not None or values[0].device.type != "cpu" or not finite_on_host(values):
+        largest = torch.stack([at.largest(value.abs()) for value in values]).amax(0)
+        bad = torch.zeros(len(states), device=largest.device)
+        bad.index_add_(0, at.layer, (~largest.isfinite()).float())
+        good = bad == 0 if keep is None else (bad == 0) & (keep.to(bad.device) > 0)
+        chosen = good[at.layer][at.own]
+        for prefix, value in new.items():
+            old = _joined(states, f"{prefix}K", f"{prefix}C")
+            new[prefix] = torch.where(chosen, value, old)
+    for prefix, value in new.items():
+        parts = [state[prefix + name].view(-1) for name in ("K", "C") for state in states]
+        torch._foreach_copy_(parts, torch.split(value, [len(part) for part in parts]))

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from tnkfac.curvature import fast
+
 State = dict[str, Any]
 
 
@@ -73,7 +75,8 @@ def _update(
     lr = learning_rate(group)
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         lr = float(lr)
-    fused = skip is not None and params[0].is_floating_point()
+    fused = skip is not None or (fast() and params[0].device.type in ("cpu", "cuda"))
+    fused = fused and params[0].is_floating_point()
     kernel = {"fused": True, "found_inf": skip} if fused else {"foreach": True}
     if group["fallback"] == "adamw":
         beta1, beta2 = group["fallback_betas"]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
-
-_SMALL = 1 << 13
-"""Up to so many numbers, what a call costs counts more than what it does."""
 
 
 def loss_scale(grad_scaler: Any) -> Tensor | float:
@@ -56,28 +54,35 @@ def non_finite(tensors: Iterable[Tensor]) -> Tensor | bool:
         tensor = tensor if local is None else local()
         if tensor.numel():
             by_device.setdefault(tensor.device, []).append(tensor)
-    flags: list[Tensor] = []
-    for group in by_device.values():
-        flags.append(~finite(group))
-    if all(flag.device.type == "cpu" for flag in flags):
-        return any(bool(flag) for flag in flags)
-    device = next(flag.device for flag in flags if flag.device.type != "cpu")
+    on_host = by_device.pop(torch.device("cpu"), [])
+    bad = bool(on_host) and not finite_on_host(on_host)
+    if not by_device:
+        return bad
+    flags = [~finite(group) for group in by_device.values()]
+    device = flags[0].device
+    if bad:
+        return torch.ones((), device=device)
     return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any().float()
 
 
 def finite(tensors: list[Tensor]) -> Tensor:
     """Whether all entries of some tensors on one device are finite, without waiting for it."""
     filled = [tensor for tensor in tensors if tensor.numel()]
-    ends: list[Tensor] = []
-    if filled[0].device.type == "cpu":  # where norms of large tensors take nine times as long
-        large = [tensor for tensor in filled if tensor.numel() > _SMALL]
-        filled = [tensor for tensor in filled if tensor.numel() <= _SMALL]
-        ends = [end for tensor in large for end in torch.aminmax(tensor)]
-    if filled:
-        ends += torch._foreach_norm(filled, float("inf"))
+    ends = list(torch._foreach_norm(filled, float("inf")))
     if len({end.dtype for end in ends}) > 1:
         ends = [end.double() for end in ends]
     return torch.stack(ends).isfinite().all()
+
+
+def finite_on_host(tensors: list[Tensor]) -> bool:
+    """The same on the CPU, where Euclidean norms take a tenth of the time of the largest entry."""
+    for tensor, norm in zip(tensors, torch._foreach_norm(tensors), strict=True):
+        if isfinite(norm.item()):
+            continue
+        parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if not all(isfinite(end.item()) for end in torch.aminmax(parts)):
+            return False  # not only the sum of its squares
+    return True
 
 
 class SkippedUpdates:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import Owner, Statistics, Tap, attach, describe
+
+if TYPE_CHECKING:
+    from tnkfac.optim.scaling import Scaling
 
 
 @dataclass
@@ -24,6 +27,7 @@ class CapturedLayer:
         statistics: What the taps of its modules measure.
         last_update: Step of the last factor update, or -1.
         last_inverse: Step of the last decomposition, or -1.
+        scaling: What an optimizer has derived from the state to precondition with, if anything.
         removers: Callables that remove the taps.
     """
 
@@ -34,6 +38,7 @@ class CapturedLayer:
     statistics: Statistics
     last_update: int = -1
     last_inverse: int = -1
+    scaling: Scaling | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
 
     def params(self) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import hypot, inf
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ from tnkfac.optim.step import RMS
 Group = dict[str, Any]
 CHUNK = 1 << 22
 """Bytes of gradients on the CPU that are taken to the end together: they stay in its cache."""
-Update = tuple[CapturedLayer, Tensor]
+Update = tuple[CapturedLayer, Tensor, Tensor | None]
+_SAFE = 1e-10
+"""Norms above it have lost nothing to squares that vanish in float32."""
 
 
-def suits(layer: CapturedLayer, update: Tensor, state: Any, groups: dict[int, Group]) -> bool:
-    """Whether all options of a layer can be had for lists of tensors, and its tensors viewed."""
+def suits(layer: CapturedLayer, state: Any, groups: dict[int, Group]) -> bool:
+    """Whether all options of a layer can be had for lists of tensors, and its tensors be used."""
     own = groups[id(layer.weight)]
     if own["grafting"] in ("adam", "sgd") or own.get("nesterov", False):
         return False
-    kind = update.dtype
+    kind = layer.weight.dtype
     if kind not in (torch.float32, torch.float64):
         return False
     for param in layer.params():
@@ -36,12 +39,22 @@ def suits(layer: CapturedLayer, update: Tensor, state: Any, groups: dict[int, Gr
             return False
         if isinstance(group["momentum"], Tensor) or param.dtype != kind:
             return False
-        if not param.is_contiguous() or type(param) not in (Tensor, torch.nn.Parameter):
+        if param.device.type not in ("cpu", "cuda") or type(param) not in _PLAIN:
+            return False
+        if not (param.is_contiguous() or _is_dense(param)):
             return False
         buffer = state.get(param, {}).get("momentum_buffer")  # that of a checkpoint may differ
-        if buffer is not None and (buffer.dtype != kind or not buffer.is_contiguous()):
+        if buffer is not None and (buffer.dtype != kind or buffer.stride() != param.stride()):
             return False
     return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_dense(param: Tensor) -> bool:
+    """Whether a tensor fills its memory, in whatever order of axes."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(param))
 
 
 def chunks(layers: Sequence[CapturedLayer]) -> list[list[CapturedLayer]]:
@@ -66,41 +79,33 @@ def step_many(
     """Graft and step all weights and biases.
 
     Args:
-        updates: Layers, each with its preconditioned gradient matrix ``[G, C_out / G, D]``.
+        updates: Layers of one device and dtype, each with the preconditioned gradients of its
+            weight and, where that has one, of its bias; they may be overwritten.
         state: State of the optimizer.
         groups: Parameter groups by ``id`` of the parameter.
-        keep: Scalar that is zero where the batch is to be skipped; the updates are zero then.
+        keep: Scalar that is zero where the batch is to be skipped.
     """
-    grafted = [i for i, (la, _) in enumerate(updates) if groups[id(la.weight)]["grafting"]]
-    values = [update for _, update in updates]
-    if grafted:
-        trained = [_trained(*updates[i]) for i in grafted]
-        sizes = tuple(
-            _size(groups[id(updates[i][0].weight)]) * part.numel() ** 0.5
-            for i, part in zip(grafted, trained, strict=True)
-        )
-        scales = _scales(trained, sizes)
-        scaled = torch._foreach_mul([values[i] for i in grafted], scales)
-        for i, value in zip(grafted, scaled, strict=True):
-            values[i] = value
+    updates = _grafted(updates, groups, keep is None)
     batches: dict[Any, tuple[Group, bool, bool, list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for (layer, _), value in zip(updates, values, strict=True):
+    for layer, *both in updates:
         own = groups[id(layer.weight)]
-        for param, part in zip(layer.params(), _parts(layer, value), strict=True):
-            if param.grad is None:
+        averaged, decoupled = own["grafting"] is not None, own["decoupled_weight_decay"]
+        for param, update in zip((layer.weight, layer.bias), both, strict=True):
+            if param is None or update is None or param.grad is None:
                 continue
             group = groups.get(id(param), own)
-            averaged, decoupled = own["grafting"] is not None, own["decoupled_weight_decay"]
             key = id(group), averaged, decoupled
             batch = batches.get(key)
             if batch is None:
                 batch = batches[key] = (group, averaged, decoupled, [], [], [])
-            batch[3].append(param.view_as(part))
-            batch[4].append(part)
+            if update.stride() != param.stride():
+                update = torch.empty_like(param).copy_(update)
+            batch[3].append(param)
+            batch[4].append(update)
             if group["momentum"]:
-                batch[5].append(state[param]["momentum_buffer"].view_as(part))
-    for group, averaged, decoupled, params, parts, buffers in batches.values():
-        _apply(group, averaged, decoupled, params, parts, buffers, keep)
+                batch[5].append(state[param]["momentum_buffer"])
+    for batch in batches.values():
+        _apply(*batch, keep)
 
 
 def _apply(
@@ -108,50 +113,116 @@ def _apply(
     averaged: bool,
     decoupled: bool,
     params: list[Tensor],
-    parts: list[Tensor],
+    updates: list[Tensor],
     buffers: list[Tensor],
     keep: Tensor | None,
 ) -> None:
-    """Momentum, decay and the step, in place, as in :func:`tnkfac.optim.step.apply_update_`."""
+    """Momentum, decay and the step, as in :func:`tnkfac.optim.step.apply_update_`.
+
+    torch's kernel for SGD does it all in one pass, and nothing at all where ``found_inf`` is one.
+    """
     lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    skip = None
     if keep is not None:
-        keep = keep.to(params[0].device, params[0].dtype)
+        skip = 1 - keep.to(params[0].device, torch.float32)
+        keep = 1 - skip.to(params[0].dtype)
     if decay and decoupled:
-        shrink: Any = 1 - lr * decay if keep is None else 1 - lr * decay * keep
-        torch._foreach_mul_(params, shrink)
-    elif decay:
-        part = params if keep is None else torch._foreach_mul(params, keep)
-        parts = list(torch._foreach_add(parts, part, alpha=decay))
-    if buffers:
-        if averaged and keep is None:
-            torch._foreach_lerp_(buffers, parts, 1 - momentum)
-        elif averaged:
-            torch._foreach_lerp_(buffers, parts, [(1 - momentum) * keep] * len(parts))
-        else:
-            torch._foreach_mul_(buffers, momentum if keep is None else 1 - (1 - momentum) * keep)
-            torch._foreach_add_(buffers, parts)
-        parts = buffers
-    if keep is None:
-        torch._foreach_add_(params, parts, alpha=-lr)
-    else:
-        torch._foreach_sub_(params, torch._foreach_mul(parts, lr * keep))
+        torch._foreach_mul_(params, 1 - lr * decay if keep is None else 1 - lr * decay * keep)
+    torch._fused_sgd_(
+        params,
+        updates,
+        buffers,
+        weight_decay=0.0 if decoupled else float(decay),
+        momentum=float(momentum),
+        lr=float(lr),
+        dampening=float(momentum) if averaged else 0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        found_inf=skip,
+    )
 
 
-def _trained(layer: CapturedLayer, update: Tensor) -> Tensor:
-    """What of an update is not frozen."""
-    if layer.bias is not None and layer.bias.grad is None:
-        return update[:, :, :-1]
-    return update
+def _grafted(
+    updates: Sequence[Update], groups: dict[int, Group], on_host: bool
+) -> list[tuple[CapturedLayer, Tensor, Tensor | None]]:
+    """Give every update the size that its group asks for; they may be overwritten.
+
+    Args:
+        updates: As for :func:`step_many`.
+        groups: Parameter groups by ``id`` of the parameter.
+        on_host: Whether numbers may be looked at.
+    """
+    grafted = [entry for entry in updates if groups[id(entry[0].weight)]["grafting"]]
+    if not grafted:
+        return list(updates)
+    weights = [weight for _, weight, _ in grafted]
+    at = tuple(i for i, (_, _, bias) in enumerate(grafted) if bias is not None)
+    biases = [bias for _, _, bias in grafted if bias is not None]
+    numbers = [weight.numel() for weight in weights]
+    for i, bias in zip(at, biases, strict=True):
+        numbers[i] += bias.numel()
+    sizes = tuple(
+        _size(groups[id(layer.weight)]) * count**0.5
+        for (layer, *_), count in zip(grafted, numbers, strict=True)
+    )
+    scale = _scaled_on_host if on_host and weights[0].device.type == "cpu" else _scaled
+    done = scale(weights, biases, at, sizes)
+    own = dict(zip(at, done[len(weights) :], strict=True))
+    found = {id(layer): (layer, done[i], own.get(i)) for i, (layer, *_) in enumerate(grafted)}
+    return [found.get(id(entry[0]), entry) for entry in updates]
 
 
-def _parts(layer: CapturedLayer, update: Tensor) -> list[Tensor]:
-    """An update for weight and bias, in shapes that these can be viewed as."""
-    if layer.statistics.layer.kind == "conv_transpose":  # its matrix is no view of the weight
-        weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
-        return [weight] if bias is None else [weight, bias]
-    if layer.bias is None:
-        return [update]
-    return [update[:, :, :-1], update[:, :, -1:]]
+def _scaled_on_host(
+    weights: list[Tensor], biases: list[Tensor], at: tuple[int, ...], sizes: tuple[float, ...]
+) -> list[Tensor]:
+    """Bring weights and biases, which go with the weights at some places, to their joint norms."""
+    values = [*weights, *biases]
+    norms = _host_norms(values)
+    for i, norm in zip(at, norms[len(weights) :], strict=True):
+        norms[i] = hypot(norms[i], norm)
+    found = [size / norm if norm > 0 else 0.0 for size, norm in zip(sizes, norms, strict=False)]
+    torch._foreach_mul_(values, [*found, *(found[i] for i in at)])
+    return values
+
+
+def _scaled(
+    weights: list[Tensor], biases: list[Tensor], at: tuple[int, ...], sizes: tuple[float, ...]
+) -> list[Tensor]:
+    """The same without waiting for a device, and there with few launches."""
+    values = [*weights, *biases]
+    total = torch.stack(torch._foreach_norm(values, dtype=torch.float64))
+    device = total.device
+    if biases:
+        squares = total.square()
+        places = _kept(at, torch.int64, device)
+        total = squares[: len(weights)].index_add(0, places, squares[len(weights) :]).sqrt()
+    scales = torch.where(total > 0, _kept(sizes, total.dtype, device) / total, 0.0)
+    scales = scales.to(weights[0].dtype)
+    if biases:
+        scales = scales.index_select(0, _kept((*range(len(weights)), *at), torch.int64, device))
+    if not all(value.is_contiguous() for value in values):
+        torch._foreach_mul_(values, scales.unbind())
+        return values
+    counts = [value.numel() for value in values]  # end to end: numbers times tensors go one by one
+    lengths = _kept(tuple(counts), torch.int64, device)
+    flat = torch.cat([value.view(-1) for value in values])
+    flat *= torch.repeat_interleave(scales, lengths, output_size=len(flat))
+    parts = torch.split(flat, counts)
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+
+def _host_norms(updates: list[Tensor]) -> list[float]:
+    """Norm of each.
+
+    Squares are summed in float64 where they would not fit into float32: where a normalisation
+    follows a layer, its output factor is all rounding, and its natural gradient may be of size
+    1e19. That takes several times as long, so it is done only if there is need.
+    """
+    norms: list[float] = [norm.item() for norm in torch._foreach_norm(updates)]
+    if not all(_SAFE < norm < inf for norm in norms):
+        norms = [norm.item() for norm in torch._foreach_norm(updates, dtype=torch.float64)]
+    return norms
 
 
 def _size(group: Group) -> float:
@@ -159,19 +230,7 @@ def _size(group: Group) -> float:
     return RMS if kind == "rms" else float(kind)
 
 
-def _scales(updates: list[Tensor], sizes: tuple[float, ...]) -> list[Tensor]:
-    """What brings each update to its norm, zero for one of zeros.
-
-    Squares are summed in float64: where a normalisation follows a layer, its output factor is all
-    rounding, and its natural gradient may be of size 1e19.
-    """
-    norms = torch.stack(torch._foreach_norm(updates, dtype=torch.float64))
-    wanted = _sizes(sizes, norms.dtype, norms.device)
-    found = torch.where(norms > 0, wanted / norms, 0.0)
-    return list(found.to(updates[0].dtype).unbind())
-
-
 @lru_cache(maxsize=256)
-def _sizes(sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers already on the device: copying them there would wait for it."""
-    return torch.tensor(sizes, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, device=device)

@@ -25,6 +25,11 @@ class Notices:
         Raises:
             ValueError: If a gradient is sparse.
         """
+        if all(
+            param.grad is not None and param.grad.layout == torch.strided
+            for param in registry.params()
+        ):
+            return
         missing = []
         for name, param in registry.named():
             if param.grad is not None and param.grad.layout != torch.strided:

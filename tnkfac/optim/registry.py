@@ -84,6 +84,15 @@ class Registry:
         for layer in self.layers:
             layer.close()
 
+    def params(self) -> Iterator[Tensor]:
+        """All parameters."""
+        for layer in self.layers:
+            yield layer.weight
+            if layer.bias is not None:
+                yield layer.bias
+        for other in self.others:
+            yield other.param
+
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters with their qualified names."""
         for layer in self.layers:

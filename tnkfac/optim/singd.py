@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Preconditioner, Structure, stationary_point
-from tnkfac.optim import arguments, budget, diagonals
+from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_point
+from tnkfac.optim import arguments, budget, diagonals, scaling
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.damping import damped, divided
 from tnkfac.optim.guard import loss_scale
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.parts import load, overwrite, store
-from tnkfac.optim.paths import fast
 from tnkfac.optim.registry import Group, by_parameter
+from tnkfac.optim.scaling import Scaling
 from tnkfac.optim.singd_rule import singd_update
 from tnkfac.optim.step import roomy
 
@@ -276,11 +276,11 @@ class SINGD(CurvatureOptimizer):
         scale = loss_scale(self._grad_scaler) if together else 1.0
         for layers in together.values():
             group = groups[id(layers[0].weight)]
-            found = [layer.statistics.factors(scale) for layer in layers]
             diagonals.update(
                 [self.state[layer.weight] for layer in layers],
-                [(factors.A[0], factors.B[0]) for factors in found],
+                [layer.statistics.sums() for layer in layers],
                 group,
+                scale,
                 _at(group["lr_cov"], group["step"]),
                 keep,
             )
@@ -288,20 +288,13 @@ class SINGD(CurvatureOptimizer):
         rest = [layer for layer in pending if id(layer) not in done]
         super()._update_factors(rest, groups, keep)
 
-    def _naturals(
-        self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
-    ) -> list[Tensor]:
-        chosen = [
-            i
-            for i, layer in enumerate(layers)
-            if fast() and diagonals.suits(layer, self.state[layer.weight])
-        ]
-        pairs = [(self.state[layers[i].weight], matrices[i]) for i in chosen]
-        found = dict(zip(chosen, diagonals.precondition(pairs), strict=True)) if pairs else {}
-        return [
-            found[i] if i in found else self._natural(layer, groups[id(layer.weight)], matrices[i])
-            for i, layer in enumerate(layers)
-        ]
+    def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
+        pairs: list[tuple[Tensor, Tensor] | None] = []
+        for layer in layers:
+            state = self.state[layer.weight]
+            found = (state["K"], state["C"]) if diagonals.suits(layer, state) else None
+            pairs.append(found)
+        return scaling.read(layers, pairs)
 
     def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
         state, statistics = self.state[layer.weight], layer.statistics

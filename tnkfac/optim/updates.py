@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from tnkfac.curvature import fast
 from tnkfac.optim import fallback, multi
 from tnkfac.optim.layers import CapturedLayer, Uncaptured
-from tnkfac.optim.paths import fast
 from tnkfac.optim.registry import Group
+from tnkfac.optim.scaling import Scaling, scaled_gradients
 from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft
 
 State = Any
 Naturals = Callable[[list[CapturedLayer], dict[int, Group], list[Tensor]], list[Tensor]]
+Scalings = Callable[[list[CapturedLayer]], list[Scaling | None]]
 
 
 def natural_gradients(
@@ -46,37 +48,87 @@ def natural_gradients(
 def step_layers(
     layers: Iterable[CapturedLayer],
     naturals: Naturals,
+    scalings: Scalings,
     state: State,
     groups: dict[int, Group],
     keep: Tensor | None,
 ) -> Tensor | None:
-    """Step weights and biases of all layers; takes, and returns the factor, as above."""
+    """Step weights and biases of all layers.
+
+    Args:
+        layers: Layers in module order.
+        naturals: As above.
+        scalings: The :class:`Scaling` of every layer that has one.
+        state: State of the optimizer.
+        groups: Parameter groups by ``id`` of the parameter.
+        keep: Scalar that is zero where the batch is to be skipped.
+
+    Returns:
+        By what the trust region scaled all updates, or None without one.
+    """
     layers = [la for la in layers if any(p.grad is not None for p in la.params())]
     if any(groups[id(layer.weight)]["kl_clip"] is not None for layer in layers):
         updates, factor = natural_gradients(layers, naturals, groups, keep)
         chosen = {id(layer): (matrix, update) for layer, matrix, update in updates}
         for chunk in multi.chunks(layers):
-            _finish(chunk, [chosen[id(layer)] for layer in chunk], state, groups, keep)
+            _finish(chunk, [chosen[id(layer)] for layer in chunk], [], state, groups, keep)
         return factor
     for chunk in multi.chunks(layers):  # to the end, one after the other
-        matrices = [gradient_matrix(layer, keep) for layer in chunk]
-        found = naturals(chunk, groups, matrices)
-        _finish(chunk, list(zip(matrices, found, strict=True)), state, groups, keep)
+        scaled, rest = _scaled(chunk, scalings, state, groups)
+        matrices = [gradient_matrix(layer, keep) for layer in rest]
+        found = naturals(rest, groups, matrices) if rest else []
+        _finish(rest, list(zip(matrices, found, strict=True)), scaled, state, groups, keep)
     return None
+
+
+def _scaled(
+    layers: list[CapturedLayer], scalings: Scalings, state: State, groups: dict[int, Group]
+) -> tuple[list[multi.Update], list[CapturedLayer]]:
+    """Layers whose gradients are but scaled, with the results; and all others."""
+    if not fast():
+        return [], layers
+    rest: list[CapturedLayer] = []
+    fitting: list[CapturedLayer] = []
+    for layer in layers:
+        whole = layer.weight.grad is not None and layer.weight.grad.dtype == layer.weight.dtype
+        (fitting if whole and multi.suits(layer, state, groups) else rest).append(layer)
+    chosen: list[tuple[CapturedLayer, Scaling]] = []
+    for layer, found in zip(fitting, scalings(fitting), strict=True):
+        if found is None:
+            rest.append(layer)
+        else:
+            chosen.append((layer, found))
+    pairs = scaled_gradients(chosen) if chosen else []
+    return [(la, *pair) for (la, _), pair in zip(chosen, pairs, strict=True)], rest
 
 
 def _finish(
     layers: list[CapturedLayer],
     pairs: list[tuple[Tensor, Tensor]],
+    scaled: list[multi.Update],
     state: State,
     groups: dict[int, Group],
     keep: Tensor | None,
 ) -> None:
-    """Graft and step, given gradient matrices and what they were preconditioned to."""
-    many = []
+    """Graft and step.
+
+    Args:
+        layers: Layers.
+        pairs: Their gradient matrices, and what these were preconditioned to.
+        scaled: More layers, with the preconditioned gradients of their parameters.
+        state: State of the optimizer.
+        groups: Parameter groups by ``id`` of the parameter.
+        keep: Scalar that is zero where the batch is to be skipped.
+    """
+    many = scaled
     for layer, (matrix, update) in zip(layers, pairs, strict=True):
-        if fast() and multi.suits(layer, update, state, groups):
-            many.append((layer, update))
+        fits = update.dtype == layer.weight.dtype and multi.suits(layer, state, groups)
+        if fast() and fits:
+            if update.data_ptr() == matrix.data_ptr():  # a gradient, which stays as it is
+                update = update.clone()
+            weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
+            frozen = layer.bias is None or layer.bias.grad is None
+            many.append((layer, weight, None if frozen else bias))
         else:
             _step_layer(layer, matrix, update, state, groups, keep)
     if many:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture import silenced
-from tnkfac.curvature.precision import full_precision
+from tnkfac.curvature.precision import FullPrecision
 
 Data = Iterable[Any]
 
@@ -29,7 +29,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with torch.enable_grad(), silenced(model), full_precision(device):
+        with torch.enable_grad(), silenced(model), FullPrecision(device):
             yield
     finally:
         with torch.no_grad():

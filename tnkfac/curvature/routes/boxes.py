@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tnkfac.curvature.routes.taps import Classes, Taps
 
-SMALL = 128
+SMALL = 400
 """Up to so many pixels, one product with all axes at once is faster than one per axis."""
 
 
@@ -30,18 +30,40 @@ def box_sums(x: Tensor, classes: Classes) -> Tensor:
     sizes = x.shape[1:]
     if all(len(axis) == 1 and axis[0].count == 1 for axis in classes):
         return _one_tap_sums(x, [taps for (taps,) in classes])
-    boxes = [_box(axis, x.dtype, x.device) for axis in classes]
     if prod(sizes) <= SMALL:
-        joint = boxes[0]
-        for box in boxes[1:]:
-            joint = torch.kron(joint, box)
-        return x.reshape(x.shape[0], -1) @ joint.T
+        return x.reshape(x.shape[0], -1) @ _joint(classes, x.dtype, x.device)
+    boxes = [_box(axis, x.dtype, x.device) for axis in classes]
     if len(sizes) == 1:
         return x @ boxes[0].T
     for a, box in enumerate(boxes[:-1]):
         x = torch.matmul(box, x.reshape(-1, sizes[a], prod(sizes[a + 1 :])))
     x = x.reshape(-1, sizes[-1]) @ boxes[-1].T
     return x.reshape(-1, prod(box.shape[0] for box in boxes))
+
+
+def position_sums(x: Tensor, classes: Classes) -> Tensor:
+    """The same for every sample and channel, in the order in which ``x`` lies in memory.
+
+    Args:
+        x: ``[N, C, I1, .., Id]``.
+        classes: Classes of taps per axis.
+
+    Returns:
+        ``[N, C, K1 * .. * Kd]``.
+    """
+    count, channels, *sizes = x.shape
+    last = x.movedim(1, -1)
+    if not last.is_contiguous() or x.is_contiguous():
+        return box_sums(x.flatten(0, 1), classes).reshape(count, channels, -1)
+    boxes = [_box(axis, x.dtype, x.device) for axis in classes]
+    if prod(sizes) <= SMALL:
+        joint = _joint(classes, x.dtype, x.device).T
+        return torch.matmul(joint, last.reshape(count, -1, channels)).transpose(1, 2)
+    rows = count
+    for a, box in enumerate(boxes):
+        last = torch.matmul(box, last.reshape(rows, sizes[a], prod(sizes[a + 1 :]) * channels))
+        rows *= len(box)
+    return last.reshape(count, -1, channels).transpose(1, 2)
 
 
 def _one_tap_sums(x: Tensor, taps: list[Taps]) -> Tensor:
@@ -56,19 +78,28 @@ def _one_tap_sums(x: Tensor, taps: list[Taps]) -> Tensor:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """``sum_n x[n]^2`` in one pass, without a square of the whole batch.
+    """``sum_n x[n]^2``, on the CPU without a square of the whole batch.
 
     Args:
         x: ``[N, ...]``.
     """
-    total = x.new_zeros(x.shape[1:])
-    together = max(1, 2**16 // max(1, total.numel()))
+    if x.numel() <= _AT_ONCE:
+        return x.square().sum(0)
+    if x.device.type != "cpu":
+        norms: Tensor = torch.linalg.vector_norm(x, dim=0)  # one kernel, which keeps no square
+        return norms.square()
+    total = torch.zeros_like(x[0])
+    together = max(1, _AT_ONCE // max(1, total.numel()))
     for part in torch.split(x, together):
         if together == 1:
             total.addcmul_(part[0], part[0])
         else:
             total += part.square().sum(0)
     return total
+
+
+_AT_ONCE = 2**16
+"""Numbers whose squares stay in the cache."""
 
 
 @lru_cache(maxsize=1024)
@@ -82,3 +113,10 @@ def _box(axis: tuple[Taps, ...], dtype: torch.dtype, device: torch.device) -> Te
                 if 0 <= pixel < taps.pixels:
                     box[taps.first + j * taps.every, pixel] = 1
     return box.to(device)
+
+
+@lru_cache(maxsize=1024)
+def _joint(classes: Classes, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same for all axes at once, ``[I1 * .. * Id, K1 * .. * Kd]``."""
+    boxes = [_box(axis, dtype, device) for axis in classes]
+    return reduce(torch.kron, boxes).T.contiguous()

@@ -1,0 +1,60 @@
+"""Runs Triton's kernel by its interpreter, against unfolding in float64; for ``test_kernels``."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import sys
+
+import torch
+from torch import nn
+
+from tnkfac.curvature import describe
+from tnkfac.curvature.grams import input_gram, output_gram
+from tnkfac.curvature.routes import kernels
+
+CASES = {
+    "linear": (nn.Linear(5, 3), (4, 7, 5)),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 11)),
+    "conv2d": (nn.Conv2d(3, 5, 3, padding=1), (5, 3, 9, 7)),
+    "many channels": (nn.Conv2d(70, 5, 2), (2, 70, 5, 4)),
+    "many pixels": (nn.Conv2d(2, 3, 3), (2, 2, 17, 19)),
+    "stride, dilation": (nn.Conv2d(4, 6, (3, 2), (2, 3), (2, 0), (1, 2)), (4, 4, 12, 11)),
+    "pointwise": (nn.Conv2d(4, 6, 1), (3, 4, 6, 5)),
+    "pointwise, stride": (nn.Conv2d(4, 6, 1, stride=2), (3, 4, 6, 5)),
+    "circular": (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), (2, 2, 5, 6)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (3, 4, 5, 6)),
+    "transposed 1d": (nn.ConvTranspose1d(4, 6, 4, 3, 2), (3, 4, 7)),
+}
+
+
+def check(name: str, dtype: torch.dtype, channels_last: bool) -> None:
+    """Compare both sides of one layer."""
+    torch.manual_seed(0)
+    module, shape = CASES[name]
+    x = torch.randn(shape).to(dtype)
+    g = torch.randn_like(module(x.float())).to(dtype)
+    if channels_last and x.ndim == 4:
+        x, g = (t.to(memory_format=torch.channels_last) for t in (x, g))
+    layer = describe(module)
+    size = (x.shape[1],) if layer.kind == "linear" else tuple(g.shape[2:])
+    a = input_gram(layer, x.double(), g.shape, "reduce").diagonal()
+    b = output_gram(layer, g.double(), "reduce").diagonal()
+    found = kernels.input_sums(layer, layer.standard_input(x), size)
+    assert found is not None
+    positions = torch.Size(size).numel()
+    found = found.reshape(layer.groups, -1) / positions**2
+    torch.testing.assert_close(found.double(), a[:, :-1], rtol=1e-5, atol=1e-6)
+    sums = kernels.output_sums(layer, layer.standard_output(g)).reshape(layer.groups, -1)
+    torch.testing.assert_close(sums.double(), b, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        for kind in (torch.float32, torch.float16):  # the interpreter mistakes bfloat16
+            for last in (False, True):
+                kernels._PROGRAMS = 2 if last else 2048  # several samples to a program
+                check(case, kind, last)
+        print(case, "agrees")
+    assert kernels.input_sums(describe(nn.Conv3d(2, 2, 2)), torch.zeros(1, 2, 3, 3, 3), ()) is None
+    sys.exit(0)

@@ -1,0 +1,79 @@
+"""Both diagonals with few operations, against the routes that they stand for."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tnkfac.curvature import describe
+from tnkfac.curvature.grams import gram_pair
+from tnkfac.curvature.routes import boxes
+from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
+
+CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 3), (4, 5)),
+    "linear, positions": (lambda: nn.Linear(5, 3), (4, 7, 2, 5)),
+    "linear, no bias": (lambda: nn.Linear(5, 3, bias=False), (1, 5)),
+    "conv1d, groups": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 11)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, 3, padding=1), (5, 3, 9, 7)),
+    "conv2d, one sample without batch": (lambda: nn.Conv2d(3, 5, 3, padding=1), (3, 9, 7)),
+    "conv2d, many pixels": (lambda: nn.Conv2d(3, 5, 3, dilation=2, padding=1), (2, 3, 30, 28)),
+    "conv2d, many numbers": (lambda: nn.Conv2d(4, 2, 5, stride=2), (6, 4, 64, 60)),
+    "pointwise": (lambda: nn.Conv2d(4, 6, 1), (3, 4, 6, 5)),
+    "pointwise, stride": (lambda: nn.Conv2d(4, 6, 1, stride=2), (3, 4, 6, 5)),
+    "circular": (lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), (2, 2, 5, 6)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, bias=False), (2, 6, 21, 22)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (2, 2, 5, 6, 4)),
+    "conv3d, many pixels": (lambda: nn.Conv3d(2, 3, 3), (2, 2, 9, 8, 9)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 4, 3, 2), (3, 4, 7)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (3, 4, 5, 6)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 4, 2, 2), (2, 2, 3, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", ["as is", "channels last"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_routes(name: str, approx: Any, layout: str) -> None:
+    build, shape = CASES[name]
+    module = build().double()
+    x = torch.randn(shape, dtype=torch.float64)
+    g = torch.randn_like(module(x))
+    if layout == "channels last" and x.ndim >= 4:
+        order = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        if x.ndim == len(module.weight.shape):
+            x, g = x.to(memory_format=order), g.to(memory_format=order)
+    layer = describe(module)
+    a, b = gram_pair(layer, x, g, approx)
+    X, G = layer.standard_input(x), layer.standard_output(g)
+    size = output_size(layer, X, G)
+    found = input_squares(layer, X, size, approx, torch.float64)
+    torch.testing.assert_close(found, a.diagonal(), rtol=1e-11, atol=1e-12)
+    found = output_squares(layer, G, approx, torch.float64)
+    torch.testing.assert_close(found, b.diagonal(), rtol=1e-11, atol=1e-12)
+    assert len(X) * torch.Size(size).numel() == a.samples * a.positions
+
+
+@pytest.mark.parametrize("small", [0, 10**9], ids=["axis by axis", "all axes at once"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_ways_to_sum_over_positions(
+    small: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boxes, "SMALL", small)
+    layer = describe(nn.Conv2d(3, 5, 3, stride=2, padding=1))
+    x = torch.randn(4, 3, 8, 9).double()
+    expected = torch.nn.functional.unfold(x, 3, stride=2, padding=1).sum(2)
+    expected = expected.div(20).square().sum(0)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    found = input_squares(layer, x, (4, 5), "reduce", torch.float64)
+    torch.testing.assert_close(found[0, :-1], expected)
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    layer = describe(nn.Linear(3, 3))
+    x = torch.full((4096, 1, 3), 1.0, dtype=torch.bfloat16)
+    found = input_squares(layer, x, (1,), "expand", torch.float32)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[4096.0] * 4]

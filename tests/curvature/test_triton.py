@@ -1,0 +1,54 @@
+"""Triton's kernel, by its interpreter where there is no GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tnkfac.curvature import describe
+from tnkfac.curvature.grams import input_gram, output_gram
+from tnkfac.curvature.routes.squares import input_squares, output_squares
+
+SCRIPT = Path(__file__).with_name("kernels_interpreted.py")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernel_equals_unfolding() -> None:
+    """In a process of its own: a switch before Triton is imported decides who runs kernels."""
+    found = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.count("agrees") == 11
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "module",
+    [nn.Conv2d(70, 64, 3, 2, 1), nn.Conv2d(3, 64, 7, 2, 3), nn.ConvTranspose2d(8, 6, 3, 2, 1, 1)],
+    ids=str,
+)
+def test_the_kernel_on_cuda(module: nn.Module, kind: torch.dtype, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layer = describe(module)
+    x = torch.randn(8, layer.in_channels, 33, 31, device="cuda").to(kind, memory_format=layout)
+    g = torch.randn_like(module.cuda()(x.float())).to(kind, memory_format=layout)
+    size = tuple(g.shape[2:])
+    a = input_squares(layer, x, size, "reduce", torch.float32)
+    b = output_squares(layer, g, "reduce", torch.float32)
+    A = input_gram(layer, x.double(), g.shape, "reduce").diagonal()
+    B = output_gram(layer, g.double(), "reduce").diagonal()
+    torch.testing.assert_close(a.double(), A, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(b.double(), B, rtol=1e-4, atol=1e-4)
+
+
+def test_environment_is_left_alone() -> None:
+    """The interpreter would be in force for everything after it."""
+    assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0")

@@ -1,0 +1,122 @@
+"""Triton kernel of the diagonal statistics of KFAC-reduce; imported only where Triton is installed.
+
+Sums over positions, squares and the sum over the batch in one pass over the tensor, whatever the
+order of its axes in memory. The sums are products with the binary matrix of which tap meets which
+pixel, whose entries the kernel works out for itself.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tnkfac.curvature.layers import Layer
+
+_PROGRAMS = 2048
+"""Programs that keep a large device busy."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _squares_of_sums(  # type: ignore[no-untyped-def]
+    x, out, N, C, P, W, K, sn, sc, sp,
+    k2, stride1, stride2, left1, left2, dilation1, dilation2, out1, out2,
+    PER: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    TAPS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """``out[b, c, k] = sum_n (sum_p seen[k, p] x[n, c, p])^2`` over the samples of block ``b``."""
+    block, channel = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    tap, pixel = tl.arange(0, KP), tl.arange(0, BP)
+    i, j = tap // k2, tap % k2
+    there = channel < C
+    total = tl.zeros((KP, BC), tl.float32)
+    sample = x + block.to(tl.int64) * PER * sn
+    for _ in range(min(PER, N - block * PER)):
+        sums = tl.zeros((KP, BC), tl.float32)
+        for first in range(0, P, BP):
+            p = first + pixel
+            at = sample + p[:, None] * sp + channel[None, :] * sc
+            values = tl.load(at, mask=(p < P)[:, None] & there[None, :], other=0.0)
+            if TAPS:
+                h, w = p // W, p % W
+                if TRANSPOSED:
+                    a = h[None, :] * stride1 + (i * dilation1 - left1)[:, None]
+                    b = w[None, :] * stride2 + (j * dilation2 - left2)[:, None]
+                    seen = (a >= 0) & (a < out1) & (b >= 0) & (b < out2)
+                else:
+                    a = h[None, :] + (left1 - i * dilation1)[:, None]
+                    b = w[None, :] + (left2 - j * dilation2)[:, None]
+                    seen = (a >= 0) & (a % stride1 == 0) & (a // stride1 < out1)
+                    seen = seen & (b >= 0) & (b % stride2 == 0) & (b // stride2 < out2)
+                sums = tl.dot(seen.to(values.dtype), values, sums, input_precision="ieee")
+            else:
+                sums += tl.sum(values.to(tl.float32), 0)[None, :]
+        total += sums * sums
+        sample += sn
+    to = out + (block * C + channel[None, :]) * K + tap[:, None]
+    tl.store(to, total, mask=(tap < K)[:, None] & there[None, :])
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the kernel can read a standard input or output."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    even = all(
+        tensor.stride(axis) == tensor.stride(axis + 1) * tensor.shape[axis + 1]
+        for axis in range(2, tensor.ndim - 1)
+    )  # then all pixels are equally spaced
+    return tensor.is_cuda and tensor.dtype in kinds and even
+
+
+def input_sums(layer: Layer, x: Tensor, size: tuple[int, ...]) -> Tensor | None:
+    """``sum_n (sum_p u_np)^2`` over the unfolded input, ``[C_in, K]`` in float32, if it can be had.
+
+    Args:
+        layer: The layer.
+        x: Standard input.
+        size: Spatial shape of the output.
+    """
+    taps = prod(layer.kernel_size)
+    if layer.kind != "linear" and (layer.dims > 2 or taps > 128):
+        return None
+    return _launch(layer, x, size, 1 if layer.kind == "linear" else taps)
+
+
+def output_sums(layer: Layer, g: Tensor) -> Tensor:
+    """``sum_n (sum_p g_np)^2`` over the output gradient, ``[C_out, 1]`` in float32."""
+    return _launch(layer, g, (), 1)
+
+
+def _launch(layer: Layer, x: Tensor, size: tuple[int, ...], taps: int) -> Tensor:
+    """Run the kernel on ``[N, C, I1, ..]``, or ``[N, S, C]`` of a linear layer."""
+    linear = layer.kind == "linear"
+    if linear:
+        x = x.transpose(1, 2)
+    count, channels, *pixels = x.shape
+    sn, sc, sp = x.stride(0), x.stride(1), x.stride(-1)
+    channel_block = 16 if sp == 1 else 64
+    pixel_block = 128 if sp == 1 else 32
+    columns = triton.cdiv(channels, channel_block)
+    per = max(1, triton.cdiv(count * columns, _PROGRAMS))
+    blocks = triton.cdiv(count, per)
+    out = torch.empty(blocks, channels, taps, device=x.device)
+    pointwise = taps == 1 and set(layer.stride) <= {1} and not any(map(any, layer.padding))
+    met = bool(size) and not linear and not pointwise
+
+    def pair(values: Any, other: int) -> tuple[int, int]:
+        chosen = tuple(values) if met else ()
+        return chosen if len(chosen) == 2 else (other, *(chosen or (other,)))
+
+    kernel, stride = pair(layer.kernel_size, 1), pair(layer.stride, 1)
+    left = pair([before for before, _ in layer.padding], 0)
+    dilation, ends = pair(layer.dilation, 1), pair(size, 1)
+    _squares_of_sums[(blocks, columns)](
+        x, out, count, channels, prod(pixels), pixels[-1], taps, sn, sc, sp,
+        kernel[1], *stride, *left, *dilation, *ends,
+        PER=per, KP=max(16, triton.next_power_of_2(taps)), BC=channel_block, BP=pixel_block,
+        TAPS=met, TRANSPOSED=layer.kind == "conv_transpose",
+    )  # fmt: skip
+    return out[0] if blocks == 1 else out.sum(0)
