@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from tnkfac.optim.notices import Notices
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
 from tnkfac.optim.scaling import Scaling
+from tnkfac.optim.stacks import joined, parted, stacked
 from tnkfac.optim.step import roomy
 from tnkfac.optim.updates import step_layers, step_others
 
@@ -122,21 +123,45 @@ class CurvatureOptimizer(Optimizer):
         """State of a layer, kept under its weight."""
 
     @abstractmethod
-    def _update_layer(
-        self, layer: CapturedLayer, group: Group, scale: Tensor | float, keep: Tensor | None
+    def _update_layers(
+        self,
+        layers: list[CapturedLayer],
+        group: Group,
+        scale: Tensor | float,
+        keep: Tensor | None,
     ) -> None:
-        """Take the pending statistics of a layer into its state."""
+        """Take the pending statistics of a stack of layers into their states."""
 
     @abstractmethod
-    def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
-        """Precondition a gradient matrix ``[G, C_out / G, D]``."""
+    def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
+        """Precondition the gradient matrices ``[L G, C_out / G, D]`` of a stack of layers."""
+
+    def _stack_kind(self, layer: CapturedLayer, group: Group) -> Hashable:
+        """What of the state of a layer keeps it from a stack with others of its shape."""
+
+    def _stacks(
+        self, layers: list[CapturedLayer], groups: dict[int, Group]
+    ) -> list[tuple[list[int], Group]]:
+        """Which layers are taken together, by their places, and their group."""
+
+        def kind(layer: CapturedLayer) -> Hashable:
+            group = groups[id(layer.weight)]
+            return id(group), self._stack_kind(layer, group)
+
+        found = stacked(layers, kind)
+        return [(places, groups[id(layers[places[0]].weight)]) for places in found]
 
     def _naturals(
         self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
     ) -> list[Tensor]:
         """Precondition the gradient matrices of several layers."""
-        pairs = zip(layers, matrices, strict=True)
-        return [self._natural(layer, groups[id(layer.weight)], m) for layer, m in pairs]
+        found: list[Tensor] = list(matrices)
+        for places, group in self._stacks(layers, groups):
+            (stack,) = joined([(matrices[i],) for i in places])
+            together = self._natural([layers[i] for i in places], group, stack)
+            for i, (one,) in zip(places, parted((together,), len(places)), strict=True):
+                found[i] = one
+        return found
 
     def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
         """Preconditioner of every layer where it scales each number of a gradient."""
@@ -202,8 +227,8 @@ class CurvatureOptimizer(Optimizer):
         self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
     ) -> None:
         scale = loss_scale(self._grad_scaler) if pending else 1.0
-        for layer in pending:
-            self._update_layer(layer, groups[id(layer.weight)], scale, keep)
+        for places, group in self._stacks(pending, groups):
+            self._update_layers([pending[i] for i in places], group, scale, keep)
 
     def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
         """Step every parameter that has a gradient."""

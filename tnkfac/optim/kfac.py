@@ -18,6 +18,7 @@ from tnkfac.optim.parts import overwrite, read, store
 from tnkfac.optim.passes import FisherPasses
 from tnkfac.optim.refresh import Refreshing, damping_of, decomposer_of, inverse_dtype
 from tnkfac.optim.registry import Group, by_parameter
+from tnkfac.optim.stacks import joined
 from tnkfac.optim.step import roomy
 
 ALIASES = {
@@ -275,6 +276,16 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         state["failures"] = torch.tensor(0)
         return state
 
+    def _update_layers(
+        self,
+        layers: list[CapturedLayer],
+        group: Group,
+        scale: Tensor | float,
+        keep: Tensor | None,
+    ) -> None:
+        for layer in layers:
+            self._update_layer(layer, group, scale, keep)
+
     def _update_layer(
         self, layer: CapturedLayer, group: Group, scale: Tensor | float, keep: Tensor | None
     ) -> None:
@@ -322,13 +333,15 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         if due and (keep is None or bool(keep)):
             self._decompose(due, groups)
 
-    def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
-        state = self.state[layer.weight]
-        decomposer = decomposer_of(layer, group)
-        kept = {name: read(state, name, count) for name, count in decomposer.counts.items()}
+    def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
+        decomposer = decomposer_of(layers[0], group)
+        kept = {
+            name: joined([read(self.state[layer.weight], name, count) for layer in layers])
+            for name, count in decomposer.counts.items()
+        }
         dtype = next(part.dtype for parts in kept.values() for part in parts)
-        update = decomposer.precondition(kept, gradient.to(dtype), damping_of(group))
-        return update.to(roomy(gradient.dtype))
+        update = decomposer.precondition(kept, gradients.to(dtype), damping_of(group))
+        return update.to(roomy(gradients.dtype))
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
         for group in self.param_groups:

@@ -22,7 +22,6 @@ CHUNK = 1 << 22
 """Bytes of gradients on the CPU that are taken to the end together: they stay in its cache."""
 Update = tuple[CapturedLayer, Tensor, Tensor | None]
 _SAFE = 1e-10
-"""Norms above it have lost nothing to squares that vanish in float32."""
 
 
 def suits(layer: CapturedLayer, state: Any, groups: dict[int, Group]) -> bool:
@@ -212,6 +211,11 @@ def _scaled(
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
+def _in_range(norm: float) -> bool:
+    """Whether a norm has lost nothing to squares that vanish in float32, or are infinite."""
+    return _SAFE < norm < inf
+
+
 def _host_norms(updates: list[Tensor]) -> list[float]:
     """Norm of each.
 
@@ -220,12 +224,13 @@ def _host_norms(updates: list[Tensor]) -> list[float]:
     1e19. That takes several times as long, so it is done only if there is need.
     """
     norms: list[float] = [norm.item() for norm in torch._foreach_norm(updates)]
-    if not all(_SAFE < norm < inf for norm in norms):
+    if not all(map(_in_range, norms)):
         norms = [norm.item() for norm in torch._foreach_norm(updates, dtype=torch.float64)]
     return norms
 
 
 def _size(group: Group) -> float:
+    """Root mean square that grafting gives an update."""
     kind = group["grafting"]
     return RMS if kind == "rms" else float(kind)
 

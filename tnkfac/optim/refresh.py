@@ -14,6 +14,7 @@ from tnkfac.optim.decompositions import Decomposer
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.parts import read
 from tnkfac.optim.registry import Group
+from tnkfac.optim.stacks import joined, parted
 
 
 class Refreshing:
@@ -21,22 +22,31 @@ class Refreshing:
 
     state: Any
     _init_layer: Callable[[CapturedLayer, Group], dict[str, Tensor]]
+    _stacks: Callable[[list[CapturedLayer], dict[int, Group]], list[tuple[list[int], Group]]]
 
     def _decompose(self, due: list[CapturedLayer], groups: dict[int, Group]) -> None:
         """Decompose the factors of some layers; the host waits twice for all of them together."""
         pairs = [self._factors(layer, groups[id(layer.weight)]) for layer in due]
         usable = _all_finite([(*A, *B) for A, B in pairs])
-        found: list[dict[str, Parts] | None] = []
+        found: list[dict[str, Parts] | None] = [None] * len(due)
         reasons = ["its factors are not finite"] * len(due)
-        for index, layer in enumerate(due):
-            group = groups[id(layer.weight)]
-            found.append(None)
-            if usable[index]:
-                try:
-                    decomposer = decomposer_of(layer, group)
-                    found[index] = decomposer.decompose(*pairs[index], damping_of(group))
-                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                    reasons[index] = str(error)
+        good = [index for index in range(len(due)) if usable[index]]
+        for places, group in self._stacks([due[index] for index in good], groups):
+            stack = [good[place] for place in places]
+            decomposer, damping = decomposer_of(due[stack[0]], group), damping_of(group)
+            try:
+                A, B = (joined([pairs[index][side] for index in stack]) for side in (0, 1))
+                together = decomposer.decompose(A, B, damping)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                for index in stack:  # find out whose fault it is
+                    try:
+                        found[index] = decomposer.decompose(*pairs[index], damping)
+                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                        reasons[index] = str(error)
+                continue
+            for name, parts in together.items():
+                for index, mine in zip(stack, parted(parts, len(stack)), strict=True):
+                    found[index] = {**(found[index] or {}), name: mine}
         finite = _all_finite([[p for q in (f or {}).values() for p in q] for f in found])
         for index, (layer, new) in enumerate(zip(due, found, strict=True)):
             state, group = self.state[layer.weight], groups[id(layer.weight)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +15,11 @@ from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.damping import damped, divided
 from tnkfac.optim.guard import loss_scale
 from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.parts import load, overwrite, store
+from tnkfac.optim.parts import load, overwrite, read, store
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.scaling import Scaling
 from tnkfac.optim.singd_rule import singd_update
+from tnkfac.optim.stacks import joined, parted
 from tnkfac.optim.step import roomy
 
 
@@ -222,31 +223,35 @@ class SINGD(CurvatureOptimizer):
                 store(state, f"m_{name}", tuple(torch.zeros_like(part) for part in eye))
         return state
 
-    def _update_layer(
-        self, layer: CapturedLayer, group: Group, scale: Tensor | float, keep: Tensor | None
+    def _update_layers(
+        self,
+        layers: list[CapturedLayer],
+        group: Group,
+        scale: Tensor | float,
+        keep: Tensor | None,
     ) -> None:
-        state, statistics = self.state[layer.weight], layer.statistics
-        factors = statistics.factors(scale)
-        dtype = factors.A[0].dtype
-        K, C = load(layer, state, ("K", "C"), dtype)
-        k, c = statistics.k, statistics.c
-        if layer.last_update < 0 and group["init"] == "first_batch":
+        if layers[0].last_update < 0 and group["init"] == "first_batch":
             if keep is None or bool(keep):  # decompositions wait for the device anyway
-                K, C = _start(k, c, factors.A, factors.B, group)
-                overwrite(state, {"K": K, "C": C}, None)
+                self._start(layers[0], group, scale)
             return
+        states = [self.state[layer.weight] for layer in layers]
+        factors = [layer.statistics.factors(scale) for layer in layers]
+        A, B = joined([found.A for found in factors]), joined([found.B for found in factors])
+        k, c = layers[0].statistics.k, layers[0].statistics.c
+
+        def loaded(name: str, structure: Structure) -> Parts:
+            count = len(structure.shapes)
+            return joined([read(state, name, count, A[0].dtype) for state in states])
+
         with_momentum = group["alpha1"] != 0 and not group["kfac_like"]
-        m_K = m_C = None
-        if with_momentum:
-            m_K, m_C = load(layer, state, ("m_K", "m_C"), dtype)
-        taken = damped(k, c, factors.A, factors.B, group)
-        K, C, m_K, m_C = singd_update(
+        taken = damped(k, c, A, B, group)
+        found = singd_update(
             k,
             c,
-            K,
-            C,
-            m_K,
-            m_C,
+            loaded("K", k),
+            loaded("C", c),
+            loaded("m_K", k) if with_momentum else None,
+            loaded("m_C", c) if with_momentum else None,
             taken.A,
             taken.B,
             damping=(taken.on_K, taken.on_C),
@@ -256,10 +261,22 @@ class SINGD(CurvatureOptimizer):
             normalize=group["normalize_lr_cov"],
             bounded=group["init"] == "first_batch",
         )
-        new = {"K": K, "C": C}
-        if with_momentum:
-            new |= {"m_K": m_K, "m_C": m_C}
-        overwrite(state, new, keep)
+        names = ("K", "C", "m_K", "m_C") if with_momentum else ("K", "C")
+        pieces = [parted(parts, len(layers)) for parts in found[: len(names)]]
+        for state, new in zip(states, zip(*pieces, strict=True), strict=True):
+            overwrite(state, dict(zip(names, new, strict=True)), keep)
+
+    def _start(self, layer: CapturedLayer, group: Group, scale: Tensor | float) -> None:
+        statistics = layer.statistics
+        factors = statistics.factors(scale)
+        K, C = _first(statistics.k, statistics.c, factors.A, factors.B, group)
+        overwrite(self.state[layer.weight], {"K": K, "C": C}, None)
+
+    def _stack_kind(self, layer: CapturedLayer, group: Group) -> Hashable:
+        if layer.last_update < 0 and group["init"] == "first_batch":
+            return id(layer)
+        state = self.state[layer.weight]
+        return tuple(tensor.dtype for key, tensor in state.items() if key[0] in "KC")
 
     def _update_factors(
         self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
@@ -296,10 +313,11 @@ class SINGD(CurvatureOptimizer):
             pairs.append(found)
         return scaling.read(layers, pairs)
 
-    def _natural(self, layer: CapturedLayer, group: Group, gradient: Tensor) -> Tensor:
-        state, statistics = self.state[layer.weight], layer.statistics
-        K, C = load(layer, state, ("K", "C"))
-        return Preconditioner(statistics.k, statistics.c, K, C).apply(gradient)
+    def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
+        statistics = layers[0].statistics
+        pairs = [load(layer, self.state[layer.weight], ("K", "C")) for layer in layers]
+        K, C = (joined([pair[side] for pair in pairs]) for side in (0, 1))
+        return Preconditioner(statistics.k, statistics.c, K, C).apply(gradients)
 
 
 def _at(lr_cov: float | Callable[[int], float], step: int) -> float:
@@ -307,7 +325,7 @@ def _at(lr_cov: float | Callable[[int], float], step: int) -> float:
     return lr_cov(step) if callable(lr_cov) else lr_cov
 
 
-def _start(k: Structure, c: Structure, A: Parts, B: Parts, group: Group) -> tuple[Parts, Parts]:
+def _first(k: Structure, c: Structure, A: Parts, B: Parts, group: Group) -> tuple[Parts, Parts]:
     """``K`` and ``C`` of the first batch.
 
     Relative damping is a number for factors of mean eigenvalue one, whose preconditioner is then
