@@ -1,8 +1,4 @@
-"""Runs Triton's kernel by its interpreter, against unfolding in float64; for ``test_kernels``."""
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+"""Triton's kernel by its interpreter, against unfolding in float64: a script of ``test_triton``."""
 
 import sys
 

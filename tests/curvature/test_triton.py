@@ -21,7 +21,12 @@ SCRIPT = Path(__file__).with_name("kernels_interpreted.py")
 def test_the_kernel_equals_unfolding() -> None:
     """In a process of its own: a switch before Triton is imported decides who runs kernels."""
     found = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(SCRIPT)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("agrees") == 11
