@@ -5,11 +5,11 @@
     python benchmarks/step.py --quick            # small images, few rounds; no bar is computed
     python benchmarks/step.py --device cuda --autocast --channels-last --compile
 
-Networks of the same weights are trained side by side, one step each in turns. Each time is divided
-by the mean of SGD's steps before and after it, and the median of these ratios counts. Steps without
-an update of the preconditioner are measured apart, so that the mean over an interval of ten can be
-told. Memory is that of live tensors on the CPU, and what the allocator reports on CUDA. The exit
-status tells whether the bars are met.
+Two networks of the same weights are trained side by side, one step each in turns. Each time is
+divided by the mean of SGD's steps before and after it, and the median of these ratios counts. Steps
+without an update of the preconditioner are measured apart, so that the mean over an interval of ten
+can be told. Memory is that of live tensors on the CPU, and what the allocator reports on CUDA. The
+exit status tells whether the bars are met.
 """
 
 from __future__ import annotations
@@ -145,15 +145,16 @@ def sgd(model: nn.Module) -> Any:
 def times(problem: Problem, builds: dict[str, Build], rounds: int) -> dict[str, tuple[float, ...]]:
     """Milliseconds, and ratio to SGD's step before, by optimizer."""
     cuda = problem.args.device == "cuda"
-    _, _, base = problem.prepare(sgd)
-    steps = {name: problem.prepare(build)[2] for name, build in builds.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
-    before = seconds(base, cuda)
-    for number in range(WARM_UP + rounds):
-        for name, step in steps.items():
+    for name, build in builds.items():  # two networks at a time: more would crowd the caches
+        base, step = problem.prepare(sgd)[2], problem.prepare(build)[2]
+        for _ in range(WARM_UP):
+            base()
+            step()
+        before = seconds(base, cuda)
+        for _ in range(rounds):
             mine, after = seconds(step, cuda), seconds(base, cuda)
-            if number >= WARM_UP:
-                found[name].append((1e3 * mine, 2 * mine / (before + after)))
+            found[name].append((1e3 * mine, 2 * mine / (before + after)))
             before = after
     return {
         name: tuple(statistics.median(column) for column in zip(*pairs, strict=True))
@@ -185,7 +186,7 @@ def _live() -> int:
     """Bytes of all tensors that there are, wherever an optimizer may keep them."""
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and thing.layout == torch.strided:
+        if issubclass(type(thing), Tensor) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
@@ -223,14 +224,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS))
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--autocast", action="store_true", help="bfloat16")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--quick", action="store_true", help="batch 4, 64 x 64 pixels, 3 rounds")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
     installed = [n for n in OPTIMIZERS if not n.startswith("singd") or find_spec("singd")]
     builds = {name: OPTIMIZERS[name] for name in args.optimizers or installed}
     runs = STUDY["runs"][args.device]

@@ -125,3 +125,26 @@ def test_layers_in_other_groups_or_precisions_stay_apart() -> None:
         fit(twin, SINGD([*parts, {"params": rest}], structures="dense", T=1, lr=1e-2), batches(3))
     for key, value in weights(model).items():
         torch.testing.assert_close(value, weights(twin)[key], msg=key, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_are_lost_in_float32_are_found_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LAPACK returns NaN for some singular matrices instead of failing."""
+    known = torch.linalg.eigh
+
+    def failing(matrix: torch.Tensor) -> Any:
+        values, vectors = known(matrix)
+        return (values, vectors) if matrix.dtype == torch.float64 else (values, vectors * torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    model = twins().float()
+    optimizer = KFAC(model.parameters(), lr=1e-2, inv_update_steps=1)
+    fit(model, optimizer, [(x.float(), y.float()) for x, y in batches(2)])  # no warning
+    for layer in optimizer._registry.layers:
+        state = optimizer.state[layer.weight]
+        assert state["Q_A"].isfinite().all()
+        assert state["Q_A"].dtype == torch.float32
+        assert int(state["failures"]) == 0
+        assert layer.last_inverse == 1

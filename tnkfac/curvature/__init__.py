@@ -15,7 +15,7 @@ from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.precision import FullPrecision
-from tnkfac.curvature.preconditioner import Preconditioner, stationary_point
+from tnkfac.curvature.preconditioner import Preconditioner, stationary_points
 from tnkfac.curvature.structures import (
     Decomposable,
     Parts,
@@ -57,5 +57,5 @@ __all__ = [
     "plain_path",
     "resolve_structure",
     "root_of",
-    "stationary_point",
+    "stationary_points",
 ]

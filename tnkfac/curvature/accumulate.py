@@ -7,7 +7,7 @@ everything is normalised once, over the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -283,6 +283,46 @@ class Statistics:
         if not self.outputs:
             B = self.c.identity(self.layer.groups, counts.dtype, counts.device)
         return Factors(A, B, counts, squares)
+
+    def exchanged(self, share: float) -> list[tuple[Tensor, bool]]:
+        """What processes add up: zeros where nothing has been collected.
+
+        Every process has a loss of its own, averaged over its own terms, so output gradients are
+        weighted with these; the sum over processes is that of a single one (see :meth:`take`).
+
+        Args:
+            share: One over the number of processes.
+
+        Returns:
+            Tensors in a fixed order, and whether each is a stack of symmetric matrices.
+        """
+        sums = self.sums() or [torch.zeros_like(leaf) for leaf in self._leaves]
+        *parts, counts = sums
+        inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
+        if self.loss_average is not None:
+            terms = counts[2] * share
+            parts = [*parts[:inputs], *(part * terms for part in parts[inputs:])]
+        square = [
+            isinstance(structure, Decomposable) and len(shape) > 1
+            for structure in ((self.k, self.c) if self.outputs else (self.k,))
+            for shape in structure.statistic_shapes
+            if 0 not in shape
+        ]
+        square += [False] * (len(parts) - len(square))
+        return [*zip(parts, square, strict=True), (counts, False)]
+
+    def take(self, sums: Sequence[Tensor]) -> None:
+        """Replace what has been collected by the sums over processes of :meth:`exchanged`."""
+        *parts, counts = sums
+        if self.loss_average is not None:  # what normalises multiplies with the terms of all
+            inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
+            by = 1 / torch.where(counts[2] > 0, counts[2], 1.0)
+            parts = [*parts[:inputs], *(part * by for part in parts[inputs:])]
+        if self.chosen_passes:
+            self._kept = [*parts, counts]
+            return
+        for leaf, new in zip(self._leaves, (*parts, counts), strict=True):
+            leaf.grad = new
 
     def clear(self) -> None:
         """Drop what has been collected."""

@@ -85,7 +85,7 @@ def find_owners(params: Iterable[Tensor], roots: Iterable[nn.Module]) -> dict[in
     """
     wanted = {id(p) for p in params}
     owners: dict[int, list[Owner]] = {}
-    roots = list(dict.fromkeys(roots))
+    roots = list(dict.fromkeys(_unwrapped(root) for root in roots))
     if len(roots) == 1:
         _search(roots, wanted, owners)
     if wanted - owners.keys():  # also with several roots: another module may tie their weights
@@ -132,5 +132,23 @@ def _living_roots(wanted: set[int]) -> list[nn.Module]:
         while id(module) in parents and id(parents[id(module)]) not in path:
             module = parents[id(module)]
             path.add(id(module))
+        module = _unwrapped(module)
         roots[id(module)] = module
     return list(roots.values())
+
+
+def _unwrapped(root: nn.Module) -> nn.Module:
+    """The user's model behind data parallelism and compilation, so that names do not change."""
+    while (child := _WRAPPERS.get(type(root).__name__)) in root._modules:
+        inner = root._modules[str(child)]
+        assert inner is not None
+        root = inner
+    return root
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+"""Name of the wrapped module, by type of the wrapper."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,9 +41,9 @@ class Preconditioner:
         return self.c.apply(self.C, right.to(self.C[0].dtype)).to(gradient.dtype)
 
 
-def stationary_point(
-    k: Structure, c: Structure, A: Parts, B: Parts, damping: float
-) -> tuple[Parts, Parts]:
+def stationary_points(
+    layers: Sequence[tuple[Structure, Structure, Parts, Parts]], damping: float
+) -> list[tuple[Parts, Parts]]:
     """Symmetric ``K``, ``C`` at which one batch's factors leave SINGD's update at rest.
 
     Solves ``(K K^T)^-1 = tr(C^T B C)/d A + damping tr(C^T C)/d I`` and its mirror image for each
@@ -54,20 +54,54 @@ def stationary_point(
     The free scale between both is fixed by equal mean squares.
 
     Args:
-        k: Structure of ``K``.
-        c: Structure of ``C``.
-        A: Parts of the input factor.
-        B: Parts of the output factor.
+        layers: Structures ``k`` and ``c`` and parts of the factors ``A`` and ``B`` of each; their
+            equations are independent, and solved at once.
         damping: Non-negative.
 
     Returns:
-        Parts of ``K`` and ``C``. A group whose ``A`` or ``B`` is zero gets the limit, multiples
-        of the identity.
+        Parts of ``K`` and ``C`` of each. A group whose ``A`` or ``B`` is zero gets the limit,
+        multiples of the identity.
     """
-    a, rebuild_K = _decomposed(k, A)
-    b, rebuild_C = _decomposed(c, B)
-    p, q = _spectra(a.double(), b.double(), damping)
-    return rebuild_K(p.sqrt().to(A[0].dtype)), rebuild_C(q.sqrt().to(B[0].dtype))
+    inputs = [_decomposed(k, A) for k, _, A, _ in layers]
+    outputs = [_decomposed(c, B) for _, c, _, B in layers]
+    a, b = (_Rows([values for values, _ in side]) for side in (inputs, outputs))
+    p, q = _spectra(a, b, damping)
+    found = []
+    for (_, _, A, B), (_, rebuild_K), (_, rebuild_C), x, y in zip(
+        layers, inputs, outputs, a.cut(p.sqrt()), b.cut(q.sqrt()), strict=True
+    ):
+        found.append((rebuild_K(x.to(A[0].dtype)), rebuild_C(y.to(B[0].dtype))))
+    return found
+
+
+class _Rows:
+    """Eigenvalues of every channel group of every layer, end to end.
+
+    Attributes:
+        values: All of them, in float64.
+    """
+
+    def __init__(self, several: Sequence[Tensor]) -> None:
+        """Take ``[G, D]`` of every layer."""
+        device = several[0].device
+        self._shapes = [values.shape for values in several]
+        lengths = torch.tensor([dim for groups, dim in self._shapes for _ in range(groups)])
+        self._index = torch.repeat_interleave(lengths).to(device)
+        self._lengths = lengths.to(device)
+        self.values = torch.cat([values.double().reshape(-1) for values in several])
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of every group."""
+        return torch.segment_reduce(values, "mean", lengths=self._lengths, unsafe=True)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One number for every group, to all its places."""
+        return values.index_select(0, self._index)
+
+    def cut(self, values: Tensor) -> list[Tensor]:
+        """``[G, D]`` of every layer."""
+        parts = torch.split(values, [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tensor], Parts]]:
@@ -85,44 +119,42 @@ def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tenso
         return values, partial(Structure.from_eigen, structure, vectors=())
 
 
-def _spectra(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of ``K K^T`` and ``C C^T`` from those of ``A [G, D]`` and ``B [G, Co]``."""
-    a, b = a.clamp(min=0), b.clamp(min=0)  # rounding leaves eigenvalues of either sign at zero
-    mean_a, mean_b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+def _spectra(at: _Rows, bt: _Rows, damping: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of ``K K^T`` and ``C C^T`` from those of ``A`` and ``B``."""
+    a, b = at.values.clamp(min=0), bt.values.clamp(min=0)  # rounding leaves zeros of either sign
+    mean_a, mean_b = at.mean(a), bt.mean(b)
     empty = (mean_a == 0) | (mean_b == 0)
-    a, b = torch.where(empty, 1.0, a), torch.where(empty, 1.0, b)
+    a, b = torch.where(at.spread(empty), 1.0, a), torch.where(bt.spread(empty), 1.0, b)
     if damping == 0:  # the inverse of a singular factor has no other bound
-        a, b = a + 1e-12 * mean_a, b + 1e-12 * mean_b
+        a, b = a + 1e-12 * at.spread(mean_a), b + 1e-12 * bt.spread(mean_b)
 
     def residual(level: Tensor) -> tuple[Tensor, Tensor]:
         """How far ``log f_b(f_a(r))`` is above ``log r``, and the derivative of that."""
-        s, slope_s = _damping_of(a, level.exp(), damping)
-        found, slope_r = _damping_of(b, s, damping)
+        s, slope_s = _damping_of(at, a, level.exp(), damping)
+        found, slope_r = _damping_of(bt, b, s, damping)
         return found.clamp(min=1e-250).log() - level, slope_r * slope_s - 1
 
-    mean_b = b.mean(1, keepdim=True)
+    mean_b = bt.mean(b)
     low = (damping / mean_b).clamp(min=1e-250).log()
-    high = (damping * (1 / (b + 1e-30 * mean_b)).mean(1, keepdim=True)).clamp(min=1e-250).log()
+    high = (damping * bt.mean(1 / (b + 1e-30 * bt.spread(mean_b)))).clamp(min=1e-250).log()
     r = _root(residual, low, high).exp() if damping > 0 else torch.zeros_like(low)
-    s, _ = _damping_of(a, r, damping)
-    p, q = 1 / (a + r), 1 / (b + s)
+    s, _ = _damping_of(at, a, r, damping)
+    p, q = 1 / (a + at.spread(r)), 1 / (b + bt.spread(s))
     # The product of both scales: mean eigenvalue of P (B (x) A + damping I) is one.
-    level = (a * p).mean(1, keepdim=True) * (b * q).mean(1, keepdim=True)
-    level = level + damping * p.mean(1, keepdim=True) * q.mean(1, keepdim=True)
-    balance = (q.mean(1, keepdim=True) / p.mean(1, keepdim=True) / level).sqrt()
-    p, q = p * balance, q / (balance * level)
+    free_p, free_q = at.mean(p), bt.mean(q)
+    level = at.mean(a * p) * bt.mean(b * q) + damping * free_p * free_q
+    balance = (free_q / free_p / level).sqrt()
     limit = damping**-0.5 if damping > 0 else 1.0
-    return torch.where(empty, limit, p), torch.where(empty, limit, q)
+    p = torch.where(at.spread(empty), limit, p * at.spread(balance))
+    return p, torch.where(bt.spread(empty), limit, q / bt.spread(balance * level))
 
 
-def _damping_of(e: Tensor, shift: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def _damping_of(rows: _Rows, e: Tensor, shift: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """``damping mean(1 / (e + shift)) / mean(e / (e + shift))``, and its slope in logarithms."""
-    inverse = 1 / (e + shift)
+    inverse = 1 / (e + rows.spread(shift))
     kept = e * inverse
-    free, used = inverse.mean(1, keepdim=True), kept.mean(1, keepdim=True)
-    slope = (kept * inverse).mean(1, keepdim=True) / used - inverse.square().mean(
-        1, keepdim=True
-    ) / free
+    free, used = rows.mean(inverse), rows.mean(kept)
+    slope = rows.mean(kept * inverse) / used - rows.mean(inverse * inverse) / free
     return damping * free / used, shift * slope
 
 
@@ -137,9 +169,11 @@ def _root(falling: Callable[[Tensor], tuple[Tensor, Tensor]], low: Tensor, high:
     root = low
     for _ in range(_ITERATIONS):
         value, slope = falling(root)
-        if bool((value.abs() < _ACCURACY).all()):
+        done = value.abs() < _ACCURACY
+        if bool(done.all()):
             break
         low, high = torch.where(value > 0, root, low), torch.where(value > 0, high, root)
         newton = root - value / slope
-        root = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        better = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        root = torch.where(done, root, better)
     return root

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,18 +13,19 @@ from torch.optim import Optimizer
 
 from tnkfac.curvature import FirstForward, FullPrecision
 from tnkfac.optim import arguments, checkpoint, fallback
+from tnkfac.optim.distributed import Processes
 from tnkfac.optim.guard import SkippedUpdates, Verdicts, loss_scale, non_finite
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.notices import Notices
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
 from tnkfac.optim.scaling import Scaling
-from tnkfac.optim.stacks import joined, parted, stacked
+from tnkfac.optim.stacks import Stacking
 from tnkfac.optim.step import roomy
 from tnkfac.optim.updates import step_layers, step_others
 
 
-class CurvatureOptimizer(Optimizer):
+class CurvatureOptimizer(Stacking, Optimizer):
     """Base of optimizers that precondition layers and train every other parameter by a fallback.
 
     A subclass says which state a layer has and how statistics and gradients use it.
@@ -59,6 +60,7 @@ class CurvatureOptimizer(Optimizer):
         self._trust: Tensor | None = None
         self._search: FirstForward | None = None
         self._notices = Notices()
+        self._processes = Processes()
         self._excluded = False
 
     def add_param_group(self, param_group: Group) -> None:
@@ -132,37 +134,6 @@ class CurvatureOptimizer(Optimizer):
     ) -> None:
         """Take the pending statistics of a stack of layers into their states."""
 
-    @abstractmethod
-    def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
-        """Precondition the gradient matrices ``[L G, C_out / G, D]`` of a stack of layers."""
-
-    def _stack_kind(self, layer: CapturedLayer, group: Group) -> Hashable:
-        """What of the state of a layer keeps it from a stack with others of its shape."""
-
-    def _stacks(
-        self, layers: list[CapturedLayer], groups: dict[int, Group]
-    ) -> list[tuple[list[int], Group]]:
-        """Which layers are taken together, by their places, and their group."""
-
-        def kind(layer: CapturedLayer) -> Hashable:
-            group = groups[id(layer.weight)]
-            return id(group), self._stack_kind(layer, group)
-
-        found = stacked(layers, kind)
-        return [(places, groups[id(layers[places[0]].weight)]) for places in found]
-
-    def _naturals(
-        self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
-    ) -> list[Tensor]:
-        """Precondition the gradient matrices of several layers."""
-        found: list[Tensor] = list(matrices)
-        for places, group in self._stacks(layers, groups):
-            (stack,) = joined([(matrices[i],) for i in places])
-            together = self._natural([layers[i] for i in places], group, stack)
-            for i, (one,) in zip(places, parted((together,), len(places)), strict=True):
-                found[i] = one
-        return found
-
     def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
         """Preconditioner of every layer where it scales each number of a gradient."""
         return [None] * len(layers)
@@ -199,10 +170,15 @@ class CurvatureOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         due = [layer for layer in self._registry.layers if layer.statistics.on]
-        self._verdicts.receive()
+        if due:
+            self._processes.look(self._registry.params)
+        several = self._processes.count > 1
+        self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
         groups = by_parameter(self.param_groups)
         self._notices.check_gradients(self._registry)
         self._ensure_state(groups)
+        if several and due:
+            self._processes.reduce(due)
         pending = [layer for layer in self._registry.layers if layer.statistics.pending]
         if not pending and self._rests():
             return loss

@@ -72,6 +72,15 @@ class Decomposer:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if dtype == torch.float64:
                 raise
+        return self.decompose_in_double(A, B, damping)
+
+    def decompose_in_double(self, A: Parts, B: Parts, damping: float) -> Decomposition:
+        """The same by way of float64: in float32 LAPACK returns NaN for some singular matrices.
+
+        Raises:
+            torch.linalg.LinAlgError: If it fails.
+        """
+        dtype = A[0].dtype
         A, B = (tuple(part.double() for part in parts) for parts in (A, B))
         found = self._decompose(A, B, damping)
         return {name: tuple(part.to(dtype) for part in parts) for name, parts in found.items()}

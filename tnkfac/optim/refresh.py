@@ -47,7 +47,17 @@ class Refreshing:
             for name, parts in together.items():
                 for index, mine in zip(stack, parted(parts, len(stack)), strict=True):
                     found[index] = {**(found[index] or {}), name: mine}
-        finite = _all_finite([[p for q in (f or {}).values() for p in q] for f in found])
+        finite = _all_finite([_tensors(new) for new in found])
+        for index, layer in enumerate(due):
+            if found[index] is None or finite[index]:
+                continue
+            group = groups[id(layer.weight)]
+            decomposer, damping = decomposer_of(layer, group), damping_of(group)
+            try:
+                found[index] = decomposer.decompose_in_double(*pairs[index], damping)
+                (finite[index],) = _all_finite([_tensors(found[index])])
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                continue
         for index, (layer, new) in enumerate(zip(due, found, strict=True)):
             state, group = self.state[layer.weight], groups[id(layer.weight)]
             layer.last_inverse = group["step"]
@@ -119,6 +129,10 @@ def inverse_dtype(dtype: torch.dtype, group: Group) -> torch.dtype:
     """``inv_dtype``, but float64 for factors in float64."""
     chosen: torch.dtype = getattr(torch, group["inv_dtype"])
     return dtype if dtype == torch.float64 else chosen
+
+
+def _tensors(decomposition: dict[str, Parts] | None) -> list[Tensor]:
+    return [part for parts in (decomposition or {}).values() for part in parts]
 
 
 def _all_finite(tensors: list[Any]) -> list[bool]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_point
+from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_points
 from tnkfac.optim import arguments, budget, diagonals, scaling
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.damping import damped, divided
@@ -230,10 +230,6 @@ class SINGD(CurvatureOptimizer):
         scale: Tensor | float,
         keep: Tensor | None,
     ) -> None:
-        if layers[0].last_update < 0 and group["init"] == "first_batch":
-            if keep is None or bool(keep):  # decompositions wait for the device anyway
-                self._start(layers[0], group, scale)
-            return
         states = [self.state[layer.weight] for layer in layers]
         factors = [layer.statistics.factors(scale) for layer in layers]
         A, B = joined([found.A for found in factors]), joined([found.B for found in factors])
@@ -266,31 +262,52 @@ class SINGD(CurvatureOptimizer):
         for state, new in zip(states, zip(*pieces, strict=True), strict=True):
             overwrite(state, dict(zip(names, new, strict=True)), keep)
 
-    def _start(self, layer: CapturedLayer, group: Group, scale: Tensor | float) -> None:
-        statistics = layer.statistics
-        factors = statistics.factors(scale)
-        K, C = _first(statistics.k, statistics.c, factors.A, factors.B, group)
-        overwrite(self.state[layer.weight], {"K": K, "C": C}, None)
+    def _start(self, layers: list[CapturedLayer], group: Group, scale: Tensor | float) -> None:
+        """Start where the factors of the first batch leave ``K`` and ``C`` at rest.
+
+        Relative damping is a number for factors of mean eigenvalue one, whose preconditioner is
+        then brought to the level of the curvature.
+        """
+        problems, levels = [], []
+        for layer in layers:
+            k, c = layer.statistics.k, layer.statistics.c
+            factors = layer.statistics.factors(scale)
+            unit = damped(k, c, factors.A, factors.B, {**group, "grafting": 1.0})
+            problems.append((k, c, unit.A, unit.B))
+            own = group["grafting"] is None
+            levels.append(damped(k, c, factors.A, factors.B, group).level if own else None)
+        damping = group["relative_damping"] if group["damping"] is None else group["damping"]
+        found = stationary_points(problems, damping)
+        for layer, (K, C), level in zip(layers, found, levels, strict=True):
+            if level is not None:
+                K, C = divided(K, level**0.25), divided(C, level**0.25)
+            overwrite(self.state[layer.weight], {"K": K, "C": C}, None)
 
     def _stack_kind(self, layer: CapturedLayer, group: Group) -> Hashable:
-        if layer.last_update < 0 and group["init"] == "first_batch":
-            return id(layer)
         state = self.state[layer.weight]
         return tuple(tensor.dtype for key, tensor in state.items() if key[0] in "KC")
 
     def _update_factors(
         self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
     ) -> None:
-        """Layers with diagonal factors together, all others one by one."""
+        """Starts together; layers with diagonal factors together; all others in stacks."""
+        starts: dict[Any, list[CapturedLayer]] = {}
         together: dict[Any, list[CapturedLayer]] = {}
-        for layer in pending if fast() else ():
+        rest = []
+        for layer in pending:
             group = groups[id(layer.weight)]
-            starts = layer.last_update < 0 and group["init"] == "first_batch"
-            plain = starts or group["kfac_like"] or group["normalize_lr_cov"]
-            if not plain and diagonals.suits(layer, self.state[layer.weight]):
-                key = id(group), layer.weight.device, layer.weight.dtype
+            key = id(group), layer.weight.device, layer.weight.dtype
+            plain = not fast() or group["kfac_like"] or group["normalize_lr_cov"]
+            if layer.last_update < 0 and group["init"] == "first_batch":
+                starts.setdefault(key if fast() else id(layer), []).append(layer)
+            elif not plain and diagonals.suits(layer, self.state[layer.weight]):
                 together.setdefault(key, []).append(layer)
-        scale = loss_scale(self._grad_scaler) if together else 1.0
+            else:
+                rest.append(layer)
+        scale = loss_scale(self._grad_scaler) if pending else 1.0
+        if starts and (keep is None or bool(keep)):  # decompositions wait for the device anyway
+            for layers in starts.values():
+                self._start(layers, groups[id(layers[0].weight)], scale)
         for layers in together.values():
             group = groups[id(layers[0].weight)]
             diagonals.update(
@@ -301,8 +318,6 @@ class SINGD(CurvatureOptimizer):
                 _at(group["lr_cov"], group["step"]),
                 keep,
             )
-        done = {id(layer) for layers in together.values() for layer in layers}
-        rest = [layer for layer in pending if id(layer) not in done]
         super()._update_factors(rest, groups, keep)
 
     def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
@@ -323,19 +338,3 @@ class SINGD(CurvatureOptimizer):
 def _at(lr_cov: float | Callable[[int], float], step: int) -> float:
     """Step size of the preconditioner at a step."""
     return lr_cov(step) if callable(lr_cov) else lr_cov
-
-
-def _first(k: Structure, c: Structure, A: Parts, B: Parts, group: Group) -> tuple[Parts, Parts]:
-    """``K`` and ``C`` of the first batch.
-
-    Relative damping is a number for factors of mean eigenvalue one, whose preconditioner is then
-    brought to the level of the curvature.
-    """
-    if group["damping"] is not None:
-        return stationary_point(k, c, A, B, group["damping"])
-    unit = damped(k, c, A, B, {**group, "grafting": 1.0})
-    K, C = stationary_point(k, c, unit.A, unit.B, group["relative_damping"])
-    level = damped(k, c, A, B, group).level
-    if level is None:
-        return K, C
-    return divided(K, level**0.25), divided(C, level**0.25)

@@ -6,13 +6,17 @@ layers are as independent as those of one.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tnkfac.curvature import Parts, fast
 from tnkfac.optim.layers import CapturedLayer
 
+Group = dict[str, Any]
 SMALL = 1 << 15
 """Numbers of both factors up to which stacking pays on the CPU, where it only saves calls."""
 SMALL_ON_DEVICE = 1 << 22
@@ -47,6 +51,42 @@ def stacked(
             found.append(mates)
         mates.append(place)
     return found
+
+
+class Stacking(ABC):
+    """Adds to an optimizer that it works on stacks of layers."""
+
+    @abstractmethod
+    def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
+        """Precondition the gradient matrices ``[L G, C_out / G, D]`` of a stack of layers."""
+
+    def _stack_kind(self, layer: CapturedLayer, group: Group) -> Hashable:
+        """What of the state of a layer keeps it from a stack with others of its shape."""
+        return None
+
+    def _stacks(
+        self, layers: list[CapturedLayer], groups: dict[int, Group]
+    ) -> list[tuple[list[int], Group]]:
+        """Which layers are taken together, by their places, and their group."""
+
+        def kind(layer: CapturedLayer) -> Hashable:
+            group = groups[id(layer.weight)]
+            return id(group), self._stack_kind(layer, group)
+
+        found = stacked(layers, kind)
+        return [(places, groups[id(layers[places[0]].weight)]) for places in found]
+
+    def _naturals(
+        self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
+    ) -> list[Tensor]:
+        """Precondition the gradient matrices of several layers."""
+        found = list(matrices)
+        for places, group in self._stacks(layers, groups):
+            (stack,) = joined([(matrices[i],) for i in places])
+            together = self._natural([layers[i] for i in places], group, stack)
+            for i, (one,) in zip(places, parted((together,), len(places)), strict=True):
+                found[i] = one
+        return found
 
 
 def joined(several: Sequence[Parts]) -> Parts:

@@ -1,0 +1,44 @@
+"""The network that all processes train, and its batches."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """Convolutions with and without groups, a transposed one, a linear layer on 3-d input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 6)
+        self.grouped = nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=3, bias=False)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.mix = nn.Linear(4, 5)
+        self.extra = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, extra: bool = True) -> Tensor:
+        """``[N, 2, 6, 6] -> [N, 3]``."""
+        x = torch.tanh(self.norm(self.conv(x)))
+        x = torch.tanh(self.up(torch.tanh(self.grouped(x))))
+        x = torch.tanh(self.mix(x.flatten(2).transpose(1, 2)))
+        x = torch.tanh(self.extra(x)) if extra else x
+        return self.head(x.mean(1))
+
+
+def network() -> Network:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    return Network().double()
+
+
+def batch(step: int, size: int) -> tuple[Tensor, Tensor]:
+    """The same numbers in every process."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randn(size, 3, generator=generator, dtype=torch.float64)
+
+
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error, averaged over samples."""
+    return (output - target).square().sum(1).mean()

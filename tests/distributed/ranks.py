@@ -1,0 +1,288 @@
+"""What every process does; started by ``test_ddp`` through torchrun, once for all scenarios."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from network import batch, loss, network
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tnkfac import KFAC, SINGD
+from tnkfac.optim import distributed
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SINGD": (SINGD, {"T": 2}),
+    "SINGD diagonal": (SINGD, {"T": 2, "structures": "diagonal"}),
+    "SINGD Toeplitz": (SINGD, {"T": 2, "structures": ("triltoeplitz", "hierarchical2_1")}),
+    "SINGD reduce, blocks, summed": (
+        SINGD,
+        {"T": 1, "structures": "block3diagonal", "kfac_approx": "reduce", "loss_average": None},
+    ),
+    "SINGD paper": (SINGD, {**SINGD.REFERENCE, "T": 2, "loss_average": "batch+sequence"}),
+    "KFAC": (KFAC, {"inv_update_steps": 2}),
+    "KFAC trust region": (KFAC, {"kl_clip": 1e-3, "damping": 0.1}),
+    # each pixel of "up" meets one tap, so that its eigenvectors are not unique
+    "KFAC ekfac": (KFAC, {"compute_method": "ekfac", "skip_layers": ("up",)}),
+    "KFAC kfac-pytorch": (KFAC, {"normalization": "kfac-pytorch"}),
+}
+SCENARIOS: list[Callable[[], None]] = []
+
+
+def scenario(function: Callable[[], None]) -> Callable[[], None]:
+    """Run it in every process."""
+    SCENARIOS.append(function)
+    return function
+
+
+def part(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """What this process gets of a batch."""
+    return torch.split(tensor, sizes)[dist.get_rank()]
+
+
+def even(size: int) -> list[int]:
+    return [size // dist.get_world_size()] * dist.get_world_size()
+
+
+def built(name: str, first: str = "model", **wrap: Any) -> tuple[nn.Module, Any]:
+    """A wrapped model and its optimizer, in either order."""
+    cls, options = OPTIMIZERS[name]
+    model = network()
+    if first == "model":
+        wrapped = DistributedDataParallel(model, **wrap)
+        return wrapped, cls(wrapped.parameters(), lr=0.01, **options)
+    optimizer = cls(model.parameters(), lr=0.01, **options)
+    return DistributedDataParallel(model, **wrap), optimizer
+
+
+def state_of(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    found = [p.detach() for p in model.parameters()]
+    for param in model.parameters():
+        found += [v for v in optimizer.state[param].values() if isinstance(v, Tensor)]
+    return found
+
+
+def assert_same_everywhere(tensors: list[Tensor]) -> None:
+    """Bit for bit."""
+    flat = torch.cat([t.double().reshape(-1) for t in tensors])
+    every = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, flat)
+    assert all(torch.equal(other, flat) for other in every)
+
+
+def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Averaged over samples, or summed."""
+    summed = OPTIMIZERS[name][1].get("loss_average", "") is None
+    return (lambda out, y: loss(out, y) * len(y)) if summed else loss
+
+
+def train(model: Any, optimizer: Any, name: str, step: int, sizes: list[int], micro: int) -> None:
+    """One step of this process on its part, of several micro-batches if asked for."""
+    optimizer.zero_grad()
+    criterion = loss_of(name)
+    pieces = [torch.chunk(part(t, sizes), micro) for t in batch(step, sum(sizes))]
+    for index, (x, y) in enumerate(zip(*pieces, strict=True)):
+        last = index + 1 == micro
+        with nullcontext() if last else model.no_sync():
+            (criterion(model(x), y) / (1 if criterion is not loss else micro)).backward()
+    optimizer.step()
+
+
+def whole(model: nn.Module, optimizer: Any, name: str, step: int, size: int) -> None:
+    """One step of one process on the whole batch."""
+    x, y = batch(step, size)
+    optimizer.zero_grad()
+    loss_of(name)(model(x), y).backward()
+    optimizer.step()
+
+
+@scenario
+def ranks_equal_one_process() -> None:
+    """Ten steps on even parts of a batch, also as micro-batches without communication.
+
+    With a summed loss gradients are averaged all the same. The defaults do not see a scale, but for
+    the ``eps`` of AdamW.
+    """
+    for name, (cls, options) in OPTIMIZERS.items():
+        for micro, first in ((1, "model"), (2, "optimizer")):
+            single = network()
+            reference = cls(single.parameters(), lr=0.01, **options)
+            model, optimizer = built(name, first)
+            for step in range(10):
+                whole(single, reference, name, step, 8)
+                train(model, optimizer, name, step, even(8), micro)
+            for p, q in zip(model.parameters(), single.parameters(), strict=True):
+                error = 1e-11 if loss_of(name) is loss else 1e-6
+                close = torch.allclose(p, q, rtol=error, atol=error)
+                assert close, (name, micro, float((p - q).abs().max()))
+            assert_same_everywhere(state_of(model.module, optimizer))
+            assert optimizer._processes.count == dist.get_world_size()
+            optimizer.close()
+
+
+@scenario
+def uneven_parts_give_the_mean_of_local_means() -> None:
+    """Inputs are averaged over all samples, output gradients as the loss is: per process."""
+    world = dist.get_world_size()
+    sizes = [3, 5, 2, 4][:world]
+    model, optimizer = built("SINGD")
+    x, y = (part(t, sizes) for t in batch(0, sum(sizes)))
+    loss(model(x), y).backward()
+    layers = optimizer._registry.layers
+    local = [[s.clone() for s in layer.statistics.sums()] for layer in layers]
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, local)
+    optimizer._processes.look(model.parameters)
+    optimizer._processes.reduce(layers)
+    for place, layer in enumerate(layers):
+        found = layer.statistics.factors()
+        parts = [of_rank[place] for of_rank in everyone]
+        rows = sum(counts[1] for *_, counts in parts)
+        A = sum(a for a, _, _ in parts) / rows
+        B = sum(counts[2] * b for _, b, counts in parts) / world
+        torch.testing.assert_close(found.A[0], A, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found.B[0], B, rtol=1e-12, atol=1e-14)
+
+
+@scenario
+def ranks_stay_bit_identical() -> None:
+    """Fifty steps on uneven parts."""
+    sizes = [3, 5, 2, 4][: dist.get_world_size()]
+    for name in ("SINGD", "SINGD diagonal", "KFAC"):
+        model, optimizer = built(name)
+        for step in range(50):
+            train(model, optimizer, name, step, sizes, 1)
+        assert_same_everywhere(state_of(model.module, optimizer))
+        optimizer.close()
+
+
+@scenario
+def a_layer_that_some_did_not_run() -> None:
+    """It does not hang the others; what they have measured counts. So with one that nobody ran."""
+    for name in ("SINGD", "SINGD diagonal", "KFAC"):
+        model, optimizer = built(name, find_unused_parameters=True)
+        layer = next(la for la in optimizer._registry.layers if la.name == "extra")
+        for step in range(4):
+            optimizer.zero_grad()
+            x, y = (part(t, even(8)) for t in batch(step, 8))
+            runs = step > 0 and dist.get_rank() == 0
+            loss(model(x, extra=runs), y).backward()
+            optimizer.step()
+            assert (layer.last_update >= 0) == (step > 0), (name, step)
+        assert_same_everywhere(state_of(model.module, optimizer))
+        optimizer.close()
+
+
+@scenario
+def a_batch_that_is_not_finite_is_skipped_by_all() -> None:
+    """The statistics of one process are; then the gradients of one, which reach all of them."""
+    for name in ("SINGD", "SINGD diagonal", "KFAC"):
+        for kind in ("statistics", "gradients"):
+            model, optimizer = built(name)
+            for step in range(2):  # the next one updates factors
+                train(model, optimizer, name, step, even(8), 1)
+            before = [t.clone() for t in state_of(model.module, optimizer)]
+            x, y = (part(t, even(8)) for t in batch(1, 8))
+            optimizer.zero_grad()
+            if kind == "gradients" and dist.get_rank() == 1:
+                x[0] = float("nan")
+            loss(model(x), y).backward()
+            if kind == "statistics" and dist.get_rank() == 1:
+                optimizer._registry.layers[0].statistics.hidden_leaves[0].grad[:] = float("inf")
+            optimizer.step()
+            assert optimizer.skipped_updates == 1
+            for a, b in zip(before, state_of(model.module, optimizer), strict=True):
+                assert torch.equal(a, b)
+            train(model, optimizer, name, 2, even(8), 1)
+            assert_same_everywhere(state_of(model.module, optimizer))
+            assert not torch.equal(before[0], state_of(model.module, optimizer)[0])
+            optimizer.close()
+
+
+@scenario
+def what_is_sent_is_what_the_formula_says() -> None:
+    """Triangles of symmetric factors, a count of three numbers for each layer, in few messages."""
+    known, sent = dist.all_reduce, list[int]()
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel())
+        return known(tensor, *args, **kwargs)
+
+    for name in ("SINGD", "SINGD diagonal"):
+        model, optimizer = built(name)
+        train(model, optimizer, name, 0, even(8), 1)
+        distributed.dist.all_reduce = counted
+        for step, due in ((1, False), (2, True)):
+            sent.clear()
+            train(model, optimizer, name, step, even(8), 1)
+            expected = 0
+            for layer in optimizer._registry.layers if due else ():
+                own = layer.statistics
+                for d in (own.k.dim, own.c.dim):
+                    expected += own.layer.groups * (d if "diag" in name else d * (d + 1) // 2)
+                expected += 3
+            assert sum(sent) == expected, (name, sent, expected)
+            assert len(sent) == due  # everything fits into one bucket
+        distributed.dist.all_reduce = known
+        optimizer.close()
+
+
+@scenario
+def buckets_do_not_matter() -> None:
+    """Nor does it matter that a layer is larger than a bucket."""
+    found = []
+    for size in (25 * 2**20, 700):
+        distributed.BUCKET = size
+        model, optimizer = built("SINGD")
+        for step in range(3):
+            train(model, optimizer, "SINGD", step, even(8), 1)
+        found.append([t.clone() for t in state_of(model.module, optimizer)])
+        optimizer.close()
+    distributed.BUCKET = 25 * 2**20
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@scenario
+def other_layers_are_refused() -> None:
+    """Instead of adding up what does not belong together."""
+    model, optimizer = built("SINGD")
+    if dist.get_rank() == 0:
+        optimizer._registry.layers[0].statistics.restructure(
+            ("diagonal", "diagonal"), model.module.conv.weight
+        )
+    x, y = (part(t, even(8)) for t in batch(0, 8))
+    loss(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="different layers"):
+        optimizer.step()
+    optimizer.close()
+
+
+@scenario
+def a_message_that_is_lost_names_its_layers() -> None:
+    """The last scenario: one process does not take part, and the group is of no use afterwards."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model, optimizer = built("SINGD", process_group=group)
+    x, y = (part(t, even(8)) for t in batch(0, 8))
+    for step in range(2):  # the next one is due again
+        train(model, optimizer, "SINGD", step, even(8), 1)
+    optimizer.zero_grad()
+    loss(model(x), y).backward()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"statistics of conv, grouped.* could not be added"):
+            optimizer.step()
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for function in SCENARIOS:
+        function()
+        if dist.get_rank() == 0:
+            print(function.__name__, "holds", flush=True)
+    dist.destroy_process_group()
