@@ -1,54 +1,19 @@
 """Processes that train one model with DistributedDataParallel, on one machine."""
 
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
-from pathlib import Path
-
 import pytest
-import torch
 import torch.distributed as dist
 
+from distributed.launching import launch, scenarios
 from oracles.loops import fit
 from oracles.zoo import AllLayers, all_layers_batch, fixed_weights
 from tnkfac import SINGD
 
-HERE = Path(__file__).parent
-LIMIT = 200
-"""Seconds after which all processes of a test are killed."""
-
-
-def launch(script: str, world: int) -> str:
-    """Run a script under torchrun; return what it prints.
-
-    The processes are a group of their own, and none of them outlives this call.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world}", str(HERE / script)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"},
-        start_new_session=True,
-    )
-    try:
-        text, _ = process.communicate(timeout=LIMIT)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, text[-5000:]
-    return text
-
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_scenarios(world: int) -> None:
+    """Each is named in ``ranks.py``."""
     text = launch("ranks.py", world)
-    source = (HERE / "ranks.py").read_text(encoding="utf-8")
-    assert text.count(" holds") == source.count("\n@scenario\n") == 9, text
+    assert text.count(" holds") == scenarios("ranks.py") == 9, text
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,4 +27,3 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fixed_weights(AllLayers())
     fit(model, SINGD(model.parameters(), T=1), [all_layers_batch(seed) for seed in range(2)])
     assert not dist.is_initialized()
-    assert not torch.distributed.is_torchelastic_launched()

@@ -186,7 +186,7 @@ class CurvatureOptimizer(Stacking, Optimizer):
             self._notices.check_statistics(due)
         gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
-        skip = non_finite([*gradients, *measured])
+        skip = self._processes.agree(non_finite([*gradients, *measured]))
         self._skipped.add(skip)
         if skip is not True:
             keep = None if skip is False else 1 - skip
@@ -268,7 +268,7 @@ class CurvatureOptimizer(Stacking, Optimizer):
         if group["grafting"] == "adam":
             shape = (layer.statistics.layer.groups, layer.statistics.c.dim, layer.statistics.k.dim)
             dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-            state["exp_avg_sq"] = layer.weight.new_zeros(shape, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=layer.weight.device)
         return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:

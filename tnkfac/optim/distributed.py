@@ -1,8 +1,9 @@
 """What processes that train one model tell each other: the only file that calls collectives.
 
-Processes are those of the ``DistributedDataParallel`` that holds the parameters; without one there
-are no others. Every process has measured its own part of the batch. Statistics are added up once
-for each update, in the order of the layers, so that all processes go on with the same factors.
+Processes are those of the ``DistributedDataParallel`` that holds the parameters, or of the mesh
+that ``fully_shard`` has cut them for; without either there are no others. Every process has
+measured its own part of the batch. Statistics are added up once for each update, in the order of
+the layers, so that all processes go on with the same factors.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import gc
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.shards import fully_sharded, is_distributed
 
 BUCKET = 25 * 2**20
 """Bytes that are sent in one message."""
@@ -28,25 +32,42 @@ class Processes:
 
     def __init__(self) -> None:
         """There are no others."""
-        self._group: Any = None
+        self._groups: list[Any] = []
+        self._holders: list[Any] = []
         self._compared: int | None = None
         self._updates = 0
 
     def look(self, params: Callable[[], Iterable[Tensor]]) -> None:
-        """Look for a ``DistributedDataParallel`` model with some of these parameters.
+        """Look for what ties some of these parameters to other processes.
 
-        It may be made after the optimizer, so this looks at the first updates, then ever less
-        often: to search all objects takes a while.
+        A model may be wrapped after the optimizer is made, so this looks at the first updates, then
+        ever less often: to search all objects takes a while.
         """
-        if self._group is None and _several():
+        if not self._groups and _several():
             self._updates += 1
             if self._updates & (self._updates - 1) == 0:
-                self._group = _group_of(params())
+                listed = list(params())
+                self._groups = _groups_of(listed)
+                self._holders = _holders_of(listed)
 
     @property
     def count(self) -> int:
         """Number of processes."""
-        return 1 if self._group is None else dist.get_world_size(self._group)
+        return prod(dist.get_world_size(group) for group in self._groups) if self._groups else 1
+
+    def agree(self, skip: Tensor | bool) -> Tensor | bool:
+        """Skip a batch in all processes if one of them is to skip it.
+
+        Args:
+            skip: What this one has found; after :meth:`reduce`, all have found the same unless
+                they hold different parts of the gradients.
+        """
+        if not self._holders:
+            return skip
+        flag = torch.tensor(float(skip)) if isinstance(skip, bool) else skip
+        for group in self._holders:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag) if isinstance(skip, bool) else flag
 
     def reduce(self, layers: Sequence[CapturedLayer]) -> None:
         """Add up the statistics of layers over all processes.
@@ -81,7 +102,9 @@ class Processes:
         for bucket in _buckets(entries):
             flat = torch.cat([_packed(*entries[i]) for i in bucket])
             try:
-                work = dist.all_reduce(flat, group=self._group, async_op=True)
+                for group in self._groups[:-1]:
+                    dist.all_reduce(flat, group=group)
+                work = dist.all_reduce(flat, group=self._groups[-1], async_op=True)
             except RuntimeError as error:
                 raise _lost(names, bucket) from error
             travelling.append((bucket, flat, work))
@@ -107,7 +130,8 @@ class Processes:
             return
         device = layers[0].statistics.hidden_leaves[0].device
         ends = torch.tensor([mine, -mine], dtype=torch.int64, device=device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
+        for group in self._groups:
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
         if ends.tolist() != [mine, -mine]:
             raise RuntimeError(
                 f"Processes are to add up the statistics of different layers; this one has {words}."
@@ -115,21 +139,41 @@ class Processes:
         self._compared = mine
 
 
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor of which this process may hold but a part."""
+    if not is_distributed(tensor):
+        return tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor()  # type: ignore[no-any-return]
+
+
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _group_of(params: Iterable[Tensor]) -> Any:
-    """Process group of the model that holds a parameter, whenever it was wrapped."""
-    from torch.nn.parallel import DistributedDataParallel
-
+def _groups_of(params: list[Tensor]) -> list[Any]:
+    """Process groups over whose product statistics are to be added up."""
+    sharded = fully_sharded(params)
+    for param in params:
+        if id(param) in sharded:
+            return _axes(param)
     known = {id(param) for param in params}
     for thing in gc.get_objects():
         if not issubclass(type(thing), DistributedDataParallel):
             continue
         if any(id(param) in known for param in thing.parameters()):
-            return thing.process_group
-    return None
+            return [thing.process_group]
+    return []
+
+
+def _holders_of(params: list[Tensor]) -> list[Any]:
+    """Process groups that hold parts of some parameters."""
+    found = {id(group): group for p in params if is_distributed(p) for group in _axes(p)}
+    return list(found.values())
+
+
+def _axes(param: Any) -> list[Any]:
+    mesh = param.device_mesh
+    return [mesh.get_group(axis) for axis in range(mesh.ndim)]
 
 
 def _lost(names: list[str], bucket: list[int]) -> RuntimeError:

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from tnkfac.curvature import fast
+from tnkfac.optim.shards import local
 
 State = dict[str, Any]
 
@@ -56,11 +57,13 @@ def update(
         by_kind[type(param), param.device, param.dtype].append(index)
     for indices in by_kind.values():
         kept = [params[i] for i in indices]
-        single = [_single(param.detach()) for param in kept]
-        grads = [_single(param.grad) for param in kept if param.grad is not None]
-        _update(single, grads, [states[i] for i in indices], group, skip)
-        if single[0].dtype != kept[0].dtype:
-            torch._foreach_copy_(kept, single)
+        whole = [local(param.detach()) for param in kept]
+        single = [_single(param) for param in whole]
+        grads = [_single(local(param.grad)) for param in kept if param.grad is not None]
+        own = [{key: local(value) for key, value in states[i].items()} for i in indices]
+        _update(single, grads, own, group, skip)
+        if single[0].dtype != whole[0].dtype:
+            torch._foreach_copy_(whole, single)
 
 
 def _update(

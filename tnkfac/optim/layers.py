@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import Owner, Statistics, Tap, attach, describe
+from tnkfac.optim.shards import fully_sharded, is_distributed
 
 if TYPE_CHECKING:
     from tnkfac.optim.scaling import Scaling
@@ -101,11 +103,12 @@ def sort(
     layers: list[CapturedLayer] = []
     rest: list[Uncaptured] = []
     reasons: dict[int, str] = {}
+    sharded = fully_sharded(params)
     for key, found in owners.items():
         weight = by_id.get(key)
         if weight is None or key in done or all(o.attribute == "bias" for o in found):
             continue
-        reason = _refusal(weight, found) or _skipped(found, group_of(weight))
+        reason = _refusal(weight, found, sharded) or _skipped(found, group_of(weight))
         if reason is not None:
             reasons[key] = reason
             continue
@@ -124,9 +127,20 @@ def sort(
             reason = "no module that owns it was found"
             rest.append(Uncaptured(f"param_{index}", "", param, reason))
             continue
-        reason = reasons.get(id(param)) or _refusal(param, found) or "its weight is not captured"
+        reason = (
+            reasons.get(id(param))
+            or _refusal(param, found, sharded)
+            or "its weight is not captured"
+        )
         first = found[0]
         rest.append(Uncaptured(first.parameter_name, type(first.module).__name__, param, reason))
+    parallel = [u.name for u in rest if is_distributed(u.param) and id(u.param) not in sharded]
+    if parallel:
+        warnings.warn(
+            f"{', '.join(parallel)}: trained without curvature, because processes hold parts of "
+            "them in the forward pass, too (tensor parallelism). Supported: fully_shard.",
+            stacklevel=2,
+        )
     return layers, rest
 
 
@@ -183,15 +197,21 @@ def _skipped(found: list[Owner], group: dict[str, Any]) -> str | None:
     return None
 
 
-def _refusal(weight: Tensor, found: list[Owner]) -> str | None:
-    """Why a parameter with these owners is not the weight of a captured layer, if so."""
+def _refusal(weight: Tensor, found: list[Owner], sharded: set[int]) -> str | None:
+    """Why a parameter with these owners is not the weight of a captured layer, if so.
+
+    Args:
+        weight: The parameter.
+        found: Its owners.
+        sharded: ``id`` of the parameters that are cut, but whole in the forward pass.
+    """
     supported = [owner for owner in found if owner.refusal is None]
     if not supported:
         return found[0].refusal
     if any(owner.attribute != "weight" for owner in supported):
         return f"it is the {supported[0].attribute} of {type(supported[0].module).__name__}"
-    if type(weight).__name__ == "DTensor":
-        return "it is sharded"
+    if is_distributed(weight) and id(weight) not in sharded:
+        return "it is distributed, also in the forward pass"
     if not weight.is_floating_point():
         return f"{weight.dtype} is not supported"
     if is_lazy(weight):

@@ -13,6 +13,7 @@ from tnkfac.optim import arguments
 from tnkfac.optim.kfac import KFAC
 from tnkfac.optim.registry import Group
 from tnkfac.optim.report import Report
+from tnkfac.optim.shards import local, part_of
 from tnkfac.optim.updates import natural_gradients
 
 METHODS = {"eigen": ("eigen", "tikhonov"), "inverse": ("cholesky", "factor")}
@@ -45,7 +46,7 @@ class _Rewriter(KFAC):
             weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
             for param, new in ((layer.weight, weight), (layer.bias, bias)):
                 if param is not None and new is not None and param.grad is not None:
-                    param.grad.copy_(new)
+                    local(param.grad).copy_(part_of(new, param))
 
 
 class KFACPreconditioner:

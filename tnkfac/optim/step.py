@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnkfac.optim.distributed import whole
 from tnkfac.optim.layers import CapturedLayer
 
 Group = dict[str, Any]
@@ -27,15 +28,19 @@ def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
         layer: The layer.
         keep: Scalar that is zero where the batch is to be skipped.
     """
-    weight, bias = layer.weight.grad, None
-    if weight is None:
-        weight = torch.zeros_like(layer.weight)
+    weight, bias = _gradient(layer.weight), None
     if layer.bias is not None:
-        bias = layer.bias.grad
-        bias = torch.zeros_like(layer.bias) if bias is None else bias.to(weight.dtype)
+        bias = _gradient(layer.bias).to(weight.dtype)
     matrix = layer.statistics.layer.to_matrix(weight, bias)
     matrix = matrix.to(roomy(matrix.dtype))
     return matrix if keep is None else torch.where(keep.to(matrix.device) > 0, matrix, 0)
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """The whole gradient of a parameter."""
+    if param.grad is None:
+        return torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+    return whole(param.grad)
 
 
 def clipped(

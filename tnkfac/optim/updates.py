@@ -12,6 +12,7 @@ from tnkfac.optim import fallback, multi
 from tnkfac.optim.layers import CapturedLayer, Uncaptured
 from tnkfac.optim.registry import Group
 from tnkfac.optim.scaling import Scaling, scaled_gradients
+from tnkfac.optim.shards import local, part_of
 from tnkfac.optim.step import apply_update_, clipped, gradient_matrix, graft
 
 State = Any
@@ -164,9 +165,9 @@ def _step_param(
         return
     group = groups.get(id(param), layer_group)
     apply_update_(
-        param,
-        update,
-        state[param]["momentum_buffer"] if group["momentum"] else None,
+        local(param),
+        part_of(update, param),
+        local(state[param]["momentum_buffer"]) if group["momentum"] else None,
         lr=group["lr"],
         momentum=group["momentum"],
         weight_decay=group["weight_decay"],

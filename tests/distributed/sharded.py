@@ -1,0 +1,204 @@
+"""What every process does with ``fully_shard``; started by ``test_fsdp`` through torchrun."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from network import batch, loss, network
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from tnkfac import KFAC, SINGD
+from tnkfac.optim.shards import local
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SINGD": (SINGD, {"T": 2, "weight_decay": 0.1}),
+    "SINGD diagonal": (SINGD, {"T": 2, "structures": "diagonal"}),
+    "SINGD paper": (SINGD, {**SINGD.REFERENCE, "T": 2}),
+    "SINGD adam": (SINGD, {"T": 2, "grafting": "adam", "fallback": "sgd"}),
+    "KFAC": (KFAC, {"inv_update_steps": 2}),
+    "KFAC trust region": (KFAC, {"kl_clip": 1e-3, "damping": 0.1}),
+}
+SCENARIOS: list[Callable[[], None]] = []
+
+
+def scenario(function: Callable[[], None]) -> Callable[[], None]:
+    """Run it in every process."""
+    SCENARIOS.append(function)
+    return function
+
+
+def meshes() -> list[Any]:
+    """Shards for all processes, and two replicas of shards where there are four."""
+    world = dist.get_world_size()
+    found = [init_device_mesh("cpu", (world,))]
+    if world == 4:
+        found.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")))
+    return found
+
+
+def built(name: str, mesh: Any, parts: bool = False) -> tuple[nn.Module, Any]:
+    """A sharded model and its optimizer."""
+    cls, options = OPTIMIZERS[name]
+    model = network()
+    if parts:
+        fully_shard(model.conv, mesh=mesh)
+        fully_shard(model.mix, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, cls(model.parameters(), lr=0.01, **options)
+
+
+def part(tensor: Tensor) -> Tensor:
+    return torch.chunk(tensor, dist.get_world_size())[dist.get_rank()]
+
+
+def train(model: nn.Module, optimizer: Any, step: int) -> None:
+    x, y = (part(t) for t in batch(step, 8))
+    optimizer.zero_grad()
+    loss(model(x), y).backward()
+    optimizer.step()
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def reference(name: str, steps: int) -> nn.Module:
+    """One process on whole batches."""
+    cls, options = OPTIMIZERS[name]
+    model = network()
+    optimizer = cls(model.parameters(), lr=0.01, **options)
+    for step in range(steps):
+        x, y = batch(step, 8)
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@scenario
+def shards_equal_one_process() -> None:
+    """Ten steps, also with groups of their own for some layers, and with replicas."""
+    few = dist.get_world_size() > 2
+    for name in ("SINGD", "SINGD diagonal", "KFAC") if few else OPTIMIZERS:
+        expected = reference(name, 10)
+        for place, mesh in enumerate(meshes()):
+            model, optimizer = built(name, mesh, parts=place == 0)
+            for step in range(10):
+                train(model, optimizer, step)
+            for p, q in zip(whole(model), expected.parameters(), strict=True):
+                close = torch.allclose(p, q, rtol=1e-11, atol=1e-11)
+                assert close, (name, mesh, float((p - q).abs().max()))
+            rows = {row.name: row for row in optimizer.report()}
+            assert rows["mix.weight"].last_update is not None
+            assert rows["norm.weight"].reason
+            optimizer.close()
+
+
+@scenario
+def one_part_that_is_not_finite_is_skipped_by_all() -> None:
+    """Gradients of a process are those of its rows only."""
+    for name in ("SINGD", "KFAC"):
+        model, optimizer = built(name, meshes()[0])
+        for step in range(2):
+            train(model, optimizer, step)
+        before = whole(model)
+        x, y = (part(t) for t in batch(2, 8))
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        if dist.get_rank() == 1:
+            model.conv.weight.grad.to_local()[0] = float("nan")
+        optimizer.step()
+        assert optimizer.skipped_updates == 1
+        for a, b in zip(before, whole(model), strict=True):
+            assert torch.equal(a, b)
+        train(model, optimizer, 3)
+        assert not torch.equal(before[0], whole(model)[0])
+        optimizer.close()
+
+
+@scenario
+def checkpoints_go_on_with_other_shards() -> None:
+    """Saved by one number of processes, loaded by another, or written if there is none yet."""
+    for name in ("SINGD", "SINGD diagonal", "KFAC"):
+        folder = os.path.join(sys.argv[1], name.replace(" ", "_"))
+        model, optimizer = built(name, meshes()[0])
+        if not os.path.isdir(folder):
+            dist.barrier()
+            for step in range(3):
+                train(model, optimizer, step)
+            states = get_state_dict(model, optimizer)
+            dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
+        else:
+            states = get_state_dict(model, optimizer)
+            loaded = dict(zip(("model", "optimizer"), states, strict=True))
+            dcp.load(loaded, checkpoint_id=folder)
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=loaded["model"],
+                optim_state_dict=loaded["optimizer"],
+            )
+        for step in range(3, 6):
+            train(model, optimizer, step)
+        expected = reference(name, 6)
+        for p, q in zip(whole(model), expected.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=1e-11, atol=1e-11), (name, float((p - q).abs().max()))
+        optimizer.close()
+
+
+@scenario
+def tensor_parallel_parameters_use_the_fallback() -> None:
+    """With one warning that names them; what is whole is captured, and nothing is added up."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 3)).double()
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(model, mesh, plan)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = SINGD(model.parameters(), lr=0.01, T=1)
+    texts = [str(w.message) for w in caught if "tensor parallelism" in str(w.message)]
+    assert len(texts) == 1
+    assert texts[0].startswith("0.weight, 0.bias, 2.weight, 2.bias: ")
+    before = [local(p).clone() for p in model.parameters()]
+    for step in range(4):
+        torch.manual_seed(step)
+        x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        if step == 3 and dist.get_rank() == 1:
+            model[0].weight.grad.to_local()[0] = float("nan")
+        optimizer.step()
+    assert optimizer.skipped_updates == 1
+    assert optimizer._processes.count == 1
+    for old, param in zip(before, model.parameters(), strict=True):
+        assert not torch.equal(old, local(param))
+        assert local(param).isfinite().all()
+    assert optimizer.report()[0].last_update == 2
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    chosen = sys.argv[2:]
+    for function in SCENARIOS:
+        if chosen and function.__name__ not in chosen:
+            continue
+        function()
+        if dist.get_rank() == 0:
+            print(function.__name__, "holds", flush=True)
+    dist.destroy_process_group()
