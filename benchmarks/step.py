@@ -73,8 +73,8 @@ OPTIMIZERS: dict[str, Build] = {
     "SINGD block32diagonal, reduce, no update": singd("block32diagonal", "reduce", NEVER),
     "SINGD auto, reduce, T=1": singd("auto", "reduce", 1),
     "SINGD auto, reduce, no update": singd("auto", "reduce", NEVER),
-    "KFAC auto, reduce, T=1": lambda m: tnkfac.KFAC(
-        m.parameters(), kfac_approx="reduce", factor_update_steps=1, inv_update_steps=1
+    "KFAC auto, reduce, factors at every step": lambda m: tnkfac.KFAC(
+        m.parameters(), kfac_approx="reduce", inv_update_steps=NEVER
     ),
     "KFAC auto, reduce, no update": lambda m: tnkfac.KFAC(
         m.parameters(), kfac_approx="reduce", factor_update_steps=NEVER, inv_update_steps=NEVER

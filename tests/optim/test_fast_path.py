@@ -10,7 +10,7 @@ from oracles.loops import fit, state_by_name, weights
 from oracles.zoo import AllLayers, all_layers_batch, fixed_weights
 from tnkfac import KFAC, SINGD
 from tnkfac.curvature import fast, plain_path
-from tnkfac.optim import multi, updates
+from tnkfac.optim import blocks, multi, updates
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -102,6 +102,41 @@ def test_the_fast_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with plain_path():
         trained(SINGD, {"structures": "diagonal"})
     assert not seen
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen biases"])
+@pytest.mark.parametrize("block", [1, 7, 40])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diagonal",
+        "without momentum",
+        "without grafting",
+        "decoupled decay",
+        "coupled decay",
+        "a number as damping",
+    ],
+)
+def test_layers_taken_by_rows_equal_the_plain_path(
+    name: str, block: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large ones are; here all of them are large."""
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    taken: list[str] = []
+    known = blocks.step_large
+
+    def counted(layer: Any, *args: Any) -> bool:
+        taken.append(layer.name)
+        return known(layer, *args)
+
+    monkeypatch.setattr(blocks, "step_large", counted)
+    cls, options = CASES[name]
+    model, _ = trained(cls, options, frozen)
+    assert taken
+    with plain_path():
+        twin, _ = trained(cls, options, frozen)
+    for key, value in weights(model).items():
+        torch.testing.assert_close(value, weights(twin)[key], msg=key, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [1, 200, 1 << 22])

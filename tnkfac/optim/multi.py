@@ -104,10 +104,10 @@ def step_many(
             if group["momentum"]:
                 batch[5].append(state[param]["momentum_buffer"])
     for batch in batches.values():
-        _apply(*batch, keep)
+        apply(*batch, keep)
 
 
-def _apply(
+def apply(
     group: Group,
     averaged: bool,
     decoupled: bool,
@@ -162,7 +162,7 @@ def _grafted(
     for i, bias in zip(at, biases, strict=True):
         numbers[i] += bias.numel()
     sizes = tuple(
-        _size(groups[id(layer.weight)]) * count**0.5
+        size(groups[id(layer.weight)]) * count**0.5
         for (layer, *_), count in zip(grafted, numbers, strict=True)
     )
     scale = _scaled_on_host if on_host and weights[0].device.type == "cpu" else _scaled
@@ -211,7 +211,7 @@ def _scaled(
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
-def _in_range(norm: float) -> bool:
+def in_range(norm: float) -> bool:
     """Whether a norm has lost nothing to squares that vanish in float32, or are infinite."""
     return _SAFE < norm < inf
 
@@ -224,12 +224,12 @@ def _host_norms(updates: list[Tensor]) -> list[float]:
     1e19. That takes several times as long, so it is done only if there is need.
     """
     norms: list[float] = [norm.item() for norm in torch._foreach_norm(updates)]
-    if not all(map(_in_range, norms)):
+    if not all(map(in_range, norms)):
         norms = [norm.item() for norm in torch._foreach_norm(updates, dtype=torch.float64)]
     return norms
 
 
-def _size(group: Group) -> float:
+def size(group: Group) -> float:
     """Root mean square that grafting gives an update."""
     kind = group["grafting"]
     return RMS if kind == "rms" else float(kind)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tnkfac.curvature import fast
-from tnkfac.optim import fallback, multi
+from tnkfac.optim import blocks, fallback, multi
 from tnkfac.optim.layers import CapturedLayer, Uncaptured
 from tnkfac.optim.registry import Group
 from tnkfac.optim.scaling import Scaling, scaled_gradients
@@ -75,7 +75,7 @@ def step_layers(
             _finish(chunk, [chosen[id(layer)] for layer in chunk], [], state, groups, keep)
         return factor
     for chunk in multi.chunks(layers):  # to the end, one after the other
-        scaled, rest = _scaled(chunk, scalings, state, groups)
+        scaled, rest = _scaled(chunk, scalings, state, groups, keep is None)
         matrices = [gradient_matrix(layer, keep) for layer in rest]
         found = naturals(rest, groups, matrices) if rest else []
         _finish(rest, list(zip(matrices, found, strict=True)), scaled, state, groups, keep)
@@ -83,9 +83,16 @@ def step_layers(
 
 
 def _scaled(
-    layers: list[CapturedLayer], scalings: Scalings, state: State, groups: dict[int, Group]
+    layers: list[CapturedLayer],
+    scalings: Scalings,
+    state: State,
+    groups: dict[int, Group],
+    on_host: bool,
 ) -> tuple[list[multi.Update], list[CapturedLayer]]:
-    """Layers whose gradients are but scaled, with the results; and all others."""
+    """Layers whose gradients are but scaled, with the results; and all others.
+
+    Large ones are stepped at once, and are in neither.
+    """
     if not fast():
         return [], layers
     rest: list[CapturedLayer] = []
@@ -97,7 +104,11 @@ def _scaled(
     for layer, found in zip(fitting, scalings(fitting), strict=True):
         if found is None:
             rest.append(layer)
-        else:
+        elif not (
+            on_host
+            and blocks.suits(layer, found)
+            and blocks.step_large(layer, found, state, groups)
+        ):
             chosen.append((layer, found))
     pairs = scaled_gradients(chosen) if chosen else []
     return [(la, *pair) for (la, _), pair in zip(chosen, pairs, strict=True)], rest
