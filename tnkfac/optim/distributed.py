@@ -34,7 +34,7 @@ class Processes:
         """There are no others."""
         self._groups: list[Any] = []
         self._holders: list[Any] = []
-        self._compared: int | None = None
+        self._compared: set[int] = set()
         self._updates = 0
 
     def look(self, params: Callable[[], Iterable[Tensor]]) -> None:
@@ -126,7 +126,7 @@ class Processes:
             for layer in layers
         )
         mine = zlib.crc32(words.encode())
-        if mine == self._compared or not layers:
+        if mine in self._compared or not layers:
             return
         device = layers[0].statistics.hidden_leaves[0].device
         ends = torch.tensor([mine, -mine], dtype=torch.int64, device=device)
@@ -136,7 +136,7 @@ class Processes:
             raise RuntimeError(
                 f"Processes are to add up the statistics of different layers; this one has {words}."
             )
-        self._compared = mine
+        self._compared.add(mine)
 
 
 def whole(tensor: Any) -> Tensor:

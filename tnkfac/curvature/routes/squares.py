@@ -101,11 +101,16 @@ def output_size(layer: Layer, x: Tensor, g: Tensor) -> tuple[int, ...]:
 
 def _kernels(tensor: Tensor) -> ModuleType | None:
     """Triton's kernels, if there are any for this tensor."""
-    if not tensor.is_cuda or find_spec("triton") is None:
+    if not tensor.is_cuda or not _has_triton():
         return None
     from tnkfac.curvature.routes import kernels
 
     return kernels if kernels.usable(tensor) else None
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _linear(x: Tensor, approx: str, mean: bool) -> Tensor:
