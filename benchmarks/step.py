@@ -2,7 +2,7 @@
 
     python benchmarks/step.py                    # the networks of step_bars.json, bars, picture
     python benchmarks/step.py --arch resnet50 --batch 8 --size 224
-    python benchmarks/step.py --quick            # small images, few rounds; no bar is computed
+    python benchmarks/step.py --quick            # one network, small images; no bar is computed
     python benchmarks/step.py --device cuda --autocast --channels-last --compile
 
 Two networks of the same weights are trained side by side, one step each in turns. Each time is
@@ -230,7 +230,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--autocast", action="store_true", help="bfloat16")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="batch 4, 64 x 64 pixels, 3 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first network, batch 4, 64 x 64 pixels, 3 rounds"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [{"arch": args.arch, "batch": args.batch, "size": args.size}]
     if args.quick:
         args.rounds = 3
-        runs = [{**run, "batch": 4, "size": 64} for run in runs]
+        runs = [{**runs[0], "batch": 4, "size": 64}]
     rows: list[dict[str, Any]] = []
     for run in runs:
         rows += measure(Problem(args, **run), builds, args.rounds)

@@ -111,7 +111,7 @@ def update(
     A, B, counts = zip(*collected, strict=True)
     shapes = tuple((*a.shape, b.shape[1]) for a, b in zip(A, B, strict=True))
     at = _segments(shapes, A[0].device)
-    X, factors = _joined(states, "K", "C"), torch.cat([part.view(-1) for part in (*A, *B)])
+    X, factors = _joined(states, "K", "C"), torch.cat([part.reshape(-1) for part in (*A, *B)])
     factors, damping = _damped(factors, counts, group, loss_scale, at)
     XX = X * X
     both = torch.cat([XX * factors, XX])
