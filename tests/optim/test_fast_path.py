@@ -1,5 +1,6 @@
 """Many layers at once: the same numbers as one layer after the other."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from oracles.loops import fit, state_by_name, weights
 from oracles.zoo import AllLayers, all_layers_batch, fixed_weights
 from tnkfac import KFAC, SINGD
 from tnkfac.curvature import fast, plain_path
-from tnkfac.optim import blocks, multi, updates
+from tnkfac.optim import base, blocks, multi, updates
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -137,6 +138,57 @@ def test_layers_taken_by_rows_equal_the_plain_path(
         twin, _ = trained(cls, options, frozen)
     for key, value in weights(model).items():
         torch.testing.assert_close(value, weights(twin)[key], msg=key, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [1, 3], ids=["with an update", "without"])
+def test_a_large_gradient_that_is_not_finite_is_skipped(
+    T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found out after factors were updated, and these are put back."""
+    monkeypatch.setattr(blocks, "BLOCK", 7)
+    model = fixed_weights(AllLayers())
+    optimizer = SINGD(model.parameters(), structures="diagonal", T=T)
+    fit(model, optimizer, [all_layers_batch(seed) for seed in range(2)])
+    before = [p.detach().clone() for p in model.parameters()]
+    states = copy.deepcopy(optimizer.state_dict()["state"])
+    x, y = all_layers_batch(2)
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    large = next(la.weight for la in optimizer._registry.layers if blocks.suits(la))
+    large.grad.view(-1)[-1] = float("inf")  # by the loop: statistics are finite
+    optimizer.step()
+    assert optimizer.skipped_updates == 1
+    for old, param in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, param)
+    for place, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(value, states[place][key], rtol=0, atol=0)
+    fit(model, optimizer, [all_layers_batch(3)])
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+def test_large_gradients_are_not_read_to_see_that_they_are_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for those whose norms are not needed, or are out of range."""
+    seen: list[set[int]] = []
+    known = base.non_finite
+
+    def counted(tensors: Any) -> Any:
+        listed = list(tensors)
+        seen.append({tensor.data_ptr() for tensor in listed})
+        return known(listed)
+
+    monkeypatch.setattr(blocks, "BLOCK", 7)
+    monkeypatch.setattr(base, "non_finite", counted)
+    for options, guarded in (({}, False), ({"grafting": None}, True), ({"kl_clip": 1e-3}, True)):
+        model = fixed_weights(AllLayers())
+        optimizer = SINGD(model.parameters(), structures="diagonal", **options)
+        x, y = all_layers_batch(0)
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        weight = next(la.weight for la in optimizer._registry.layers if blocks.suits(la))
+        assert (weight.grad.data_ptr() in seen[-1]) == guarded, options
 
 
 @pytest.mark.parametrize("chunk", [1, 200, 1 << 22])
