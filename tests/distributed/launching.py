@@ -8,20 +8,40 @@ from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PATHS = (HERE, HERE.parent, HERE.parents[1] / "examples")
 LIMIT = 200
 """Seconds after which all processes of a test are killed."""
 
 
-def launch(script: str, world: int, *arguments: str) -> str:
-    """Run a script under torchrun; return what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world}", str(HERE / script), *arguments]
+def launch(script: str, world: int, *arguments: str, restarts: int = 0) -> str:
+    """Run a script under torchrun; return what it prints.
+
+    Args:
+        script: A file beside this one, or its whole path.
+        world: Number of processes.
+        *arguments: Of the script.
+        restarts: How often torchrun starts all processes anew once one is gone.
+    """
+    command = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
+    command += [f"--nproc-per-node={world}", "--monitor-interval=0.2", str(HERE / script)]
+    # restarted processes find what those before them have left in a store that is the agent's
+    return python(*command, *arguments, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+
+def python(*arguments: str, **environment: str) -> str:
+    """Run Python, and whatever processes it starts, for a limited time; return what is printed."""
     process = subprocess.Popen(
-        command,
+        [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+            **environment,
+        },
         start_new_session=True,
     )
     try:
@@ -29,7 +49,7 @@ def launch(script: str, world: int, *arguments: str) -> str:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, text[-5000:]
+    assert process.returncode == 0, f"{text[:4000]}\n...\n{text[-4000:]}"
     return text
 
 

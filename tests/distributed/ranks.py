@@ -1,5 +1,8 @@
 """What every process does; started by ``test_ddp`` through torchrun, once for all scenarios."""
 
+import copy
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac import KFAC, SINGD
-from tnkfac.optim import distributed
+from tnkfac.optim import base, checkpoint, distributed, keeping, messages
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SINGD": (SINGD, {"T": 2}),
@@ -48,9 +51,12 @@ def even(size: int) -> list[int]:
     return [size // dist.get_world_size()] * dist.get_world_size()
 
 
-def built(name: str, first: str = "model", **wrap: Any) -> tuple[nn.Module, Any]:
+def built(
+    name: str, first: str = "model", options: Any = None, **wrap: Any
+) -> tuple[nn.Module, Any]:
     """A wrapped model and its optimizer, in either order."""
-    cls, options = OPTIMIZERS[name]
+    cls, own = OPTIMIZERS[name]
+    options = {**own, **(options or {})}
     model = network()
     if first == "model":
         wrapped = DistributedDataParallel(model, **wrap)
@@ -138,7 +144,7 @@ def uneven_parts_give_the_mean_of_local_means() -> None:
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, local)
     optimizer._processes.look(model.parameters)
-    optimizer._processes.reduce(layers)
+    optimizer._processes.send(layers)()
     for place, layer in enumerate(layers):
         found = layer.statistics.factors()
         parts = [of_rank[place] for of_rank in everyone]
@@ -232,20 +238,204 @@ def what_is_sent_is_what_the_formula_says() -> None:
         optimizer.close()
 
 
+def kept_bytes(optimizer: Any) -> int:
+    """Of preconditioners, in this process."""
+    found = 0
+    for layer in optimizer._registry.layers:
+        state = optimizer.state[layer.weight]
+        names = [k for k in state if k not in ("momentum_buffer", *checkpoint.ON_HOST)]
+        found += sum(state[name].numel() * state[name].element_size() for name in names)
+    return found
+
+
+@scenario
+def placements_give_the_same_parameters() -> None:
+    """Whoever updates and keeps preconditioners; what is kept is what the plan says."""
+    world = dist.get_world_size()
+    few = world > 2
+    for name in ("SINGD", "KFAC", "KFAC trust region") if few else OPTIMIZERS:
+        cls, options = OPTIMIZERS[name]
+        single = network()
+        reference = cls(single.parameters(), lr=0.01, **options)
+        for step in range(10):
+            whole(single, reference, name, step, 8)
+        least = None
+        for workers in [g for g in range(1, world + 1) if world % g == 0]:
+            extra = {"grad_worker_fraction": workers / world}
+            model, optimizer = built(name, options=extra)
+            for step in range(10):
+                train(model, optimizer, name, step, even(8), 1)
+            error = 1e-11 if loss_of(name) is loss else 1e-6
+            for p, q in zip(model.parameters(), single.parameters(), strict=True):
+                close = torch.allclose(p, q, rtol=error, atol=error)
+                assert close, (name, workers, float((p - q).abs().max()))
+            assert_same_everywhere([p.detach() for p in model.parameters()])
+            plan, mine = optimizer.placement(), kept_bytes(optimizer)
+            assert mine == plan.state_bytes[dist.get_rank()], (name, plan)
+            least = least or sum(plan.state_bytes)
+            assert sum(plan.state_bytes) >= least
+            owners = {row.updated_by for row in plan} - {"all"}
+            if name in ("SINGD", "KFAC"):
+                assert len(owners) == world, plan
+                assert (
+                    all(row.kept_by.count(",") == workers - 1 for row in plan) or workers == world
+                )
+            optimizer.close()
+
+
+@scenario
+def checkpoints_are_whole_wherever_parts_are_kept() -> None:
+    """All processes put the state together; it goes on the same, with any placement."""
+    world = dist.get_world_size()
+    for name in ("SINGD", "SINGD Toeplitz", "KFAC", "KFAC ekfac"):
+        model, optimizer = built(name, options={"grad_worker_fraction": 1 / world})
+        for step in range(3):
+            train(model, optimizer, name, step, even(8), 1)
+        saved = copy.deepcopy(optimizer.state_dict())
+        weights = {k: v.clone() for k, v in model.state_dict().items()}
+        everything = [v for s in saved["state"].values() for _, v in sorted(s.items())]
+        assert_same_everywhere([v for v in everything if isinstance(v, Tensor)])
+        assert kept_bytes(optimizer) == optimizer.placement().state_bytes[dist.get_rank()]
+        for fraction in (1 / world, 1.0):
+            twin, other = built(name, options={"grad_worker_fraction": fraction})
+            twin.load_state_dict(weights)
+            other.load_state_dict(saved)
+            for group in other.param_groups:
+                group["grad_worker_fraction"] = fraction
+            for step in range(3, 6):
+                train(twin, other, name, step, even(8), 1)
+                if fraction < 1:
+                    train(model, optimizer, name, step, even(8), 1)
+            assert kept_bytes(other) == other.placement().state_bytes[dist.get_rank()]
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                # gradients of a new DistributedDataParallel lie in other buckets
+                assert torch.allclose(p, q, rtol=1e-11, atol=1e-11), (name, fraction)
+            other.close()
+        optimizer.close()
+
+
+@scenario
+def a_decomposition_that_fails_is_reported_by_all() -> None:
+    """Though one process makes it; all go on with what they had."""
+    for workers in (1, dist.get_world_size()):
+        fraction = workers / dist.get_world_size()
+        options = {"grad_worker_fraction": fraction, "num_tolerated_failures": 1}
+        model, optimizer = built("KFAC", options=options)
+        for step in range(2):
+            train(model, optimizer, "KFAC", step, even(8), 1)
+        layer = next(la for la in optimizer._registry.layers if la.name == "mix")
+        if optimizer._plan.keeps(layer):
+            optimizer.state[layer.weight]["A"][:] = float("nan")
+        with pytest.warns(UserWarning, match="mix.weight could not be decomposed"):
+            train(model, optimizer, "KFAC", 2, even(8), 1)
+        assert int(optimizer.state[layer.weight]["failures"]) == 1
+        for step in range(3, 6):
+            train(model, optimizer, "KFAC", step, even(8), 1)
+        assert int(optimizer.state[layer.weight]["failures"]) == 0
+        assert_same_everywhere([p.detach() for p in model.parameters()])
+        optimizer.close()
+
+
+@scenario
+def structures_chosen_after_the_plan() -> None:
+    """Layers that turn out diagonal stay where they are, and nobody waits for them in vain."""
+    options = {"max_step_ratio": 1.0, "grad_worker_fraction": 1 / dist.get_world_size()}
+    model, optimizer = built("SINGD", options=options)
+    for step in range(5):
+        train(model, optimizer, "SINGD", step, even(8), 1)
+    assert {layer.statistics.k.name for layer in optimizer._registry.layers} == {"diagonal"}
+    assert_same_everywhere([p.detach() for p in model.parameters()])
+    optimizer.state_dict()
+    optimizer.close()
+
+
+@scenario
+def a_fraction_that_does_not_fit_is_refused() -> None:
+    """At the first update, when the number of processes is known."""
+    if dist.get_world_size() == 4:
+        model, optimizer = built("SINGD", options={"grad_worker_fraction": 0.75})
+        with pytest.raises(ValueError, match=r"3 of 4 processes.* 0.25, 0.5, 1.0"):
+            train(model, optimizer, "SINGD", 0, even(8), 1)
+        optimizer.close()
+
+
+@scenario
+def what_placements_send_is_what_the_formula_says() -> None:
+    """Preconditioners to those that keep them, and preconditioned gradients to all others."""
+    known, sent = dist.broadcast, list[int]()
+
+    def counted(tensor: Tensor, source: int, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel() * (source == dist.get_rank()))
+        return known(tensor, source, *args, **kwargs)
+
+    world = dist.get_world_size()
+    for workers in [g for g in range(1, world + 1) if world % g == 0]:
+        options = {"grad_worker_fraction": workers / world}
+        model, optimizer = built("SINGD", options=options)
+        train(model, optimizer, "SINGD", 0, even(8), 1)
+        distributed.dist.broadcast = counted
+        for step, due in ((1, False), (2, True)):
+            sent.clear()
+            train(model, optimizer, "SINGD", step, even(8), 1)
+            expected = 0
+            for layer in optimizer._registry.layers:
+                own, plan = layer.statistics, optimizer._plan
+                sides = own.layer.groups * (own.k.dim**2 + own.c.dim**2)
+                if due and workers > 1 and plan.place(layer).owner == dist.get_rank():
+                    expected += 2 * sides  # K, C and their momenta
+                if workers < world and plan.source(layer) == dist.get_rank():
+                    expected += own.layer.groups * own.k.dim * own.c.dim
+            assert sum(sent) == expected, (workers, step, sent, expected)
+        distributed.dist.broadcast = known
+        optimizer.close()
+
+
 @scenario
 def buckets_do_not_matter() -> None:
     """Nor does it matter that a layer is larger than a bucket."""
     found = []
     for size in (25 * 2**20, 700):
-        distributed.BUCKET = size
+        messages.BUCKET = size
         model, optimizer = built("SINGD")
         for step in range(3):
             train(model, optimizer, "SINGD", step, even(8), 1)
         found.append([t.clone() for t in state_of(model.module, optimizer)])
         optimizer.close()
-    distributed.BUCKET = 25 * 2**20
+    messages.BUCKET = 25 * 2**20
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)  # sums in another order
+
+
+@scenario
+def messages_travel_while_others_are_packed_and_gradients_are_read() -> None:
+    """In a trace: each one is on its way during operations of the process that has sent it."""
+    messages.BUCKET = 1 << 20
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(300, 300) for _ in range(4))))
+    optimizer = SINGD(model.parameters(), T=1, structures="dense")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(8, 300)).square().mean().backward()
+            optimizer._processes.look(model.parameters)
+            receive = optimizer._processes.send(optimizer._registry.layers)
+            base.non_finite(optimizer._gradients())
+            with torch.profiler.record_function("waits"):
+                receive()
+    events = list(trace.events())
+    travels = [e.time_range for e in events if e.name == "gloo:all_reduce"]
+    waits = [e.time_range for e in events if e.name == "waits"]
+    found = {
+        e.name
+        for e in events
+        if e.name in ("aten::index_select", "aten::cat", "aten::_foreach_norm")
+        and any(t.start <= e.time_range.start < t.end for t in travels)
+        and not any(w.start <= e.time_range.start < w.end for w in waits)
+    }
+    assert found
+    assert len(travels) >= 10  # at least two in each of the steps
+    messages.BUCKET = 25 * 2**20
+    optimizer.close()
 
 
 @scenario
@@ -264,6 +454,24 @@ def other_layers_are_refused() -> None:
 
 
 @scenario
+def a_state_dict_that_one_process_alone_asks_for() -> None:
+    """It is in many; an error, not a wait without end."""
+    keeping.PATIENCE = timedelta(seconds=1)
+    options = {"grad_worker_fraction": 1 / dist.get_world_size()}
+    model, optimizer = built("SINGD", options=options, process_group=dist.new_group())
+    train(model, optimizer, "SINGD", 0, even(8), 1)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match="did not take part"):
+            optimizer.state_dict()
+    optimizer.close()
+    model, optimizer = built("SINGD")  # every process keeps all
+    train(model, optimizer, "SINGD", 0, even(8), 1)
+    if dist.get_rank() == 0:
+        assert optimizer.state_dict()["state"][0]["K"].isfinite().all()
+    optimizer.close()
+
+
+@scenario
 def a_message_that_is_lost_names_its_layers() -> None:
     """The last scenario: one process does not take part, and the group is of no use afterwards."""
     group = dist.new_group(timeout=timedelta(seconds=3))
@@ -274,16 +482,34 @@ def a_message_that_is_lost_names_its_layers() -> None:
     optimizer.zero_grad()
     loss(model(x), y).backward()
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"statistics of conv, grouped.* could not be added"):
+        with pytest.raises(
+            RuntimeError, match=r"what is known of conv, grouped.* did not take part"
+        ):
             optimizer.step()
     dist.barrier()
 
 
-if __name__ == "__main__":
+def run(place: int, chosen: list[str], **group: Any) -> None:
+    """All scenarios, or some."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
     for function in SCENARIOS:
+        if chosen and function.__name__ not in chosen:
+            continue
         function()
-        if dist.get_rank() == 0:
+        if place == 0:
             print(function.__name__, "holds", flush=True)
     dist.destroy_process_group()
+
+
+def spawned(rank: int, chosen: list[str], store: str, world: int) -> None:
+    """The same in a process that torch.multiprocessing has started."""
+    run(rank, chosen, init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        run(int(os.environ["RANK"]), sys.argv[1:])
+    else:
+        world = int(sys.argv[2])
+        torch.multiprocessing.spawn(spawned, (sys.argv[3:], sys.argv[1], world), nprocs=world)

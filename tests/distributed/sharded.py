@@ -31,6 +31,8 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SINGD adam": (SINGD, {"T": 2, "grafting": "adam", "fallback": "sgd"}),
     "KFAC": (KFAC, {"inv_update_steps": 2}),
     "KFAC trust region": (KFAC, {"kl_clip": 1e-3, "damping": 0.1}),
+    "SINGD by half": (SINGD, {"T": 2, "grad_worker_fraction": 0.5}),
+    "KFAC by one": (KFAC, {"inv_update_steps": 2, "grad_worker_fraction": 0.0}),
 }
 SCENARIOS: list[Callable[[], None]] = []
 
@@ -93,7 +95,7 @@ def reference(name: str, steps: int) -> nn.Module:
 def shards_equal_one_process() -> None:
     """Ten steps, also with groups of their own for some layers, and with replicas."""
     few = dist.get_world_size() > 2
-    for name in ("SINGD", "SINGD diagonal", "KFAC") if few else OPTIMIZERS:
+    for name in ("SINGD diagonal", "SINGD by half", "KFAC by one") if few else OPTIMIZERS:
         expected = reference(name, 10)
         for place, mesh in enumerate(meshes()):
             model, optimizer = built(name, mesh, parts=place == 0)
@@ -131,9 +133,35 @@ def one_part_that_is_not_finite_is_skipped_by_all() -> None:
 
 
 @scenario
+def a_loss_scale_is_agreed_upon() -> None:
+    """One part that is infinite halves the scale in all processes, and all skip the step."""
+    for name in ("SINGD", "KFAC"):
+        model, optimizer = built(name, meshes()[0])
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        expected = reference(name, 2)
+        for step in (0, 1, 2):
+            x, y = (part(t) for t in batch(step, 8))
+            optimizer.zero_grad()
+            scaler.scale(loss(model(x), y)).backward()
+            if step == 2:
+                before = whole(model)
+                if dist.get_rank() == 1:
+                    model.conv.weight.grad.to_local()[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            if step == 1:
+                for p, q in zip(whole(model), expected.parameters(), strict=True):
+                    assert torch.allclose(p, q, rtol=1e-11, atol=1e-11), name
+        for a, b in zip(before, whole(model), strict=True):
+            assert torch.equal(a, b)
+        assert scaler.get_scale() == 32.0
+        optimizer.close()
+
+
+@scenario
 def checkpoints_go_on_with_other_shards() -> None:
     """Saved by one number of processes, loaded by another, or written if there is none yet."""
-    for name in ("SINGD", "SINGD diagonal", "KFAC"):
+    for name in ("SINGD", "SINGD diagonal", "SINGD by half", "KFAC by one"):
         folder = os.path.join(sys.argv[1], name.replace(" ", "_"))
         model, optimizer = built(name, meshes()[0])
         if not os.path.isdir(folder):

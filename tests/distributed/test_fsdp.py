@@ -17,4 +17,4 @@ def test_all_scenarios_and_checkpoints_for_other_numbers_of_processes(tmp_path: 
     ):
         text = launch("sharded.py", world, folder, *chosen)
         assert text.count(" holds") == (1 if chosen else scenarios("sharded.py")), text
-        assert scenarios("sharded.py") == 4
+        assert scenarios("sharded.py") == 5

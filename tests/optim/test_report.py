@@ -1,7 +1,10 @@
 """What ``report()`` says beside its rows: which guards acted."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 from oracles.loops import mlp_batch, squares
 from oracles.optimizers import Optimizer
@@ -44,3 +47,16 @@ def test_skipped_batches_show() -> None:
     report = optimizer.report()
     assert report.skipped_updates == 2
     assert "2 batches skipped for numbers that are not finite." in str(report)
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["before the first step", "after two"])
+def test_the_report_as_a_picture(steps: int, tmp_path: Path) -> None:
+    """Also where nothing is known yet."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    optimizer = Optimizer(model.parameters())
+    for _ in range(steps):
+        model(torch.randn(8, 2, 4, 4)).square().mean().backward()
+        optimizer.step()
+    path = optimizer.report().draw(tmp_path / "report.png")
+    assert path.stat().st_size > 10_000

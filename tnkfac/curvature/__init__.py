@@ -1,7 +1,7 @@
 """Curvature of layers: Kronecker factors, structures, and how statistics are captured."""
 
 from tnkfac.curvature.accumulate import Factors, LossAverage, Statistics
-from tnkfac.curvature.capture import FirstForward, Tap, attach
+from tnkfac.curvature.capture import FirstForward, Tap, attach, output_shapes
 from tnkfac.curvature.discover import Owner, find_owners, root_of
 from tnkfac.curvature.estimators import (
     Kronecker,
@@ -53,6 +53,7 @@ __all__ = [
     "input_factor",
     "kfac",
     "ntk",
+    "output_shapes",
     "per_sample_gradients",
     "plain_path",
     "resolve_structure",

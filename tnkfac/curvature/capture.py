@@ -269,3 +269,26 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Cal
     finally:
         for handle in handles:
             handle.remove()
+
+
+def output_shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[int, ...]]:
+    """Shape of the output of every module that returns a tensor, in a pass without gradients.
+
+    Args:
+        model: The network.
+        x: Its input; on the meta device nothing is computed.
+    """
+    found: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found[module] = tuple(output.shape)
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -9,29 +9,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tnkfac.curvature import FirstForward, FullPrecision
-from tnkfac.optim import arguments, checkpoint, fallback
+from tnkfac.optim import arguments
+from tnkfac.optim.diagnostics import Diagnostics, Spectra, diagnose
 from tnkfac.optim.distributed import Processes
-from tnkfac.optim.guard import SkippedUpdates, Verdicts, loss_scale, non_finite
+from tnkfac.optim.guard import SkippedUpdates, Verdicts, either, loss_scale, non_finite
+from tnkfac.optim.keeping import Keeping
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.notices import Notices
+from tnkfac.optim.placement import Plan
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
 from tnkfac.optim.scaling import Scaling
-from tnkfac.optim.stacks import Stacking
-from tnkfac.optim.step import roomy
+from tnkfac.optim.unread import Unread
 from tnkfac.optim.updates import step_layers, step_others
 
 
-class CurvatureOptimizer(Stacking, Optimizer):
+class CurvatureOptimizer(Keeping):
     """Base of optimizers that precondition layers and train every other parameter by a fallback.
 
     A subclass says which state a layer has and how statistics and gradients use it.
     """
 
-    _registry: Registry
     _counters: ClassVar[tuple[str, ...]] = ("step", "last_due")
 
     def __init__(self, params: Any, defaults: Group, grad_scaler: Any = None) -> None:
@@ -61,6 +61,7 @@ class CurvatureOptimizer(Stacking, Optimizer):
         self._search: FirstForward | None = None
         self._notices = Notices()
         self._processes = Processes()
+        self._plan = Plan()
         self._excluded = False
 
     def add_param_group(self, param_group: Group) -> None:
@@ -121,10 +122,6 @@ class CurvatureOptimizer(Stacking, Optimizer):
         """Check all hyper-parameters of a group; bring those in ``given`` to their stored form."""
 
     @abstractmethod
-    def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
-        """State of a layer, kept under its weight."""
-
-    @abstractmethod
     def _update_layers(
         self,
         layers: list[CapturedLayer],
@@ -134,9 +131,17 @@ class CurvatureOptimizer(Stacking, Optimizer):
     ) -> None:
         """Take the pending statistics of a stack of layers into their states."""
 
+    def _scales(self, layer: CapturedLayer) -> bool:
+        """Whether the preconditioner of a layer scales each number of a gradient."""
+        return False
+
     def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
-        """Preconditioner of every layer where it scales each number of a gradient."""
+        """Preconditioner of every layer where that is so."""
         return [None] * len(layers)
+
+    @abstractmethod
+    def _spectra(self, layer: CapturedLayer) -> Spectra | None:
+        """Eigenvalues of the damped factors of a layer, or None where others keep them."""
 
     @abstractmethod
     def _is_due(self, group: Group, step: int) -> bool:
@@ -170,34 +175,68 @@ class CurvatureOptimizer(Stacking, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         due = [layer for layer in self._registry.layers if layer.statistics.on]
-        if due:
-            self._processes.look(self._registry.params)
+        self._processes.look(self._registry.params, bool(due))
         several = self._processes.count > 1
         self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
         groups = by_parameter(self.param_groups)
+        self._place(groups)
         self._notices.check_gradients(self._registry)
         self._ensure_state(groups)
+        seen: Tensor | bool | None = None
         if several and due:
-            self._processes.reduce(due)
+            receive = self._processes.send(due)
+            seen = non_finite(self._gradients())  # while messages travel
+            receive()
         pending = [layer for layer in self._registry.layers if layer.statistics.pending]
         if not pending and self._rests():
             return loss
         if not self._excluded:
             self._notices.check_statistics(due)
-        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
-        skip = self._processes.agree(non_finite([*gradients, *measured]))
+        skip = self._guarded(pending, groups, seen)
         self._skipped.add(skip)
-        if skip is not True:
-            keep = None if skip is False else 1 - skip
-            device = gradients[0].device if gradients else torch.device("cpu")
-            with FullPrecision(device):
-                self._update_factors(pending, groups, keep)
-                self._move(groups, keep)
         self._advance(pending if skip is not True else [], groups)
         if isinstance(skip, Tensor):
             self._verdicts.send(skip, self._undo(pending))
         return loss
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+
+    def _guarded(
+        self,
+        pending: list[CapturedLayer],
+        groups: dict[int, Group],
+        seen: Tensor | bool | None,
+    ) -> Tensor | bool:
+        """Update factors and step, unless a number is not finite; tell whether one is not.
+
+        Args:
+            pending: Layers with statistics.
+            groups: Parameter groups by ``id`` of the parameter.
+            seen: Whether a gradient is not finite; None if they were not looked at.
+        """
+        unread, gradients = Unread(), self._gradients()
+        if self._processes.count == 1:
+            layers = self._registry.layers
+            unread = Unread.among(layers, pending, self.state, groups, self._scales)
+        measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
+        if seen is None:
+            skip = non_finite([*unread.others(gradients), *measured])
+        else:
+            skip = either(seen, non_finite(measured))
+        skip = self._processes.agree(skip)
+        if skip is True:
+            return True
+        keep = None if isinstance(skip, bool) else 1 - skip
+        device = gradients[0].device if gradients else torch.device("cpu")
+        with FullPrecision(device):
+            unread.remember(pending, self.state)
+            self._update_factors(pending, groups, keep)
+            norms = unread.norms(self._scalings)
+            if norms is None:
+                return True
+            self._move(groups, keep, norms)
+        return skip
 
     def _update_factors(
         self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
@@ -206,10 +245,10 @@ class CurvatureOptimizer(Stacking, Optimizer):
         for places, group in self._stacks(pending, groups):
             self._update_layers([pending[i] for i in places], group, scale, keep)
 
-    def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
+    def _move(self, groups: dict[int, Group], keep: Tensor | None, norms: dict[int, float]) -> None:
         """Step every parameter that has a gradient."""
-        layers = self._registry.layers
-        self._trust = step_layers(layers, self._naturals, self._scalings, self.state, groups, keep)
+        layers, naturals, scalings = self._registry.layers, self._naturals, self._scalings
+        self._trust = step_layers(layers, naturals, scalings, self.state, groups, keep, norms)
         skip = None if keep is None else 1 - keep
         step_others(self._registry.others, self.state, self.param_groups, groups, skip)
 
@@ -242,34 +281,7 @@ class CurvatureOptimizer(Stacking, Optimizer):
         on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in lrs)
         return on_host and all(float(lr) == 0 for lr in lrs)
 
-    # ---------------------------------------------------------------- state
-
-    def _ensure_state(self, groups: dict[int, Group]) -> None:
-        for layer in self._registry.layers:
-            if not layer.statistics.bound:
-                continue
-            group = groups[id(layer.weight)]
-            for param in layer.params():
-                if param.grad is None or self.state.get(param):
-                    continue
-                if param is layer.weight:
-                    self.state[param].update(self._layer_state(layer, group))
-                self.state[param]["momentum_buffer"] = torch.zeros_like(
-                    param, dtype=roomy(param.dtype)
-                )
-        for other in self._registry.others:
-            if other.param.grad is not None and not self.state.get(other.param):
-                group = groups[id(other.param)]
-                self.state[other.param].update(fallback.init_state(other.param, group))
-
-    def _layer_state(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
-        state = self._init_layer(layer, group)
-        state["last_update"] = torch.tensor(-1)
-        if group["grafting"] == "adam":
-            shape = (layer.statistics.layer.groups, layer.statistics.c.dim, layer.statistics.k.dim)
-            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-            state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=layer.weight.device)
-        return state
+    # ---------------------------------------------------------------- statistics
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and drop statistics that no step has taken.
@@ -292,29 +304,6 @@ class CurvatureOptimizer(Stacking, Optimizer):
             self._excluded = True
             for statistics, on in before:
                 statistics.on = on
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of every parameter and hyper-parameters of every group, without callables."""
-        self._verdicts.receive(wait=True)
-        saved = super().state_dict()
-        return {**saved, "param_groups": checkpoint.without_callables(saved["param_groups"])}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the argument is neither changed nor kept.
-
-        Callables and hyper-parameters that it lacks stay as they are.
-
-        Args:
-            state_dict: A saved state.
-        """
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        params = [param for group in self.param_groups for param in group["params"]]
-        checkpoint.restore_tensors(self.state, state_dict, params)
-        checkpoint.restore_groups(self.param_groups, before)
-        self._registry.clear()
-        self._read_marks()
 
     def _read_marks(self) -> None:
         for layer in self._registry.layers:
@@ -353,7 +342,25 @@ class CurvatureOptimizer(Stacking, Optimizer):
         report = self._registry.report(self.state)
         report.skipped_updates = self.skipped_updates
         report.trust_region = None if self._trust is None else float(self._trust)
+        report.diagnose = self.diagnostics
         return report
+
+    def diagnostics(self) -> Diagnostics:
+        """Condition of the factors and size of the last update, of every layer.
+
+        It decomposes what is not decomposed, so it is not for every step.
+
+        Returns:
+            A list of rows that prints as a table, writes for TensorBoard, and has all spectra.
+        """
+        groups = by_parameter(self.param_groups)
+        layers = self._registry.layers
+        found = diagnose(
+            layers, self.state, lambda layer: groups[id(layer.weight)]["lr"], self._spectra
+        )
+        found.trust_region = None if self._trust is None else float(self._trust)
+        found.skipped_updates = self.skipped_updates
+        return found
 
     def close(self) -> None:
         """Remove every hook; afterwards the factors stay as they are."""

@@ -1,7 +1,8 @@
 """Large layers on the CPU, some rows at a time: what is computed of them stays in the cache.
 
 Gradients are scaled twice, once for their norm and once for the step, instead of being written to
-memory in between.
+memory in between. The norm also tells whether a gradient is finite, so that it need not be read a
+third time.
 """
 
 from __future__ import annotations
@@ -22,16 +23,37 @@ BLOCK = 1 << 18
 """Numbers that are taken at a time."""
 
 
-def suits(layer: CapturedLayer, scaling: Scaling) -> bool:
+def suits(layer: CapturedLayer) -> bool:
     """Whether a layer is large enough, and its tensors can be cut along their first axis."""
     weight, gradient = layer.weight, layer.weight.grad
-    if gradient is None or weight.device.type != "cpu" or scaling.groups > 1:
+    if gradient is None or weight.numel() <= BLOCK or weight.device.type != "cpu":
         return False
-    return weight.numel() > BLOCK and gradient.stride() == weight.stride()
+    if layer.statistics.layer.groups > 1 or gradient.dtype != weight.dtype:
+        return False
+    return gradient.stride() == weight.stride()
+
+
+def norm(layer: CapturedLayer, scaling: Scaling) -> float:
+    """Norm of the preconditioned gradients of a layer; not finite where one of them is not."""
+    pieces, inputs, outputs = _pieces(layer.weight.grad, scaling)
+    found = 0.0
+    for g, right, left in zip(pieces, inputs, outputs, strict=True):
+        update = g * right
+        if left.shape[0] == len(g) == left.numel():  # one number for each row
+            rows = torch.linalg.vector_norm(update.flatten(1), dim=1)
+            found = hypot(found, torch.linalg.vector_norm(rows.mul_(left.view(-1))).item())
+        else:
+            found = hypot(found, torch.linalg.vector_norm(update.mul_(left)).item())
+    bias = _bias(layer, scaling)
+    return found if bias is None else hypot(found, torch.linalg.vector_norm(bias).item())
 
 
 def step_large(
-    layer: CapturedLayer, scaling: Scaling, state: Any, groups: dict[int, Group]
+    layer: CapturedLayer,
+    scaling: Scaling,
+    state: Any,
+    groups: dict[int, Group],
+    known: float | None = None,
 ) -> bool:
     """Graft and step one layer; tell whether it was done: not where float32 loses its norm.
 
@@ -40,30 +62,25 @@ def step_large(
         scaling: Its preconditioner.
         state: State of the optimizer.
         groups: Parameter groups by ``id`` of the parameter.
+        known: What :func:`norm` has found, if it was asked before.
     """
-    own, weight, gradient = groups[id(layer.weight)], layer.weight, layer.weight.grad
-    assert gradient is not None
-    rows = max(1, BLOCK * len(weight) // weight.numel())
-    gradients, params = torch.split(gradient, rows), torch.split(weight, rows)
-    inputs = _cut(scaling.inputs, rows, len(weight), len(params))
-    outputs = _cut(scaling.outputs, rows, len(weight), len(params))
-    bias = None
-    if layer.bias is not None and layer.bias.grad is not None:
-        assert scaling.bias is not None
-        bias = layer.bias.grad * scaling.bias
+    own, weight = groups[id(layer.weight)], layer.weight
+    pieces, inputs, outputs = _pieces(weight.grad, scaling)
+    params = torch.split(weight, len(pieces[0]))
+    bias = _bias(layer, scaling)
     if own["grafting"]:
-        scale = _scale(gradients, inputs, outputs, bias, own)
-        if scale is None:
+        length = norm(layer, scaling) if known is None else known
+        if not multi.in_range(length):
             return False
+        count = weight.numel() + (0 if bias is None else bias.numel())
+        scale = multi.size(own) * count**0.5 / length
         outputs = [part * scale for part in outputs]
         bias = None if bias is None else bias.mul_(scale)
     buffers: Sequence[Tensor | None] = [None] * len(params)
     if own["momentum"]:
-        buffers = torch.split(state[weight]["momentum_buffer"], rows)
+        buffers = torch.split(state[weight]["momentum_buffer"], len(pieces[0]))
     averaged, decoupled = own["grafting"] is not None, own["decoupled_weight_decay"]
-    for param, g, right, left, buffer in zip(
-        params, gradients, inputs, outputs, buffers, strict=True
-    ):
+    for param, g, right, left, buffer in zip(params, pieces, inputs, outputs, buffers, strict=True):
         kept = [] if buffer is None else [buffer]
         multi.apply(own, averaged, decoupled, [param], [(g * right).mul_(left)], kept, None)
     if bias is not None and layer.bias is not None:
@@ -73,22 +90,22 @@ def step_large(
     return True
 
 
-def _scale(
-    gradients: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    bias: Tensor | None,
-    group: Group,
-) -> float | None:
-    """What brings an update to its size; None where float32 does not hold its squares."""
-    norm, count = 0.0, 0
-    for g, right, left in zip(gradients, inputs, outputs, strict=True):
-        update = (g * right).mul_(left)
-        norm, count = hypot(norm, torch.linalg.vector_norm(update).item()), count + g.numel()
-    if bias is not None:
-        norm = hypot(norm, torch.linalg.vector_norm(bias).item())
-        count += bias.numel()
-    return multi.size(group) * count**0.5 / norm if multi.in_range(norm) else None
+def _pieces(
+    gradient: Any, scaling: Scaling
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Some rows of a gradient at a time, and what scales them."""
+    rows = max(1, BLOCK * len(gradient) // gradient.numel())
+    pieces = torch.split(gradient, rows)
+    inputs = _cut(scaling.inputs, rows, len(gradient), len(pieces))
+    return pieces, inputs, _cut(scaling.outputs, rows, len(gradient), len(pieces))
+
+
+def _bias(layer: CapturedLayer, scaling: Scaling) -> Tensor | None:
+    """The preconditioned gradient of the bias."""
+    if layer.bias is None or layer.bias.grad is None:
+        return None
+    assert scaling.bias is not None
+    return layer.bias.grad * scaling.bias
 
 
 def _cut(factor: Tensor, rows: int, length: int, pieces: int) -> list[Tensor]:

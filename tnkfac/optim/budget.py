@@ -125,7 +125,7 @@ def follow_state(layer: CapturedLayer, group: Group | None, state: Mapping[Tenso
         for key, value in found.items()
         if key.split(".")[0] == name
     ]
-    if statistics.bound:
+    if statistics.bound and parts:  # other processes may keep them
         names = matching(statistics.layer, group["structures"], parts)
         if names is not None and names != (statistics.k.name, statistics.c.name):
             statistics.restructure(names, layer.weight)

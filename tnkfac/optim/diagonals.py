@@ -26,8 +26,10 @@ _KINDS = (torch.float32, torch.float64)
 
 def suits(layer: CapturedLayer, state: State) -> bool:
     """Whether both factors of a layer are diagonal, in the precision of its weight."""
+    if "K" not in state or layer.weight.device.type not in ("cpu", "cuda"):
+        return False
     statistics, kind = layer.statistics, layer.weight.dtype
-    if kind not in _KINDS or layer.weight.device.type not in ("cpu", "cuda") or "K" not in state:
+    if kind not in _KINDS:
         return False
     if not (isinstance(statistics.k, Diagonal) and isinstance(statistics.c, Diagonal)):
         return False
@@ -76,7 +78,7 @@ def _segments(shapes: tuple[tuple[int, int, int], ...], device: torch.device) ->
     lengths += [out for groups, _, out in shapes for _ in range(groups)]
     half = len(layers)
     partner = torch.arange(2 * half).roll(half)
-    own = torch.repeat_interleave(torch.tensor(lengths))
+    own = torch.repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
     layer = torch.tensor(layers)
     found = (
         torch.tensor(lengths),

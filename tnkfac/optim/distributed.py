@@ -8,23 +8,39 @@ the layers, so that all processes go on with the same factors.
 
 from __future__ import annotations
 
-import gc
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
+from tnkfac.optim.groups import groups_of, holders_of, ranks_of, several
 from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.shards import fully_sharded, is_distributed
+from tnkfac.optim.messages import buckets, packed, size, unpacked
+from tnkfac.optim.shards import is_distributed
 
-BUCKET = 25 * 2**20
-"""Bytes that are sent in one message."""
+
+@dataclass(frozen=True)
+class Copy:
+    """Tensors that one process has and others are to have.
+
+    Attributes:
+        name: The layer whose they are, for errors.
+        source: The place of the process that has them, among those that train the parameters.
+        members: The places of all that are to have them, in order.
+        tensors: Contiguous; overwritten in all but the source.
+    """
+
+    name: str
+    source: int
+    members: tuple[int, ...]
+    tensors: list[Tensor]
 
 
 class Processes:
@@ -34,32 +50,49 @@ class Processes:
         """There are no others."""
         self._groups: list[Any] = []
         self._holders: list[Any] = []
+        self._ranks: list[int] = [0]
+        self._subgroups: dict[tuple[int, ...], Any] = {}
         self._compared: set[int] = set()
         self._updates = 0
 
-    def look(self, params: Callable[[], Iterable[Tensor]]) -> None:
+    def look(self, params: Callable[[], Iterable[Tensor]], due: bool = True) -> None:
         """Look for what ties some of these parameters to other processes.
 
-        A model may be wrapped after the optimizer is made, so this looks at the first updates, then
-        ever less often: to search all objects takes a while.
+        A model may be wrapped after the optimizer is made, so this looks at the first step and the
+        first updates, then ever less often: to search all objects takes a while.
+
+        Args:
+            params: Lists the parameters.
+            due: Whether factors are about to be updated.
         """
-        if not self._groups and _several():
-            self._updates += 1
-            if self._updates & (self._updates - 1) == 0:
-                listed = list(params())
-                self._groups = _groups_of(listed)
-                self._holders = _holders_of(listed)
+        if self._groups or not several() or not (due or self._updates == 0):
+            return
+        self._updates += 1
+        if self._updates & (self._updates - 1) == 0:
+            self.find(list(params()))
+
+    def find(self, params: list[Tensor]) -> None:
+        """Search for it now."""
+        if not self._groups and several():
+            self._groups = groups_of(params)
+            self._holders = holders_of(params)
+            self._ranks = ranks_of(params, self._groups)
 
     @property
     def count(self) -> int:
         """Number of processes."""
         return prod(dist.get_world_size(group) for group in self._groups) if self._groups else 1
 
+    @property
+    def rank(self) -> int:
+        """The place of this process among them."""
+        return self._ranks.index(dist.get_rank()) if self._groups else 0
+
     def agree(self, skip: Tensor | bool) -> Tensor | bool:
         """Skip a batch in all processes if one of them is to skip it.
 
         Args:
-            skip: What this one has found; after :meth:`reduce`, all have found the same unless
+            skip: What this one has found; after :meth:`send`, all have found the same unless
                 they hold different parts of the gradients.
         """
         if not self._holders:
@@ -69,14 +102,18 @@ class Processes:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         return bool(flag) if isinstance(skip, bool) else flag
 
-    def reduce(self, layers: Sequence[CapturedLayer]) -> None:
-        """Add up the statistics of layers over all processes.
+    def send(self, layers: Sequence[CapturedLayer]) -> Callable[[], None]:
+        """Begin to add up the statistics of layers over all processes.
 
         A process in which a layer did not run contributes zeros. What no process has measured is
         dropped, as far as that can be told without waiting for a device.
 
         Args:
             layers: The same layers in the same order in every process.
+
+        Returns:
+            What waits for the sums and puts them in the place of the statistics; messages travel
+            until then.
 
         Raises:
             RuntimeError: If processes have other layers, or a message is lost; it names the layers.
@@ -87,37 +124,97 @@ class Processes:
         sent = [layer.statistics.exchanged(share) for layer in layers]
         entries = [entry for statistics in sent for entry in statistics]
         names = [layer.name for layer, own in zip(layers, sent, strict=True) for _ in own]
-        received = iter(self._summed(entries, names))
-        for layer, own in zip(layers, sent, strict=True):
-            sums = [next(received) for _ in own]
-            counts = sums[-1]
-            if counts.device.type == "cpu" and not bool(counts[0] > 0):
-                layer.statistics.clear()
-            else:
-                layer.statistics.take(sums)
+        arrive = self._travelling(entries, names)
 
-    def _summed(self, entries: list[tuple[Tensor, bool]], names: list[str]) -> list[Tensor]:
-        """Sums over processes, in buckets that travel while the next one is packed."""
+        def receive() -> None:
+            received = iter(arrive())
+            for layer, own in zip(layers, sent, strict=True):
+                sums = [next(received) for _ in own]
+                counts = sums[-1]
+                if counts.device.type == "cpu" and not bool(counts[0] > 0):
+                    layer.statistics.clear()
+                else:
+                    layer.statistics.take(sums)
+
+        return receive
+
+    def _travelling(
+        self, entries: list[tuple[Tensor, bool]], names: list[str]
+    ) -> Callable[[], list[Tensor]]:
+        """Send buckets, each of which travels while the next one is packed; return who waits."""
         travelling = []
-        for bucket in _buckets(entries):
-            flat = torch.cat([_packed(*entries[i]) for i in bucket])
-            try:
+        for bucket in buckets(entries):
+            flat = torch.cat([packed(*entries[i]) for i in bucket])
+            with _names([names[i] for i in bucket]):
                 for group in self._groups[:-1]:
                     dist.all_reduce(flat, group=group)
                 work = dist.all_reduce(flat, group=self._groups[-1], async_op=True)
-            except RuntimeError as error:
-                raise _lost(names, bucket) from error
             travelling.append((bucket, flat, work))
-        found: list[Tensor] = []
-        for bucket, flat, work in travelling:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise _lost(names, bucket) from error
-            sizes = [_size(*entries[i]) for i in bucket]
-            for i, part in zip(bucket, torch.split(flat, sizes), strict=True):
-                found.append(_unpacked(part, *entries[i]))
-        return found
+
+        def arrive() -> list[Tensor]:
+            found: list[Tensor] = []
+            for bucket, flat, work in travelling:
+                with _names([names[i] for i in bucket]):
+                    work.wait()
+                sizes = [size(*entries[i]) for i in bucket]
+                for i, part in zip(bucket, torch.split(flat, sizes), strict=True):
+                    found.append(unpacked(part, *entries[i]))
+            return found
+
+        return arrive
+
+    def copy(self, copies: Sequence[Copy], patience: timedelta | None = None) -> None:
+        """Have tensors of some processes in others.
+
+        Args:
+            copies: The same in the same order in all members, of which this process is one.
+            patience: How long to wait for the others; None for the time-out of their group.
+
+        Raises:
+            RuntimeError: If a message is lost; it names the layers.
+        """
+        together: dict[tuple[tuple[int, ...], int], list[tuple[str, Tensor]]] = {}
+        for one in copies:
+            if len(one.members) > 1:
+                kept = together.setdefault((one.members, one.source), [])
+                kept += [(one.name, tensor) for tensor in one.tensors]
+        travelling = []
+        for (members, source), named in sorted(together.items(), key=lambda item: item[0]):
+            group, mine = self._group(members), source == self.rank
+            for bucket in buckets([(tensor, False) for _, tensor in named]):
+                flat = torch.cat([named[i][1].detach().view(-1) for i in bucket])
+                names = [named[i][0] for i in bucket]
+                with _names(names):
+                    work = dist.broadcast(flat, self._ranks[source], group=group, async_op=True)
+                assert work is not None
+                tensors = [] if mine else [named[i][1] for i in bucket]
+                travelling.append((work, flat, tensors, names))
+        for work, flat, tensors, names in travelling:
+            with _names(names):
+                work.wait() if patience is None else work.wait(patience)
+            if tensors:
+                parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+    def worst(self, codes: list[int], device: torch.device) -> list[int]:
+        """The largest of each number over all processes."""
+        if not self._groups or not codes:
+            return codes
+        found = torch.tensor(codes, device=device)
+        for group in self._groups:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        listed: list[int] = found.tolist()
+        return listed
+
+    def _group(self, members: tuple[int, ...]) -> Any:
+        """The process group of some of the places."""
+        if len(members) == self.count and len(self._groups) == 1:
+            return self._groups[0]
+        if members not in self._subgroups:
+            ranks = [self._ranks[member] for member in members]
+            self._subgroups[members] = dist.new_group(ranks, use_local_synchronization=True)
+        return self._subgroups[members]
 
     def _compare(self, layers: Sequence[CapturedLayer]) -> None:
         """Make sure, once for every list of layers, that all processes have the same."""
@@ -146,85 +243,14 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor()  # type: ignore[no-any-return]
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _groups_of(params: list[Tensor]) -> list[Any]:
-    """Process groups over whose product statistics are to be added up."""
-    sharded = fully_sharded(params)
-    for param in params:
-        if id(param) in sharded:
-            return _axes(param)
-    known = {id(param) for param in params}
-    for thing in gc.get_objects():
-        if not issubclass(type(thing), DistributedDataParallel):
-            continue
-        if any(id(param) in known for param in thing.parameters()):
-            return [thing.process_group]
-    return []
-
-
-def _holders_of(params: list[Tensor]) -> list[Any]:
-    """Process groups that hold parts of some parameters."""
-    found = {id(group): group for p in params if is_distributed(p) for group in _axes(p)}
-    return list(found.values())
-
-
-def _axes(param: Any) -> list[Any]:
-    mesh = param.device_mesh
-    return [mesh.get_group(axis) for axis in range(mesh.ndim)]
-
-
-def _lost(names: list[str], bucket: list[int]) -> RuntimeError:
-    which = ", ".join(dict.fromkeys(names[i] for i in bucket))
-    return RuntimeError(f"The statistics of {which} could not be added up over the processes.")
-
-
-def _buckets(entries: Sequence[tuple[Tensor, bool]]) -> Iterator[list[int]]:
-    """Places of entries that are sent together: neighbours of one device and dtype."""
-    bucket: list[int] = []
-    kind, room = None, 0
-    for place, (tensor, symmetric) in enumerate(entries):
-        size = _size(tensor, symmetric) * tensor.element_size()
-        if bucket and (kind != (tensor.device, tensor.dtype) or size > room):
-            yield bucket
-            bucket = []
-        if not bucket:
-            kind, room = (tensor.device, tensor.dtype), BUCKET
-        bucket.append(place)
-        room -= size
-    if bucket:
-        yield bucket
-
-
-def _size(tensor: Tensor, symmetric: bool) -> int:
-    """Numbers that are sent: of symmetric matrices, upper triangles."""
-    if not symmetric:
-        return tensor.numel()
-    rows = tensor.shape[-1]
-    return tensor.numel() // (rows * rows) * (rows * (rows + 1) // 2)
-
-
-def _packed(tensor: Tensor, symmetric: bool) -> Tensor:
-    if not symmetric:
-        return tensor.reshape(-1)
-    upper, _ = _triangle(tensor.shape[-1], tensor.device)
-    return tensor.reshape(-1, tensor.shape[-1] ** 2).index_select(1, upper).view(-1)
-
-
-def _unpacked(flat: Tensor, like: Tensor, symmetric: bool) -> Tensor:
-    if not symmetric:
-        return flat.view(like.shape)
-    _, back = _triangle(like.shape[-1], like.device)
-    size = like.shape[-1] * (like.shape[-1] + 1) // 2
-    return flat.view(-1, size).index_select(1, back).view(like.shape)
-
-
-@lru_cache(maxsize=64)
-def _triangle(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the upper triangle lies in a matrix, and where an entry of that lies in the former."""
-    i, j = torch.triu_indices(rows, rows)
-    back = torch.empty(rows, rows, dtype=torch.int64)
-    back[i, j] = back[j, i] = torch.arange(len(i))
-    return (i * rows + j).to(device), back.view(-1).to(device)
+@contextmanager
+def _names(layers: list[str]) -> Iterator[None]:
+    """Name the layers whose message is lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        which = ", ".join(dict.fromkeys(layers))
+        raise RuntimeError(
+            f"A message between the {dist.get_world_size()} processes was lost, with what is known "
+            f"of {which}: one of them did not take part, or not in time."
+        ) from error

@@ -16,7 +16,7 @@ from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.normalization import NORMALIZATIONS, normalized
 from tnkfac.optim.parts import overwrite, read, store
 from tnkfac.optim.passes import FisherPasses
-from tnkfac.optim.refresh import Refreshing, damping_of, decomposer_of, inverse_dtype
+from tnkfac.optim.refresh import DERIVED, Refreshing, damping_of, decomposer_of, inverse_dtype
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.stacks import joined
 from tnkfac.optim.step import roomy
@@ -81,7 +81,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         normalization: Scale of the factors: ``"fisher"``, or ``"kfac-pytorch"`` for that of the
             package of this name, to go on with hyper-parameters tuned for it.
         compact_state: Leave decompositions out of checkpoints; they are made anew on loading.
-        grad_worker_fraction: Share of the processes that precondition a layer; 1.0 on one device.
+        grad_worker_fraction: Share of the processes that keep the preconditioner of a layer and
+            apply it; the others get preconditioned gradients. Less takes less memory and sends
+            more; 0 is one process. Has no effect on one device. See :meth:`placement`.
         fallback: ``"adamw"``, ``"sgd"``, or ``"error"`` to refuse parameters without a layer.
         fallback_options: Its ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``.
         grad_scaler: A ``GradScaler`` whose ``step`` is not what calls this optimizer's.
@@ -284,7 +286,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         keep: Tensor | None,
     ) -> None:
         for layer in layers:
-            self._update_layer(layer, group, scale, keep)
+            if self._plan.keeps(layer):
+                self._update_layer(layer, group, scale, keep)
 
     def _update_layer(
         self, layer: CapturedLayer, group: Group, scale: Tensor | float, keep: Tensor | None
@@ -373,17 +376,16 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
             state, group = self.state.get(layer.weight), groups[id(layer.weight)]
-            if state and not any(_is_derived(key) for key in state):
-                state.update(
-                    {k: v for k, v in self._init_layer(layer, group).items() if _is_derived(k)}
-                )
+            if state and self._plan.keeps(layer) and not any(map(_is_derived, state)):
+                fresh = self._init_layer(layer, group)
+                state.update({key: value for key, value in fresh.items() if _is_derived(key)})
                 state["last_inverse"].fill_(-1)
         self._read_marks()
 
 
 def _is_derived(key: str) -> bool:
     """Whether a part of the state follows from the factors."""
-    return key.split(".")[0] in ("Q_A", "Q_B", "d_A", "d_B", "scales", "A_inv", "B_inv")
+    return key.split(".")[0] in DERIVED
 
 
 def _interval(value: int | Callable[[int], int], step: int) -> int:

@@ -16,6 +16,8 @@ from tnkfac.optim.report import Report
 from tnkfac.optim.shards import local, part_of
 from tnkfac.optim.updates import natural_gradients
 
+FRACTIONS = {"comm_opt": 1.0, "hybrid_opt": 0.5, "mem_opt": 0.0}
+"""Its names of strategies, and ``grad_worker_fraction``."""
 METHODS = {"eigen": ("eigen", "tikhonov"), "inverse": ("cholesky", "factor")}
 """What each method of kfac-pytorch is called here."""
 SHOWN = (
@@ -39,7 +41,7 @@ Scheduled = float | Callable[[int], float]
 class _Rewriter(KFAC):
     """KFAC that replaces gradients by natural ones and leaves parameters alone."""
 
-    def _move(self, groups: dict[int, Group], keep: Tensor | None) -> None:
+    def _move(self, groups: dict[int, Group], keep: Tensor | None, norms: dict[int, float]) -> None:
         layers = self._registry.layers
         updates, self._trust = natural_gradients(layers, self._naturals, groups, keep)
         for layer, _, update in updates:
@@ -70,8 +72,10 @@ class KFACPreconditioner:
         colocate_factors: Has no effect on one device.
         compute_method: ``"eigen"`` or ``"inverse"``, or a member of an enumeration so named.
         compute_eigenvalue_outer_product: Has no effect: damping may change at any step.
-        grad_worker_fraction: Has no effect on one device.
-        symmetry_aware: Has no effect on one device.
+        grad_worker_fraction: Share of the processes that keep the preconditioner of a layer, or
+            ``"comm_opt"`` (all), ``"hybrid_opt"`` (half), ``"mem_opt"`` (one), or a member of an
+            enumeration so named.
+        symmetry_aware: Has no effect: factors are always sent as triangles.
         grad_scaler: The ``GradScaler`` in use, or a callable that returns its scale.
         factor_dtype: Has no effect: factors are kept in float32 at least.
         inv_dtype: dtype of decompositions.
@@ -128,6 +132,10 @@ class KFACPreconditioner:
             raise TypeError(f"model: got a {type(model).__name__}. Supported: a torch.nn.Module.")
         method = str(getattr(compute_method, "name", compute_method)).lower()
         arguments.choices("compute_method", method, METHODS)
+        fraction = getattr(grad_worker_fraction, "name", grad_worker_fraction)
+        if isinstance(fraction, str):
+            arguments.choices("grad_worker_fraction", fraction.lower(), FRACTIONS)
+            fraction = FRACTIONS[fraction.lower()]
         arguments.whole("accumulation_steps", accumulation_steps, least=1)
         given = {"damping": damping, "factor_decay": factor_decay, "kl_clip": kl_clip, "lr": lr}
         self._schedules = {name: value for name, value in given.items() if callable(value)}
@@ -144,6 +152,7 @@ class KFACPreconditioner:
             inv_dtype=inv_dtype,
             skip_layers=_matching(model, skip_layers),
             normalization=normalization,
+            grad_worker_fraction=fraction,
             fallback="sgd",
             grad_scaler=_Scale(grad_scaler) if _is_function(grad_scaler) else grad_scaler,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,25 +12,73 @@ from torch import Tensor
 
 from tnkfac.curvature import Decomposable, Parts
 from tnkfac.optim.decompositions import Decomposer
+from tnkfac.optim.diagnostics import Spectra, eigenvalues
+from tnkfac.optim.keeping import Keeping
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.parts import read
-from tnkfac.optim.registry import Group
+from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.stacks import joined, parted
 
+DERIVED = ("Q_A", "Q_B", "d_A", "d_B", "scales", "A_inv", "B_inv")
+"""What of the state follows from the factors."""
+_DONE, _FAILED, _NOT_FINITE = 0, 1, 2
 
-class Refreshing:
+
+@dataclass
+class Attempt:
+    """What came of decomposing the factors of a layer.
+
+    Attributes:
+        code: Whether it was done, failed, or the factors are not finite.
+        found: The decomposition.
+        reason: Why there is none.
+    """
+
+    code: int = _DONE
+    found: dict[str, Parts] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Refreshing(Keeping):
     """Adds decompositions of factors to an optimizer that keeps them in its state."""
 
-    state: Any
-    _init_layer: Callable[[CapturedLayer, Group], dict[str, Tensor]]
-    _stacks: Callable[[list[CapturedLayer], dict[int, Group]], list[tuple[list[int], Group]]]
-
     def _decompose(self, due: list[CapturedLayer], groups: dict[int, Group]) -> None:
-        """Decompose the factors of some layers; the host waits twice for all of them together."""
+        """Decompose the factors of some layers, each in the process that is to do it.
+
+        Args:
+            due: Layers, the same in all processes.
+            groups: Parameter groups by ``id`` of the parameter.
+        """
+        mine = [layer for layer in due if self._plan.computes(layer)]
+        attempts = self._attempts(mine, groups) if mine else []
+        outcomes = dict(zip(map(id, mine), attempts, strict=True))
+        codes = [outcomes[id(la)].code if id(la) in outcomes else _DONE for la in due]
+        if any(self._plan.place(layer).owner is not None for layer in due):
+            codes = self._processes.worst(codes, due[0].weight.device)
+        done = []
+        for layer, code in zip(due, codes, strict=True):
+            state, group = self.state[layer.weight], groups[id(layer.weight)]
+            layer.last_inverse = group["step"]
+            state["last_inverse"].fill_(layer.last_inverse)
+            attempt = outcomes.get(id(layer), Attempt(code, reason="its decomposition failed"))
+            if code != _DONE:
+                self._fail(layer, group, attempt.reason, restart=code == _NOT_FINITE)
+                continue
+            done.append(layer)
+            state["failures"].zero_()
+            for name, parts in attempt.found.items():
+                for old, part in zip(read(state, name, len(parts)), parts, strict=True):
+                    old.copy_(part)
+        self._share(done, tuple(DERIVED))
+
+    def _attempts(self, due: list[CapturedLayer], groups: dict[int, Group]) -> list[Attempt]:
+        """Decompositions of some layers; the host waits twice for all of them together."""
         pairs = [self._factors(layer, groups[id(layer.weight)]) for layer in due]
         usable = _all_finite([(*A, *B) for A, B in pairs])
-        found: list[dict[str, Parts] | None] = [None] * len(due)
-        reasons = ["its factors are not finite"] * len(due)
+        found = [
+            Attempt() if good else Attempt(_NOT_FINITE, reason="its factors are not finite")
+            for good in usable
+        ]
         good = [index for index in range(len(due)) if usable[index]]
         for places, group in self._stacks([due[index] for index in good], groups):
             stack = [good[place] for place in places]
@@ -39,38 +88,20 @@ class Refreshing:
                 together = decomposer.decompose(A, B, damping)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 for index in stack:  # find out whose fault it is
-                    try:
-                        found[index] = decomposer.decompose(*pairs[index], damping)
-                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                        reasons[index] = str(error)
+                    found[index] = _attempt(decomposer.decompose, *pairs[index], damping)
                 continue
             for name, parts in together.items():
                 for index, mine in zip(stack, parted(parts, len(stack)), strict=True):
-                    found[index] = {**(found[index] or {}), name: mine}
-        finite = _all_finite([_tensors(new) for new in found])
-        for index, layer in enumerate(due):
-            if found[index] is None or finite[index]:
-                continue
-            group = groups[id(layer.weight)]
-            decomposer, damping = decomposer_of(layer, group), damping_of(group)
-            try:
-                found[index] = decomposer.decompose_in_double(*pairs[index], damping)
-                (finite[index],) = _all_finite([_tensors(found[index])])
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                continue
-        for index, (layer, new) in enumerate(zip(due, found, strict=True)):
-            state, group = self.state[layer.weight], groups[id(layer.weight)]
-            layer.last_inverse = group["step"]
-            state["last_inverse"].fill_(layer.last_inverse)
-            if new is None or not finite[index]:
-                if new is not None:
-                    reasons[index] = "its decomposition is not finite"
-                self._fail(layer, group, reasons[index], restart=not usable[index])
-                continue
-            state["failures"].zero_()
-            for name, parts in new.items():
-                for old, part in zip(read(state, name, len(parts)), parts, strict=True):
-                    old.copy_(part)
+                    found[index].found[name] = mine
+        finite = _all_finite([_tensors(attempt.found) for attempt in found])
+        again = [i for i, attempt in enumerate(found) if attempt.code == _DONE and not finite[i]]
+        for index in again:
+            group = groups[id(due[index].weight)]
+            decomposer, damping = decomposer_of(due[index], group), damping_of(group)
+            found[index] = _attempt(decomposer.decompose_in_double, *pairs[index], damping)
+            if not all(_all_finite([_tensors(found[index].found)])):
+                found[index] = Attempt(_FAILED, reason="its decomposition is not finite")
+        return found
 
     def _factors(self, layer: CapturedLayer, group: Group) -> tuple[Parts, Parts]:
         """Both factors without the bias of their start, in the dtype of decompositions."""
@@ -82,6 +113,18 @@ class Refreshing:
             for name, s in (("A", statistics.k), ("B", statistics.c))
         )
         return A, B
+
+    def _spectra(self, layer: CapturedLayer) -> Spectra | None:
+        if not self._plan.keeps(layer):
+            return None
+        group = by_parameter(self.param_groups)[id(layer.weight)]
+        A, B = self._factors(layer, group)
+        a, b = eigenvalues(layer.statistics.k, A), eigenvalues(layer.statistics.c, B)
+        damping = damping_of(group)
+        if group["damping"] is None:
+            damping *= float(a.mean() * b.mean())
+        shift, pi = damping**0.5, float((a.mean() / b.mean()) ** 0.5)
+        return a.clamp(min=0) + shift * pi, b.clamp(min=0) + shift / pi
 
     def _fail(self, layer: CapturedLayer, group: Group, reason: str, restart: bool) -> None:
         """Keep what there is; factors that are not finite are measured anew."""
@@ -110,6 +153,13 @@ class Refreshing:
         )
 
 
+def _attempt(decompose: Callable[..., dict[str, Parts]], *arguments: Any) -> Attempt:
+    try:
+        return Attempt(found=decompose(*arguments))
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        return Attempt(_FAILED, reason=str(error))
+
+
 def decomposer_of(layer: CapturedLayer, group: Group) -> Decomposer:
     """How the group decomposes the factors of a layer."""
     k, c = layer.statistics.k, layer.statistics.c
@@ -131,8 +181,8 @@ def inverse_dtype(dtype: torch.dtype, group: Group) -> torch.dtype:
     return dtype if dtype == torch.float64 else chosen
 
 
-def _tensors(decomposition: dict[str, Parts] | None) -> list[Tensor]:
-    return [part for parts in (decomposition or {}).values() for part in parts]
+def _tensors(decomposition: dict[str, Parts]) -> list[Tensor]:
+    return [part for parts in decomposition.values() for part in parts]
 
 
 def _all_finite(tensors: list[Any]) -> list[bool]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tnkfac.optim.diagnostics import Diagnostics
+from tnkfac.optim.pictures import draw_report
+from tnkfac.optim.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,31 @@ class Report(list[Row]):
         skipped_updates: Batches that were skipped for non-finite gradients or statistics.
         trust_region: By what ``kl_clip`` scaled the last updates of all layers, at most 1; None
             without it, or before the first step.
+        diagnose: Looks at the curvature of the layers.
     """
 
     skipped_updates: int = 0
     trust_region: float | None = None
+    diagnose: Callable[[], Diagnostics] = Diagnostics
+
+    def draw(self, path: str | Path) -> Path:
+        """Draw spectra of the factors, sizes of the updates and bytes of the state by layer.
+
+        Args:
+            path: The file; its ending says which format.
+
+        Returns:
+            The file.
+
+        Raises:
+            ImportError: Without matplotlib.
+        """
+        return draw_report(self, self.diagnose(), path)
 
     def __str__(self) -> str:
         """One line per parameter, and one for each guard that acted."""
         titles = [field.name.replace("_", " ") for field in fields(Row)]
-        lines = [titles, *([_cell(getattr(row, f.name)) for f in fields(Row)] for row in self)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
+        lines = [[_cell(getattr(row, f.name)) for f in fields(Row)] for row in self]
         guards = []
         if self.trust_region is not None and self.trust_region < 1:
             guards.append(f"kl_clip scaled the last updates by {self.trust_region:.3g}.")
@@ -62,8 +79,7 @@ class Report(list[Row]):
             guards.append(
                 f"{self.skipped_updates} batches skipped for numbers that are not finite."
             )
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([text[0], rule, *text[1:], *guards])
+        return "\n".join([*aligned(titles, lines), *guards])
 
     __repr__ = __str__
 

@@ -13,6 +13,7 @@ from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_
 from tnkfac.optim import arguments, budget, diagonals, scaling
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.damping import damped, divided
+from tnkfac.optim.diagnostics import Spectra, inverse_squares
 from tnkfac.optim.guard import loss_scale
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.parts import load, overwrite, read, store
@@ -65,7 +66,9 @@ class SINGD(CurvatureOptimizer):
         fallback: ``"adamw"``, ``"sgd"``, or ``"error"`` to refuse parameters without a layer.
         fallback_options: Its ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``.
         grad_scaler: A ``GradScaler`` whose ``step`` is not what calls this optimizer's.
-        grad_worker_fraction: Share of the processes that precondition a layer; 1.0 on one device.
+        grad_worker_fraction: Share of the processes that keep the preconditioner of a layer and
+            apply it; the others get preconditioned gradients. Less takes less memory and sends
+            more; 0 is one process. Has no effect on one device. See :meth:`placement`.
         max_state_ratio: With ``"auto"``, bound on the state relative to AdamW's.
         max_step_ratio: With ``"auto"``, bound on the cost of a step relative to AdamW's.
         relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
@@ -305,9 +308,12 @@ class SINGD(CurvatureOptimizer):
             else:
                 rest.append(layer)
         scale = loss_scale(self._grad_scaler) if pending else 1.0
+        sent = [*rest, *(layer for layers in starts.values() for layer in layers)]
         if starts and (keep is None or bool(keep)):  # decompositions wait for the device anyway
             for layers in starts.values():
-                self._start(layers, groups[id(layers[0].weight)], scale)
+                mine = [layer for layer in layers if self._plan.computes(layer)]
+                if mine:
+                    self._start(mine, groups[id(mine[0].weight)], scale)
         for layers in together.values():
             group = groups[id(layers[0].weight)]
             diagonals.update(
@@ -318,15 +324,27 @@ class SINGD(CurvatureOptimizer):
                 _at(group["lr_cov"], group["step"]),
                 keep,
             )
-        super()._update_factors(rest, groups, keep)
+        mine = [layer for layer in rest if self._plan.computes(layer)]
+        super()._update_factors(mine, groups, keep)
+        self._share(sent, ("K", "C", "m_K", "m_C"))
+
+    def _scales(self, layer: CapturedLayer) -> bool:
+        alone = len(self._plan.row(layer)) == 1  # nobody waits for what it preconditions
+        return alone and diagonals.suits(layer, self.state.get(layer.weight, {}))
 
     def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
-        pairs: list[tuple[Tensor, Tensor] | None] = []
-        for layer in layers:
-            state = self.state[layer.weight]
-            found = (state["K"], state["C"]) if diagonals.suits(layer, state) else None
-            pairs.append(found)
+        states = [self.state[layer.weight] for layer in layers]
+        pairs = [
+            (state["K"], state["C"]) if self._scales(layer) else None
+            for layer, state in zip(layers, states, strict=True)
+        ]
         return scaling.read(layers, pairs)
+
+    def _spectra(self, layer: CapturedLayer) -> Spectra | None:
+        if not self._plan.keeps(layer):
+            return None
+        K, C = load(layer, self.state[layer.weight], ("K", "C"))
+        return inverse_squares(layer.statistics.k, K), inverse_squares(layer.statistics.c, C)
 
     def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
         statistics = layers[0].statistics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +53,7 @@ def step_layers(
     state: State,
     groups: dict[int, Group],
     keep: Tensor | None,
+    norms: Mapping[int, float],
 ) -> Tensor | None:
     """Step weights and biases of all layers.
 
@@ -63,6 +64,7 @@ def step_layers(
         state: State of the optimizer.
         groups: Parameter groups by ``id`` of the parameter.
         keep: Scalar that is zero where the batch is to be skipped.
+        norms: What is known of the norms of scaled gradients, by ``id`` of the layer.
 
     Returns:
         By what the trust region scaled all updates, or None without one.
@@ -75,7 +77,7 @@ def step_layers(
             _finish(chunk, [chosen[id(layer)] for layer in chunk], [], state, groups, keep)
         return factor
     for chunk in multi.chunks(layers):  # to the end, one after the other
-        scaled, rest = _scaled(chunk, scalings, state, groups, keep is None)
+        scaled, rest = _scaled(chunk, scalings, state, groups, keep is None, norms)
         matrices = [gradient_matrix(layer, keep) for layer in rest]
         found = naturals(rest, groups, matrices) if rest else []
         _finish(rest, list(zip(matrices, found, strict=True)), scaled, state, groups, keep)
@@ -88,6 +90,7 @@ def _scaled(
     state: State,
     groups: dict[int, Group],
     on_host: bool,
+    norms: Mapping[int, float],
 ) -> tuple[list[multi.Update], list[CapturedLayer]]:
     """Layers whose gradients are but scaled, with the results; and all others.
 
@@ -106,8 +109,8 @@ def _scaled(
             rest.append(layer)
         elif not (
             on_host
-            and blocks.suits(layer, found)
-            and blocks.step_large(layer, found, state, groups)
+            and blocks.suits(layer)
+            and blocks.step_large(layer, found, state, groups, norms.get(id(layer)))
         ):
             chosen.append((layer, found))
     pairs = scaled_gradients(chosen) if chosen else []

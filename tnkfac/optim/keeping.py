@@ -1,0 +1,268 @@
+"""The state of an optimizer: made, placed on processes, saved, restored."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tnkfac.optim import checkpoint, fallback
+from tnkfac.optim.distributed import Copy, Processes
+from tnkfac.optim.guard import Verdicts
+from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.placement import Placement, PlacementRow, Plan, update_cost, workers
+from tnkfac.optim.registry import Group, Registry, by_parameter
+from tnkfac.optim.stacks import Stacking
+from tnkfac.optim.step import roomy
+
+PATIENCE = timedelta(minutes=1)
+"""How long ``state_dict`` waits for the other processes, if they keep parts of the state."""
+
+
+class Keeping(Stacking, Optimizer):
+    """Adds to an optimizer that processes share the work on its state, and perhaps the state."""
+
+    _registry: Registry
+    _processes: Processes
+    _plan: Plan
+    _verdicts: Verdicts
+
+    @abstractmethod
+    def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
+        """State of a layer, kept under its weight."""
+
+    @abstractmethod
+    def _read_marks(self) -> None:
+        """Take up what the state says of when layers were updated."""
+
+    # ---------------------------------------------------------------- making
+
+    def _ensure_state(self, groups: dict[int, Group]) -> None:
+        for layer in self._registry.layers:
+            if not layer.statistics.bound:
+                continue
+            group = groups[id(layer.weight)]
+            for param in layer.params():
+                if param.grad is None or self.state.get(param):
+                    continue
+                if param is layer.weight:
+                    self.state[param].update(self._layer_state(layer, group))
+                self.state[param]["momentum_buffer"] = torch.zeros_like(
+                    param, dtype=roomy(param.dtype)
+                )
+        for other in self._registry.others:
+            if other.param.grad is not None and not self.state.get(other.param):
+                group = groups[id(other.param)]
+                self.state[other.param].update(fallback.init_state(other.param, group))
+
+    def _layer_state(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
+        state = self._init_layer(layer, group)
+        if not self._plan.keeps(layer):
+            state = {key: value for key, value in state.items() if key in checkpoint.ON_HOST}
+        state["last_update"] = torch.tensor(-1)
+        if group["grafting"] == "adam":
+            shape = (layer.statistics.layer.groups, layer.statistics.c.dim, layer.statistics.k.dim)
+            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=layer.weight.device)
+        return state
+
+    # ---------------------------------------------------------------- placing
+
+    def _place(self, groups: dict[int, Group]) -> None:
+        """Give layers their places among the processes, once these are known."""
+        count = self._processes.count
+        if count == 1:
+            return
+        if self._plan.world != count:
+            self._plan = Plan(count, self._processes.rank)
+        fresh = [
+            layer
+            for layer in self._registry.layers
+            if layer.statistics.bound and not self._plan.knows(layer)
+        ]
+        if not fresh:
+            return
+        costs = [_cost(layer) for layer in fresh]
+        own = [groups[id(layer.weight)] for layer in fresh]
+        counts = [
+            count if _is_read_by_taps(layer) else workers(_fraction(group), count)
+            for layer, group in zip(fresh, own, strict=True)
+        ]
+        self._plan.extend(fresh, costs, counts)
+        self._drop(fresh, groups)
+
+    def _drop(self, layers: list[CapturedLayer], groups: dict[int, Group]) -> None:
+        """Let go of what other processes keep."""
+        for layer in layers:
+            state = self.state.get(layer.weight)
+            if state and not self._plan.keeps(layer):
+                for key in self._placed_keys(layer, groups):
+                    state.pop(key, None)
+
+    def _placed_keys(self, layer: CapturedLayer, groups: dict[int, Group]) -> list[str]:
+        """What of the state of a layer only its keepers have."""
+        found = self._init_layer(layer, groups[id(layer.weight)])
+        return sorted(key for key in found if key not in checkpoint.ON_HOST)
+
+    def _share(self, layers: list[CapturedLayer], keys: tuple[str, ...]) -> None:
+        """Copy parts of the state from the processes that have updated them to all keepers.
+
+        Args:
+            layers: Layers.
+            keys: Names of the parts; of matrices with several tensors, what these begin with.
+        """
+        copies = []
+        for layer in layers:
+            place = self._plan.place(layer)
+            if place.owner is None or self._plan.rank not in place.keepers:
+                continue
+            state = self.state[layer.weight]
+            chosen = [state[key] for key in sorted(state) if key.split(".")[0] in keys]
+            copies.append(Copy(layer.name, place.owner, place.keepers, chosen))
+        self._processes.copy(copies)
+
+    def _naturals(
+        self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
+    ) -> list[Tensor]:
+        """Precondition the gradient matrices of several layers, in the processes that can."""
+        kept = [i for i, layer in enumerate(layers) if self._plan.keeps(layer)]
+        mine = super()._naturals([layers[i] for i in kept], groups, [matrices[i] for i in kept])
+        known = dict(zip(kept, mine, strict=True))
+        found, copies = [], []
+        for i, layer in enumerate(layers):
+            row = self._plan.row(layer)
+            if len(row) > 1:
+                natural = known[i].contiguous() if i in known else torch.empty_like(matrices[i])
+                copies.append(Copy(layer.name, self._plan.source(layer), row, [natural]))
+            else:
+                natural = known[i]
+            found.append(natural)
+        self._processes.copy(copies)
+        return found
+
+    def placement(self) -> Placement:
+        """Which process updates the preconditioner of each layer, and which ones keep it.
+
+        Under ``DistributedDataParallel`` or ``fully_shard`` it follows ``grad_worker_fraction``;
+        on one device the only process does and keeps all.
+
+        Returns:
+            A list of rows that prints as a table.
+
+        Raises:
+            ValueError: If ``grad_worker_fraction`` does not fit the number of processes.
+
+        Example:
+            >>> import tnkfac
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> print(tnkfac.SINGD(model.parameters()).placement())
+            name       cost  state bytes  updated by  kept by
+            ---------  ----  -----------  ----------  -------
+            0          152   272          all         all
+            ---------  ----  -----------  ----------  -------
+            process 0  152   272
+        """
+        groups = by_parameter(self.param_groups)
+        self._processes.find(list(self._registry.params()))
+        self._place(groups)
+        found, world = Placement(), self._plan.world
+        costs, sizes = [0.0] * world, [0] * world
+        for layer in self._registry.layers:
+            if not layer.statistics.bound:
+                continue
+            place, cost = self._plan.place(layer), _cost(layer)
+            parts = self._init_layer(layer, groups[id(layer.weight)])
+            size = sum(
+                part.numel() * part.element_size()
+                for key, part in parts.items()
+                if key not in checkpoint.ON_HOST
+            )
+            for rank in place.keepers:
+                sizes[rank] += size
+                costs[rank] += cost if place.owner in (None, rank) else 0
+            owner = "all" if place.owner is None else str(place.owner)
+            keepers = ", ".join(map(str, place.keepers))
+            every = len(place.keepers) == world
+            found.append(PlacementRow(layer.name, cost, size, owner, "all" if every else keepers))
+        found.costs, found.state_bytes = costs, sizes
+        return found
+
+    # ---------------------------------------------------------------- saving
+
+    @contextmanager
+    def _whole_state(self) -> Iterator[None]:
+        """Have here what only other processes keep."""
+        groups = by_parameter(self.param_groups)
+        copies, lacking = [], []
+        for layer in self._registry.layers:
+            row, state = self._plan.row(layer), self.state.get(layer.weight)
+            if len(row) == 1 or not state:
+                continue
+            keys = self._placed_keys(layer, groups)
+            if not self._plan.keeps(layer):
+                fresh = self._init_layer(layer, groups[id(layer.weight)])
+                state.update({key: fresh[key] for key in keys})
+                lacking.append(layer)
+            tensors = [state[key] for key in keys]
+            copies.append(Copy(layer.name, self._plan.source(layer), row, tensors))
+        try:
+            self._processes.copy(copies, PATIENCE)
+            yield
+        finally:
+            self._drop(lacking, groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every parameter and hyper-parameters of every group, without callables.
+
+        Where processes keep parts of it (``grad_worker_fraction`` below 1) it is put together, for
+        which all of them have to call this.
+
+        Raises:
+            RuntimeError: If processes keep parts of the state and one does not take part.
+        """
+        self._verdicts.receive(wait=True)
+        with self._whole_state():
+            saved = super().state_dict()
+            state = {key: dict(own) for key, own in saved["state"].items()}
+        groups = checkpoint.without_callables(saved["param_groups"])
+        return {**saved, "state": state, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; the argument is neither changed nor kept.
+
+        Callables and hyper-parameters that it lacks stay as they are.
+
+        Args:
+            state_dict: A saved state.
+        """
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        params = [param for group in self.param_groups for param in group["params"]]
+        checkpoint.restore_tensors(self.state, state_dict, params)
+        checkpoint.restore_groups(self.param_groups, before)
+        self._registry.clear()
+        self._read_marks()
+        self._drop(self._registry.layers, by_parameter(self.param_groups))
+
+
+def _cost(layer: CapturedLayer) -> float:
+    statistics = layer.statistics
+    return update_cost(statistics.layer.groups, (statistics.k, statistics.c))
+
+
+def _fraction(group: Group) -> float:
+    """``grad_worker_fraction``; one where every process needs all factors."""
+    return 1.0 if group.get("adaptive_damping") else float(group["grad_worker_fraction"])
+
+
+def _is_read_by_taps(layer: CapturedLayer) -> bool:
+    """Whether what is measured of a layer depends on its state."""
+    statistics = layer.statistics
+    return statistics.k.reads_factor or statistics.c.reads_factor or statistics.squares
