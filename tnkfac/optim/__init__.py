@@ -4,5 +4,6 @@ from tnkfac.optim.kfac import KFAC
 from tnkfac.optim.preconditioner import KFACPreconditioner
 from tnkfac.optim.report import Report, Row
 from tnkfac.optim.singd import SINGD
+from tnkfac.optim.timm_names import register_timm
 
-__all__ = ["KFAC", "SINGD", "KFACPreconditioner", "Report", "Row"]
+__all__ = ["KFAC", "SINGD", "KFACPreconditioner", "Report", "Row", "register_timm"]
