@@ -18,9 +18,9 @@ FLOAT64 = torch.float64
 
 
 def evaluate(network: Network, tensors: dict[str, Tensor]) -> Tensor:
-    """One joint einsum over all operands: no plan, no order, no rule."""
+    """Operand after operand, from left to right: no plan, no order, no rule."""
     labels: dict[str, int] = {}
-    operands: list[object] = []
+    operands: list[tuple[Tensor, list[int]]] = []
     for op in network.operands:
         if isinstance(op.source, Variable):
             value = tensors[op.source.name]
@@ -28,10 +28,16 @@ def evaluate(network: Network, tensors: dict[str, Tensor]) -> Tensor:
             value = constant(op.source, FLOAT64, torch.device("cpu"))
         for step in compile_view(op.shape, op.view):
             value = step(value)
-        operands += [value, [labels.setdefault(leg, len(labels)) for leg in op.legs]]
-    # from left to right: torch refuses paths of opt_einsum in which one operand is summed alone
-    with torch.backends.opt_einsum.flags(enabled=False):
-        result = torch.einsum(*operands, [labels[leg] for leg in network.output.legs])
+        operands.append((value, [labels.setdefault(leg, len(labels)) for leg in op.legs]))
+    output = [labels[leg] for leg in network.output.legs]
+    # Two at a time: for more, torch asks opt_einsum for a path, and timm sets a strategy whose paths
+    # torch refuses (torch.backends.opt_einsum.strategy = "auto-hq", where it is imported).
+    result, legs = torch.ones((), dtype=FLOAT64), list[int]()
+    for at, (value, own) in enumerate(operands):
+        later = {*output, *(leg for _, others in operands[at + 1 :] for leg in others)}
+        kept = [leg for leg in dict.fromkeys([*legs, *own]) if leg in later]
+        result, legs = torch.einsum(result, legs, value, own, kept), kept
+    result = torch.einsum(result, legs, output)
     for step in compile_adjoint(network.output.shape, network.output.view):
         result = step(result)
     return result * network.scale
