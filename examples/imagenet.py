@@ -83,7 +83,7 @@ class Run:
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         np.random.seed(args.seed)
-        self.module = build_model(args.arch, self.classes).to(self.device)
+        self.module = build_model(args.arch, self.classes, args.size).to(self.device)
         if args.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.model: nn.Module = self._wrapped()

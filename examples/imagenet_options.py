@@ -90,8 +90,13 @@ def checked(arguments: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     return args
 
 
-def build_model(name: str, classes: int) -> nn.Module:
+def build_model(name: str, classes: int, size: int = 224) -> nn.Module:
     """A network of torchvision, or else of timm.
+
+    Args:
+        name: As in the list of torchvision, or in that of timm.
+        classes: Number of classes.
+        size: Pixels of an image along each axis; some networks are built for one size.
 
     Raises:
         ValueError: If neither has one of that name.
@@ -99,7 +104,12 @@ def build_model(name: str, classes: int) -> nn.Module:
     import torchvision
 
     if name in torchvision.models.list_models():
-        return torchvision.models.get_model(name, num_classes=classes)
+        fixed: dict[str, Any] = {}
+        if name.startswith("vit_"):
+            fixed["image_size"] = size
+        elif name.startswith("maxvit"):
+            fixed["input_size"] = (size, size)
+        return torchvision.models.get_model(name, num_classes=classes, **fixed)
     try:
         import timm
     except ImportError as error:
@@ -109,7 +119,9 @@ def build_model(name: str, classes: int) -> nn.Module:
         ) from error
     if not timm.is_model(name):
         raise ValueError(f"--arch {name}: neither torchvision nor timm has a network so named.")
-    return timm.create_model(name, num_classes=classes)
+    config = timm.get_pretrained_cfg(name)
+    fixed = {"img_size": size} if config is not None and config.fixed_input_size else {}
+    return timm.create_model(name, num_classes=classes, **fixed)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -115,16 +115,45 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     assert same[1] == same[3]
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "vit_b_32", "test_vit", "test_byobnet"])
+def test_networks_for_one_size_are_built_for_it(name: str) -> None:
+    """Of torchvision and of timm."""
+    if name.startswith("test_"):
+        pytest.importorskip("timm")
+    assert build_model(name, 5, 64)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
 @pytest.mark.slow
-def test_the_commands_of_its_page(tmp_path: Path) -> None:
-    """Those that need no data set; the folder is the page's own."""
+def test_the_commands_of_its_page(folder: Path, tmp_path: Path) -> None:
+    """Those that make their data as they stand, the others on a small folder and two processes."""
     page = (SCRIPT.parents[1] / "docs" / "imagenet.md").read_text(encoding="utf-8")
-    (block, *_) = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
-    commands = [shlex.split(line) for line in block.splitlines()]
+    small, whole = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
+    commands = [shlex.split(line) for line in small.splitlines()]
     assert [words[:2] for words in commands] == [["python", "examples/imagenet.py"]] * 2
     for words in commands:
         finished(start(*words[2:], folder=tmp_path))
     assert len(rows(tmp_path / "imagenet-run" / "epochs.csv")) == 2
+    few = [
+        "--epochs",
+        "1",
+        "--size",
+        "32",
+        "--batch-size",
+        "32",
+        "--workers",
+        "0",
+        "--threads",
+        "1",
+    ]
+    for number, line in enumerate(whole.splitlines()):
+        program, *words = shlex.split(line.replace("/data/imagenet", str(folder)))
+        words = [*words[words.index("examples/imagenet.py") + 1 :], *few]
+        words += ["--out", str(tmp_path / str(number))]
+        if program == "torchrun":
+            launch(str(SCRIPT), 2, *words)
+        else:
+            finished(start(*words))
+        assert len(rows(tmp_path / str(number) / "epochs.csv")) == 1
 
 
 @pytest.mark.parametrize("kind", ["--ddp", "--fsdp"])

@@ -30,8 +30,8 @@ def evaluate(network: Network, tensors: dict[str, Tensor]) -> Tensor:
             value = step(value)
         operands.append((value, [labels.setdefault(leg, len(labels)) for leg in op.legs]))
     output = [labels[leg] for leg in network.output.legs]
-    # Two at a time: for more, torch asks opt_einsum for a path, and timm sets a strategy whose paths
-    # torch refuses (torch.backends.opt_einsum.strategy = "auto-hq", where it is imported).
+    # Two at a time: for more, torch asks opt_einsum for a path, and timm, when it is imported, sets
+    # a strategy whose paths torch refuses (torch.backends.opt_einsum.strategy = "auto-hq").
     result, legs = torch.ones((), dtype=FLOAT64), list[int]()
     for at, (value, own) in enumerate(operands):
         later = {*output, *(leg for _, others in operands[at + 1 :] for leg in others)}
