@@ -24,7 +24,7 @@ from tnkfac.curvature.structures import (
     check_structure,
     resolve_structure,
 )
-from tnkfac.curvature.switch import fast, plain_path
+from tnkfac.curvature.switch import fast, has_triton, plain_path
 
 __all__ = [
     "Decomposable",
@@ -50,6 +50,7 @@ __all__ = [
     "find_owners",
     "grad_factor",
     "gram",
+    "has_triton",
     "input_factor",
     "kfac",
     "ntk",

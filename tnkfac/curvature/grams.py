@@ -43,7 +43,7 @@ class Gram:
     approx: Approx
     is_input: bool
     output_size: tuple[int, ...] | None = None
-    scale: float = 1.0
+    scale: float = 1  # an integer, which torch.compile(dynamic=True) makes no input of
 
     @property
     def samples(self) -> int:

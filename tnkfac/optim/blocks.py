@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnkfac.optim import multi
 from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.scaling import Scaling
+from tnkfac.optim.scaling import Scaling, Squares, square
 
 Group = dict[str, Any]
 BLOCK = 1 << 18
@@ -35,7 +35,8 @@ def suits(layer: CapturedLayer) -> bool:
 
 def norm(layer: CapturedLayer, scaling: Scaling) -> float:
     """Norm of the preconditioned gradients of a layer; not finite where one of them is not."""
-    pieces, inputs, outputs = _pieces(layer.weight.grad, scaling)
+    (squares,) = square([(layer, scaling)])
+    pieces, inputs, outputs = _pieces(layer.weight.grad, squares)
     found = 0.0
     for g, right, left in zip(pieces, inputs, outputs, strict=True):
         update = g * right
@@ -44,7 +45,7 @@ def norm(layer: CapturedLayer, scaling: Scaling) -> float:
             found = hypot(found, torch.linalg.vector_norm(rows.mul_(left.view(-1))).item())
         else:
             found = hypot(found, torch.linalg.vector_norm(update.mul_(left)).item())
-    bias = _bias(layer, scaling)
+    bias = _bias(layer, squares)
     return found if bias is None else hypot(found, torch.linalg.vector_norm(bias).item())
 
 
@@ -65,9 +66,10 @@ def step_large(
         known: What :func:`norm` has found, if it was asked before.
     """
     own, weight = groups[id(layer.weight)], layer.weight
-    pieces, inputs, outputs = _pieces(weight.grad, scaling)
+    (squares,) = square([(layer, scaling)])
+    pieces, inputs, outputs = _pieces(weight.grad, squares)
     params = torch.split(weight, len(pieces[0]))
-    bias = _bias(layer, scaling)
+    bias = _bias(layer, squares)
     if own["grafting"]:
         length = norm(layer, scaling) if known is None else known
         if not multi.in_range(length):
@@ -91,21 +93,21 @@ def step_large(
 
 
 def _pieces(
-    gradient: Any, scaling: Scaling
+    gradient: Any, squares: Squares
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """Some rows of a gradient at a time, and what scales them."""
     rows = max(1, BLOCK * len(gradient) // gradient.numel())
     pieces = torch.split(gradient, rows)
-    inputs = _cut(scaling.inputs, rows, len(gradient), len(pieces))
-    return pieces, inputs, _cut(scaling.outputs, rows, len(gradient), len(pieces))
+    inputs = _cut(squares.inputs, rows, len(gradient), len(pieces))
+    return pieces, inputs, _cut(squares.outputs, rows, len(gradient), len(pieces))
 
 
-def _bias(layer: CapturedLayer, scaling: Scaling) -> Tensor | None:
+def _bias(layer: CapturedLayer, squares: Squares) -> Tensor | None:
     """The preconditioned gradient of the bias."""
     if layer.bias is None or layer.bias.grad is None:
         return None
-    assert scaling.bias is not None
-    return layer.bias.grad * scaling.bias
+    assert squares.bias is not None
+    return layer.bias.grad * squares.bias
 
 
 def _cut(factor: Tensor, rows: int, length: int, pieces: int) -> list[Tensor]:

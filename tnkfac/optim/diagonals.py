@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import accumulate
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tnkfac.curvature import has_triton
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.guard import finite_on_host
 from tnkfac.optim.layers import CapturedLayer
@@ -44,6 +47,7 @@ class Segments:
     ``C``, and the other way round.
 
     Attributes:
+        longest: Length of the longest segment.
         lengths: Numbers of each segment.
         twice: The same for two such vectors end to end.
         own: The segment of every number.
@@ -51,8 +55,10 @@ class Segments:
         partner: The partner of every segment.
         layer: The layer of every segment.
         entry: The segment's entry in a table with a number for every ``A``, then for every ``B``.
+        starts: Where each segment begins.
     """
 
+    longest: int
     lengths: Tensor
     twice: Tensor
     own: Tensor
@@ -60,6 +66,7 @@ class Segments:
     partner: Tensor
     layer: Tensor
     entry: Tensor
+    starts: Tensor
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of every segment."""
@@ -88,8 +95,10 @@ def _segments(shapes: tuple[tuple[int, int, int], ...], device: torch.device) ->
         partner,
         layer.repeat(2),
         torch.cat([layer, layer + len(shapes)]),
+        torch.tensor([0, *accumulate(lengths[:-1])]),
     )
-    return Segments(*(tensor.to(device) for tensor in found))
+    sent = [tensor.to(device) for tensor in found]
+    return Segments(max(lengths), *sent)
 
 
 def update(
@@ -114,48 +123,104 @@ def update(
     shapes = tuple((*a.shape, b.shape[1]) for a, b in zip(A, B, strict=True))
     at = _segments(shapes, A[0].device)
     X, factors = _joined(states, "K", "C"), torch.cat([part.reshape(-1) for part in (*A, *B)])
-    factors, damping = _damped(factors, counts, group, loss_scale, at)
+    momentum = _joined(states, "m_K", "m_C") if group["alpha1"] else None
+    weights = _weights(counts, group, loss_scale, at)
+    rule = _rule(group, lr_cov)
+    kernels = triton_kernels(X)
+    if kernels is not None:
+        new = kernels.updated(X, momentum, factors, weights, at, rule, keep)
+    else:
+        new = _updated(X, momentum, factors, weights, at, rule)
+        _put_back(new, [X] if momentum is None else [X, momentum], at, len(states), keep)
+    for prefix, value in zip(("", "m_"), new, strict=False):
+        parts = [state[prefix + name].view(-1) for name in ("K", "C") for state in states]
+        torch._foreach_copy_(parts, torch.split(value, [len(part) for part in parts]))
+
+
+def triton_kernels(like: Tensor) -> ModuleType | None:
+    """Triton's kernels, if there are any for factors like this; their scalars are in float32."""
+    if not like.is_cuda or like.dtype != torch.float32 or not has_triton():
+        return None
+    from tnkfac.optim import kernels
+
+    return kernels
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an update does besides reading factors.
+
+    Attributes:
+        units: Of damping: ``"own"``, with factors brought to mean one; ``"product"``, the mean of
+            ``B (x) A``; or ``"none"``.
+        damping: The number.
+        alpha: Share of the momentum that is kept.
+        rate: Step size.
+        most: Bound on the largest relative change, or zero for none.
+    """
+
+    units: Literal["own", "product", "none"]
+    damping: float
+    alpha: float
+    rate: float
+    most: float
+
+
+def _rule(group: Group, lr_cov: float) -> Rule:
+    units: Literal["own", "product", "none"] = "none"
+    damping = group["damping"]
+    if damping is None:
+        units = "product" if group["grafting"] is None else "own"
+        damping = group["relative_damping"]
+    most = LARGEST_CHANGE if group["init"] == "first_batch" else 0.0
+    return Rule(units, damping, group["alpha1"], lr_cov, most)
+
+
+def _weights(
+    counts: Sequence[Tensor], group: Group, loss_scale: Tensor | float, at: Segments
+) -> Tensor | None:
+    """What normalises the sums of every segment; None where only their shape matters."""
+    if group["damping"] is None and group["grafting"] is not None:
+        return None
+    samples, rows, terms = torch.stack(list(counts)).unbind(1)
+    by_A = 1 / (rows if group["kfac_approx"] == "expand" else samples)
+    by_B = (torch.ones_like(terms) if group["loss_average"] is None else terms) / loss_scale**2
+    return torch.cat([by_A, by_B])[at.entry]
+
+
+def _updated(
+    X: Tensor,
+    momentum: Tensor | None,
+    factors: Tensor,
+    weights: Tensor | None,
+    at: Segments,
+    rule: Rule,
+) -> list[Tensor]:
+    """``K`` and ``C`` after an update, and their momenta; arguments as for the kernel."""
+    if weights is not None:
+        factors = factors * weights[at.own]
+    damping: Any = rule.damping
+    if rule.units != "none":
+        mean = at.mean(factors)
+        mean += mean == 0  # factors of zeros stay what they are
+        if rule.units == "own":
+            factors = factors / mean.index_select(0, at.own)
+        else:
+            damping = damping * mean * mean.index_select(0, at.partner)
     XX = X * X
     both = torch.cat([XX * factors, XX])
     means = torch.segment_reduce(both, "mean", lengths=at.twice, unsafe=True).view(2, -1)
     means[1] *= damping
     step = (both.view(2, -1) * means.index_select(1, at.other)).sum(0).sub_(1).mul_(0.5)
-    new = {}
-    if group["alpha1"]:
-        step.add_(_joined(states, "m_K", "m_C"), alpha=group["alpha1"])
-        new["m_"] = step
+    if momentum is not None:
+        step.add_(momentum, alpha=rule.alpha)
     change = X * step
-    if group["init"] == "first_batch":
-        rates = (LARGEST_CHANGE / at.largest(step.abs())).clamp_max_(lr_cov)
-        new[""] = X - change.mul_(rates.index_select(0, at.own))
+    if rule.most:
+        rates = (rule.most / at.largest(step.abs())).clamp_max_(rule.rate)
+        new = X - change.mul_(rates.index_select(0, at.own))
     else:
-        new[""] = X - change.mul_(lr_cov)
-    _write(states, new, at, keep)
-
-
-def _damped(
-    factors: Tensor,
-    counts: Sequence[Tensor],
-    group: Group,
-    loss_scale: Tensor | float,
-    at: Segments,
-) -> tuple[Tensor, Any]:
-    """Normalised factors, and the damping of every segment, as :mod:`tnkfac.optim.damping`."""
-    damping = group["damping"]
-    if damping is not None or group["grafting"] is None:
-        samples, rows, terms = torch.stack(list(counts)).unbind(1)
-        by_A = 1 / (rows if group["kfac_approx"] == "expand" else samples)
-        by_B = (torch.ones_like(terms) if group["loss_average"] is None else terms) / loss_scale**2
-        factors = factors * torch.cat([by_A, by_B])[at.entry][at.own]
-    if damping is not None:
-        return factors, damping
-    mean = at.mean(factors)
-    mean += mean == 0  # factors of zeros stay what they are
-    if group["grafting"] is None:
-        return factors, group["relative_damping"] * mean * mean.index_select(0, at.partner)
-    return factors / mean.index_select(0, at.own), group[
-        "relative_damping"
-    ]  # counts and scales do not matter
+        new = X - change.mul_(rule.rate)
+    return [new] if momentum is None else [new, step]
 
 
 def _joined(states: Sequence[State], *names: str) -> Tensor:
@@ -163,27 +228,24 @@ def _joined(states: Sequence[State], *names: str) -> Tensor:
     return torch.cat([state[name].view(-1) for name in names for state in states])
 
 
-def _write(
-    states: Sequence[State], new: dict[str, Tensor], at: Segments, keep: Tensor | None
+def _put_back(
+    new: list[Tensor], old: list[Tensor], at: Segments, layers: int, keep: Tensor | None
 ) -> None:
-    """Write factors into the states, but none of a layer where one of its numbers is not finite.
+    """Keep what was in every layer where a number is not finite.
 
     Args:
-        states: States of the layers.
-        new: Numbers of ``K`` and ``C``, and of what bears their names behind a prefix.
+        new: Numbers of ``K`` and ``C``, and their momenta; overwritten.
+        old: The same before the update.
         at: Where they lie.
+        layers: Number of layers.
         keep: Scalar that is zero where the batch is to be skipped.
     """
-    values = list(new.values())
-    if keep is not None or values[0].device.type != "cpu" or not finite_on_host(values):
-        largest = torch.stack([at.largest(value.abs()) for value in values]).amax(0)
-        bad = torch.zeros(len(states), device=largest.device)
-        bad.index_add_(0, at.layer, (~largest.isfinite()).float())
-        good = bad == 0 if keep is None else (bad == 0) & (keep.to(bad.device) > 0)
-        chosen = good[at.layer][at.own]
-        for prefix, value in new.items():
-            old = _joined(states, f"{prefix}K", f"{prefix}C")
-            new[prefix] = torch.where(chosen, value, old)
-    for prefix, value in new.items():
-        parts = [state[prefix + name].view(-1) for name in ("K", "C") for state in states]
-        torch._foreach_copy_(parts, torch.split(value, [len(part) for part in parts]))
+    if keep is None and new[0].device.type == "cpu" and finite_on_host(new):
+        return
+    largest = torch.stack([at.largest(value.abs()) for value in new]).amax(0)
+    bad = torch.zeros(layers, device=largest.device)
+    bad.index_add_(0, at.layer, (~largest.isfinite()).float())
+    good = bad == 0 if keep is None else (bad == 0) & (keep.to(bad.device) > 0)
+    chosen = good[at.layer][at.own]
+    for place, (value, before) in enumerate(zip(new, old, strict=True)):
+        new[place] = torch.where(chosen, value, before)

@@ -84,7 +84,13 @@ def step_many(
         groups: Parameter groups by ``id`` of the parameter.
         keep: Scalar that is zero where the batch is to be skipped.
     """
-    updates = _grafted(updates, groups, keep is None)
+    step_sized(_grafted(updates, groups, keep is None), state, groups, keep)
+
+
+def step_sized(
+    updates: Sequence[Update], state: Any, groups: dict[int, Group], keep: Tensor | None
+) -> None:
+    """Step all weights and biases by updates that have their size."""
     batches: dict[Any, tuple[Group, bool, bool, list[Tensor], list[Tensor], list[Tensor]]] = {}
     for layer, *both in updates:
         own = groups[id(layer.weight)]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tnkfac.curvature import fast
-from tnkfac.optim import blocks, fallback, multi
+from tnkfac.optim import blocks, fallback, fused, multi
 from tnkfac.optim.layers import CapturedLayer, Uncaptured
 from tnkfac.optim.registry import Group
 from tnkfac.optim.scaling import Scaling, scaled_gradients
@@ -77,7 +77,7 @@ def step_layers(
             _finish(chunk, [chosen[id(layer)] for layer in chunk], [], state, groups, keep)
         return factor
     for chunk in multi.chunks(layers):  # to the end, one after the other
-        scaled, rest = _scaled(chunk, scalings, state, groups, keep is None, norms)
+        scaled, rest = _scaled(chunk, scalings, state, groups, keep, norms)
         matrices = [gradient_matrix(layer, keep) for layer in rest]
         found = naturals(rest, groups, matrices) if rest else []
         _finish(rest, list(zip(matrices, found, strict=True)), scaled, state, groups, keep)
@@ -89,12 +89,12 @@ def _scaled(
     scalings: Scalings,
     state: State,
     groups: dict[int, Group],
-    on_host: bool,
+    keep: Tensor | None,
     norms: Mapping[int, float],
 ) -> tuple[list[multi.Update], list[CapturedLayer]]:
     """Layers whose gradients are but scaled, with the results; and all others.
 
-    Large ones are stepped at once, and are in neither.
+    Large ones, and those that a kernel brings to size, are stepped at once, and are in neither.
     """
     if not fast():
         return [], layers
@@ -108,11 +108,14 @@ def _scaled(
         if found is None:
             rest.append(layer)
         elif not (
-            on_host
+            keep is None
             and blocks.suits(layer)
             and blocks.step_large(layer, found, state, groups, norms.get(id(layer)))
         ):
             chosen.append((layer, found))
+    if fused.suits(chosen):
+        multi.step_sized(fused.sized_gradients(chosen, groups), state, groups, keep)
+        return [], rest
     pairs = scaled_gradients(chosen) if chosen else []
     return [(la, *pair) for (la, _), pair in zip(chosen, pairs, strict=True)], rest
 

@@ -7,7 +7,6 @@ in which the tensors lie.
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 from math import prod
 from types import ModuleType
 from typing import Literal
@@ -19,6 +18,7 @@ from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.routes import plain
 from tnkfac.curvature.routes.boxes import box_sums, position_sums, sum_of_squares
 from tnkfac.curvature.routes.taps import tap_classes
+from tnkfac.curvature.switch import has_triton
 
 
 def input_squares(
@@ -101,16 +101,11 @@ def output_size(layer: Layer, x: Tensor, g: Tensor) -> tuple[int, ...]:
 
 def _kernels(tensor: Tensor) -> ModuleType | None:
     """Triton's kernels, if there are any for this tensor."""
-    if not tensor.is_cuda or not _has_triton():
+    if not tensor.is_cuda or not has_triton():
         return None
     from tnkfac.curvature.routes import kernels
 
     return kernels if kernels.usable(tensor) else None
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _linear(x: Tensor, approx: str, mean: bool) -> Tensor:
