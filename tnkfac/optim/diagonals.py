@@ -173,7 +173,7 @@ def _rule(group: Group, lr_cov: float) -> Rule:
         units = "product" if group["grafting"] is None else "own"
         damping = group["relative_damping"]
     most = LARGEST_CHANGE if group["init"] == "first_batch" else 0.0
-    return Rule(units, damping, group["alpha1"], lr_cov, most)
+    return Rule(units, float(damping), float(group["alpha1"]), float(lr_cov), most)
 
 
 def _weights(
