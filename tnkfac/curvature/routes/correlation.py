@@ -186,7 +186,8 @@ def _lookup(
         flat = flat.permute(*range(0, 2 * dims, 2), *range(1, 2 * dims, 2))
         slots = tuple(t.slots for t in taps)
         rows = start + width * torch.arange(channels).view(-1, *[1] * (2 * dims))
-        index[(slice(None), *slots, *slots)] = rows + flat
+        place = (slice(None), *slots, *slots)
+        index[place] = rows + flat
         start += channels * width
     index[index < 0] = start
     order = (*range(1, 1 + dims), 0, *range(1 + dims, 1 + 2 * dims))

@@ -40,8 +40,8 @@ def fill_dense(gram: Gram, out: Tensor) -> None:
     elif not gram.is_input:
         fill_pixels_gram(out, x, gram.scale)
     elif layer.kind == "conv" and _is_pointwise(layer):
-        steps = (slice(None, None, stride) for stride in layer.stride)
-        fill_pixels_gram(out, x[(slice(None), slice(None), *steps)], gram.scale)
+        steps = (slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))
+        fill_pixels_gram(out, x[steps], gram.scale)
     else:
         sizes = _output_size(gram)
         route = expand_routes(layer, tuple(x.shape), sizes)[0].name

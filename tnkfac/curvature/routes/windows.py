@@ -137,10 +137,9 @@ def fill_windows_gram(out: Tensor, x: Tensor, classes: Classes, scale: float) ->
         size = channels * prod(counts)
         block = out.new_empty(groups, size, size)
         _fill_class(block, x, taps, scale)
-        slots = (slice(None), *(axis.slots for axis in taps))
-        target[(slice(None), *slots, *slots)] = block.view(
-            groups, channels, *counts, channels, *counts
-        )
+        slots = [slice(None), *(axis.slots for axis in taps)]
+        place = (slice(None), *slots, *slots)
+        target[place] = block.view(groups, channels, *counts, channels, *counts)
 
 
 def _fill_class(out: Tensor, x: Tensor, taps: Sequence[Taps], scale: float) -> None:
