@@ -8,6 +8,9 @@ from mkdocs.structure.files import File
 
 README = "README.md"
 ROLE = re.compile(r":(?:math|class|func|meth|mod|data|attr):<code>~?")
+MATH = re.compile(r":math:<code>.*?</code>", re.S)
+SIGNS = {r"\otimes": "⊗", r"\approx": "≈", r"\lambda": "λ", "^{-1}": "⁻¹", "^T": "ᵀ"}
+SIGNS |= {r"\mathrm{vec}\,": "vec"}
 OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 
 
@@ -31,5 +34,13 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    """Leave out the roles of docstrings, which Markdown does not know."""
+    """Leave out the roles of docstrings, which Markdown does not know; write formulas plainly."""
+    html = MATH.sub(lambda found: plainly(found[0]), html)
     return ROLE.sub("<code>", html)
+
+
+def plainly(formula: str) -> str:
+    """A formula of a docstring without LaTeX."""
+    for command, sign in SIGNS.items():
+        formula = formula.replace(command, sign)
+    return formula

@@ -54,3 +54,4 @@ def test_the_reference_is_of_the_docstrings(site: Path) -> None:
         assert text in html
     assert ":math:" not in html
     assert ":class:" not in html
+    assert not re.search(r"\\[a-z]+|__init__", re.sub(r"<pre>.*?</pre>", "", html, flags=re.S))

@@ -17,7 +17,7 @@ from tnkfac import KFAC, SINGD
 def run(folder: Path, kind: str, name: str, fatal: int) -> tuple[dict[int, float], Any]:
     """Losses by step, those of later attempts in the place of earlier ones; final weights."""
     folder.mkdir()
-    launch("drill.py", 2, str(folder), kind, name, str(fatal), restarts=1)
+    launch("drill.py", 2, str(folder), kind, name, str(fatal), restarts=int(fatal >= 0))
     lines = (folder / "losses.txt").read_text(encoding="utf-8").splitlines()
     losses = {int(step): float(value) for step, value in map(str.split, lines)}
     assert len(lines) == len(losses) + (1 if fatal >= 0 else 0)  # one step was done again
