@@ -27,7 +27,7 @@ def die(*arguments: object) -> None:
 
 def main(folder: Path, kind: str, name: str, fatal: int) -> None:
     """Train; write the losses of this attempt and the final weights."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, world = dist.get_rank(), dist.get_world_size()
     model = network()
     if kind == "fsdp":
