@@ -155,20 +155,21 @@ def updated(
     new = X.new_empty((1 if momentum is None else 2) * total)
     M, own = X if momentum is None else momentum, X if weights is None else weights
     moving, weighted = momentum is not None, weights is not None
-    _means[(S,)](
-        X, factors, own, at.starts, at.lengths, found, bad, at.layer, S,
-        WEIGHTED=weighted, BLOCK=block,
-    )  # fmt: skip
-    _updates[(S,)](
-        X, factors, M, own, at.starts, at.lengths, at.partner, at.layer, found, bad, new, S, total,
-        rule.damping, rule.alpha, rule.rate, rule.most,
-        WEIGHTED=weighted, UNIT=rule.units == "own", RELATIVE=rule.units == "product",
-        MOMENTUM=moving, BOUNDED=rule.most > 0, BLOCK=block,
-    )  # fmt: skip
-    _keep_old[(S,)](
-        X, M, at.starts, at.lengths, at.layer, bad, X if keep is None else keep, new, total,
-        KEPT=keep is not None, MOMENTUM=moving, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(X):  # type: ignore[no-untyped-call]  # where Triton launches
+        _means[(S,)](
+            X, factors, own, at.starts, at.lengths, found, bad, at.layer, S,
+            WEIGHTED=weighted, BLOCK=block,
+        )  # fmt: skip
+        _updates[(S,)](
+            X, factors, M, own, at.starts, at.lengths, at.partner, at.layer, found, bad, new, S,
+            total, rule.damping, rule.alpha, rule.rate, rule.most,
+            WEIGHTED=weighted, UNIT=rule.units == "own", RELATIVE=rule.units == "product",
+            MOMENTUM=moving, BOUNDED=rule.most > 0, BLOCK=block,
+        )  # fmt: skip
+        _keep_old[(S,)](
+            X, M, at.starts, at.lengths, at.layer, bad, X if keep is None else keep, new, total,
+            KEPT=keep is not None, MOMENTUM=moving, BLOCK=block,
+        )  # fmt: skip
     return [new] if momentum is None else [new[:total], new[total:]]
 
 
@@ -249,12 +250,13 @@ def scaled(
     out = torch.empty(numbers, dtype=dtype, device=table.device)
     kind, count = _KINDS[dtype], len(tiles)
     totals = table
-    if sizes is not None:
-        sums = torch.empty(count, dtype=torch.float64, device=table.device)
-        _squares[(count,)](table, tiles, sums, KIND=kind, BLOCK=BLOCK)
-        totals = torch.segment_reduce(sums, "sum", lengths=lengths, unsafe=True)
-    _to_size[(count,)](
-        table, tiles, totals, table if sizes is None else sizes, out,
-        SIZED=sizes is not None, KIND=kind, BLOCK=BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+        if sizes is not None:
+            sums = torch.empty(count, dtype=torch.float64, device=table.device)
+            _squares[(count,)](table, tiles, sums, KIND=kind, BLOCK=BLOCK)
+            totals = torch.segment_reduce(sums, "sum", lengths=lengths, unsafe=True)
+        _to_size[(count,)](
+            table, tiles, totals, table if sizes is None else sizes, out,
+            SIZED=sizes is not None, KIND=kind, BLOCK=BLOCK,
+        )  # fmt: skip
     return out

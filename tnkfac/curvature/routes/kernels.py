@@ -113,10 +113,11 @@ def _launch(layer: Layer, x: Tensor, size: tuple[int, ...], taps: int) -> Tensor
     kernel, stride = pair(layer.kernel_size, 1), pair(layer.stride, 1)
     left = pair([before for before, _ in layer.padding], 0)
     dilation, ends = pair(layer.dilation, 1), pair(size, 1)
-    _squares_of_sums[(blocks, columns)](
-        x, out, count, channels, prod(pixels), pixels[-1], taps, sn, sc, sp,
-        kernel[1], *stride, *left, *dilation, *ends,
-        PER=per, KP=max(16, triton.next_power_of_2(taps)), BC=channel_block, BP=pixel_block,
-        TAPS=met, TRANSPOSED=layer.kind == "conv_transpose",
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # where Triton launches
+        _squares_of_sums[(blocks, columns)](
+            x, out, count, channels, prod(pixels), pixels[-1], taps, sn, sc, sp,
+            kernel[1], *stride, *left, *dilation, *ends,
+            PER=per, KP=max(16, triton.next_power_of_2(taps)), BC=channel_block, BP=pixel_block,
+            TAPS=met, TRANSPOSED=layer.kind == "conv_transpose",
+        )  # fmt: skip
     return out[0] if blocks == 1 else out.sum(0)
