@@ -128,6 +128,7 @@ def update(
     rule = _rule(group, lr_cov)
     kernels = triton_kernels(X)
     if kernels is not None:
+        keep = None if keep is None else keep.to(X.device, non_blocking=True)
         new = kernels.updated(X, momentum, factors, weights, at, rule, keep)
     else:
         new = _updated(X, momentum, factors, weights, at, rule)

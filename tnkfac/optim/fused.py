@@ -79,6 +79,12 @@ def _lies(shape: tuple[int, ...], stride: tuple[int, ...], order: Sequence[int])
     return True
 
 
+def _alike(gradient: Tensor, param: Tensor) -> bool:
+    """Whether numbers lie in the same order; axes of one number do not matter."""
+    pairs = zip(param.shape, gradient.stride(), param.stride(), strict=True)
+    return all(size == 1 or one == other for size, one, other in pairs)
+
+
 def suits(chosen: Chosen) -> bool:
     """Whether kernels can take these layers, of one device and dtype, at once."""
     if not chosen or triton_kernels(chosen[0][1].K) is None:
@@ -117,7 +123,7 @@ def sized_gradients(chosen: Chosen, groups: Groups) -> list[multi.Update]:
                 rule = Lookup(1, 1, outputs, D, 0, 0, 0, outputs, 1, 0, 0)
                 address += (D - 1) * K.element_size()
             assert rule is not None
-            if gradient.stride() != param.stride():
+            if not _alike(gradient, param):
                 gradient = torch.empty_like(param).copy_(gradient)
             kept.append(gradient)
             place = gradient.data_ptr(), address, C.data_ptr(), numbers, gradient.numel()
