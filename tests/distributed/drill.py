@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from checkpoints import Checkpoints
+from leaving import leave
 from network import batch, loss, network
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -60,7 +61,7 @@ def main(folder: Path, kind: str, name: str, fatal: int) -> None:
     weights = get_model_state_dict(model, options=options)
     if rank == 0:
         torch.save(weights, folder / "weights.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

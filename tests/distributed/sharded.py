@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from leaving import leave
 from network import batch, loss, network
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -229,4 +230,4 @@ if __name__ == "__main__":
         function()
         if dist.get_rank() == 0:
             print(function.__name__, "holds", flush=True)
-    dist.destroy_process_group()
+    leave()
