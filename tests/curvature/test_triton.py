@@ -27,7 +27,7 @@ def test_the_kernels_equal_their_twins(script: str) -> None:
     """In a process of its own: a switch before Triton is imported decides who runs kernels."""
     found = subprocess.run(
         [sys.executable, str(TESTS / script)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=300,

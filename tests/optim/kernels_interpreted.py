@@ -1,13 +1,14 @@
 """Triton's kernels of a step by its interpreter, against the plain path: a script of a test."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tnkfac
+from oracles.flags import Delayed, flag
 from tnkfac.curvature import plain_path
 from tnkfac.optim import base, diagonals, fused, kernels
 
@@ -20,32 +21,6 @@ def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*arguments)
 
     return call
-
-
-class Delayed:
-    """Flags that reach the host one step later, as those of a device do."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[Tensor, Callable[[], None]]] = []
-
-    def send(self, skip: Tensor, undo: Callable[[], None]) -> None:
-        self.waiting.append((skip, undo))
-
-    def receive(self, wait: bool = False) -> None:
-        for skip, undo in self.waiting:
-            if skip.item():
-                undo()
-        self.waiting.clear()
-
-
-def use_flags() -> None:
-    """Whether a batch is finite is known on the host one step later."""
-    known = base.non_finite
-
-    def flag(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.tensor(float(known(tensors)))
-
-    base.non_finite, base.Verdicts = flag, Delayed
 
 
 def use_kernels() -> None:
@@ -136,7 +111,7 @@ def trained(case: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
 
 
 if __name__ == "__main__":
-    use_flags()
+    base.non_finite, base.Verdicts = flag, Delayed
     expected = {}
     with plain_path():
         for name in CASES:

@@ -4,7 +4,7 @@ On CUDA a step does not know whether its batch is finite: it is queued with ever
 a flag, and the flag is looked at later. Here the flag is kept a tensor on the CPU.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from oracles.flags import Delayed, flag
 from oracles.optimizers import Optimizer, skip_unless_decomposable
 from oracles.zoo import STRUCTURES
 from tnkfac.optim import base
@@ -19,29 +20,8 @@ from tnkfac.optim import base
 BOTH_OPTIMIZERS = True
 
 
-class Delayed:
-    """Flags that reach the host one step later."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[Tensor, Callable[[], None]]] = []
-
-    def send(self, skip: Tensor, undo: Callable[[], None]) -> None:
-        self.waiting.append((skip, undo))
-
-    def receive(self, wait: bool = False) -> None:
-        for skip, undo in self.waiting:
-            if skip.item():
-                undo()
-        self.waiting.clear()
-
-
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = base.non_finite
-
-    def flag(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.tensor(float(known(tensors)))
-
     monkeypatch.setattr(base, "non_finite", flag)
     monkeypatch.setattr(base, "Verdicts", Delayed)
 
