@@ -57,18 +57,30 @@ def test_equals_the_routes(name: str, approx: Any, layout: str) -> None:
 
 @pytest.mark.parametrize("small", [0, 10**9], ids=["axis by axis", "all axes at once"])
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 6])  # 9 and 25 taps are padded in float32
 def test_ways_to_sum_over_positions(
-    small: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+    kernel: int,
+    dtype: torch.dtype,
+    small: int,
+    channels_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(boxes, "SMALL", small)
-    layer = describe(nn.Conv2d(3, 5, 3, stride=2, padding=1))
-    x = torch.randn(4, 3, 8, 9).double()
-    expected = torch.nn.functional.unfold(x, 3, stride=2, padding=1).sum(2)
-    expected = expected.div(20).square().sum(0)
+    layer = describe(nn.Conv2d(3, 5, kernel, stride=2, padding=1))
+    x = torch.randn(4, 3, 8, 9, dtype=dtype)
+    expected = torch.nn.functional.unfold(x.double(), kernel, stride=2, padding=1)
+    size = tuple(positions(kernel, pixels) for pixels in (8, 9))
+    expected = expected.mean(2).square().sum(0)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    found = input_squares(layer, x, (4, 5), "reduce", torch.float64)
-    torch.testing.assert_close(found[0, :-1], expected)
+    found = input_squares(layer, x, size, "reduce", dtype)
+    torch.testing.assert_close(found[0, :-1], expected.to(dtype), rtol=1e-5, atol=1e-7)
+
+
+def positions(kernel: int, pixels: int) -> int:
+    """Positions of a kernel with stride 2 and padding 1."""
+    return (pixels + 2 - kernel) // 2 + 1
 
 
 def test_low_precision_is_summed_in_float32() -> None:

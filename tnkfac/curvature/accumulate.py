@@ -256,7 +256,9 @@ class Statistics:
     @property
     def pending(self) -> bool:
         """Whether any pass has contributed since the last :meth:`clear`."""
-        return bool(self.sums())
+        if self.chosen_passes:
+            return bool(self._kept)
+        return bool(self._leaves) and self._leaves[-1].grad is not None  # every pass has counts
 
     def sums(self) -> list[Tensor]:
         """What has been collected: un-normalised sums and counts."""
