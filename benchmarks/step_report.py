@@ -17,38 +17,43 @@ def table(rows: list[Row], arch: str) -> str:
     """Lines of one network."""
     mine = [row for row in rows if row["arch"] == arch]
     head = f"{arch}, batch {mine[0]['batch']}, {mine[0]['size']} x {mine[0]['size']} pixels"
-    lines = [f"\n{head:44}{'ms':>9}{'x SGD':>9}{'memory':>9}{'no state':>10}"]
+    lines = [f"\n{head:44}{'ms':>9}{'x SGD':>9}{'95 %':>15}{'memory':>9}{'no state':>10}"]
     lines += [
         f"{row['optimizer']:44}{float(row['ms']):9.1f}{float(row['ratio']):9.3f}"
+        f"{_interval(row):>15}"
         f"{float(row['memory']):9.3f}{float(row['memory_without_state']):10.4f}"
         for row in mine
     ]
     return "\n".join(lines)
 
 
+def _interval(row: Row) -> str:
+    return f"{float(row['low']):.3f}-{float(row['high']):.3f}"
+
+
 def bars(rows: list[Row], study: dict[str, Any]) -> int:
     """Print which bars are met; 1 if one is missed or nothing was measured that has one."""
-    lines: list[tuple[str, float, float]] = []
+    lines: list[tuple[str, float, float, str]] = []
     found = {(row["arch"], row["optimizer"]): row for row in rows}
     for arch, wanted in study["bars"].items():
         for name, bar in wanted.items():
             row = found.get((arch, name))
             if row is None:
                 continue
-            lines.append((f"{arch}: {name}", float(row["ratio"]), bar))
+            lines.append((f"{arch}: {name}", float(row["ratio"]), bar, f", {_interval(row)}"))
             if not name.endswith("T=1"):
                 continue
             words = ("peak memory", "peak memory without state")
             for field, word in zip(("memory", "memory_without_state"), words, strict=True):
-                lines.append((f"{arch}: {name}, {word}", float(row[field]), study[word]))
+                lines.append((f"{arch}: {name}, {word}", float(row[field]), study[word], ""))
             theirs = found.get((arch, name.replace("SINGD", "singd")))
             if theirs is not None:
                 share = (float(row["ratio"]) - 1) / (float(theirs["ratio"]) - 1)
                 word = "share of the overhead of singd"
-                lines.append((f"{arch}: {word}", share, study[word]))
-    for words, value, bar in lines:
-        print(f"{'met   ' if value <= bar else 'MISSED'} {words}: {value:.3f} (bar {bar})")
-    return 0 if lines and all(value <= bar for _, value, bar in lines) else 1
+                lines.append((f"{arch}: {word}", share, study[word], ""))
+    for words, value, bar, scatter in lines:
+        print(f"{'met   ' if value <= bar else 'MISSED'} {words}: {value:.3f}{scatter} (bar {bar})")
+    return 0 if lines and all(value <= bar for _, value, bar, _ in lines) else 1
 
 
 def draw(rows: list[Row], talk: dict[str, dict[str, float]], name: str, path: Path) -> None:

@@ -1,9 +1,12 @@
 """The benchmark of a step: what it asks for, and when it says that a bar is missed."""
 
+import math
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torchvision
 
 import step
@@ -13,7 +16,7 @@ NAME = "SINGD diagonal, reduce, T=1"
 
 
 def row(arch: str, name: str, ratio: float, memory: float = 1.0) -> dict[str, Any]:
-    values = (arch, 16, 224, name, 100.0, ratio, memory, memory)
+    values = (arch, 16, 224, name, 100.0, ratio, ratio - 0.01, ratio + 0.01, memory, memory)
     return dict(zip(step.FIELDS, values, strict=True))
 
 
@@ -38,6 +41,25 @@ def test_a_missed_bar_is_told(ratio: float, memory: float, theirs: float, missed
 
 def test_nothing_measured_is_no_success() -> None:
     assert bars([row("resnet50", NAME, 1.0)], step.STUDY) == 1
+
+
+def test_what_has_a_bar_is_repeated_more_often() -> None:
+    problem = step.Problem(Namespace(rounds=None, device="cpu"), "resnet18", 16, 224)
+    more, fewer = (step.STUDY["rounds"]["cpu"][kind] for kind in ("with a bar", "others"))
+    assert more > fewer
+    for name in (NAME, NAME.replace("T=1", "no update"), step.REFERENCE):
+        assert step.rounds(problem, name) == more
+    assert step.rounds(problem, "AdamW") == fewer
+    problem.args.rounds = 2
+    assert step.rounds(problem, NAME) == 2
+
+
+def test_the_interval_has_the_median_as_often_as_it_says() -> None:
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.rand(2000, 60, generator=random).exp()  # a skew one, whose median is exp(0.5)
+    held = [low <= math.exp(0.5) <= high for low, high in map(step.interval, drawn.tolist())]
+    assert 0.93 <= sum(held) / len(held) <= 0.985
+    assert step.interval([3.0, 1.0]) == (1.0, 3.0)
 
 
 def test_table_and_picture(tmp_path: Path) -> None:
