@@ -158,7 +158,11 @@ def rounds(problem: Problem, name: str) -> int:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Where the median of what values are drawn from lies with a probability of 95 %."""
+    """Where the median of what values are drawn from lies with a probability of 95 %.
+
+    That is so for independent values; neighbouring ratios share a step of SGD, so theirs is rather
+    too narrow.
+    """
     ordered, reach = sorted(values), 0.98 * len(values) ** 0.5
     first = max(0, int(len(values) / 2 - reach))
     return ordered[first], ordered[-1 - first]
