@@ -110,6 +110,11 @@ def trained(case: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return [p.detach().clone() for p in model.parameters()], found
 
 
+def spoiled(found: Any) -> Any:
+    """Wrong by a thousandth."""
+    return [1.001 * part for part in found] if isinstance(found, list) else 1.001 * found
+
+
 if __name__ == "__main__":
     base.non_finite, base.Verdicts = flag, Delayed
     expected = {}
@@ -130,4 +135,15 @@ if __name__ == "__main__":
         assert calls["gradients"] >= before["gradients"] + 8, name
         assert calls["factors"] > before["factors"], name
         print(name, "agrees")
+    for name in ("", "scaled", "updated"):
+        right = getattr(kernels, name, None)
+        if right is not None:
+            setattr(kernels, name, lambda *args, f=right: spoiled(f(*args)))
+        try:
+            kernels.check(torch.device("cpu"))
+            assert right is None, f"A trial passes a wrong {name}."
+        except AssertionError as error:
+            assert right is not None and "close" in str(error), error
+        if right is not None:
+            setattr(kernels, name, right)
     sys.exit(0)

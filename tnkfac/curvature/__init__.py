@@ -24,7 +24,8 @@ from tnkfac.curvature.structures import (
     check_structure,
     resolve_structure,
 )
-from tnkfac.curvature.switch import fast, has_triton, plain_path
+from tnkfac.curvature.switch import fast, plain_path
+from tnkfac.curvature.trial import trusted
 
 __all__ = [
     "Decomposable",
@@ -50,7 +51,6 @@ __all__ = [
     "find_owners",
     "grad_factor",
     "gram",
-    "has_triton",
     "input_factor",
     "kfac",
     "ntk",
@@ -60,4 +60,5 @@ __all__ = [
     "resolve_structure",
     "root_of",
     "stationary_points",
+    "trusted",
 ]

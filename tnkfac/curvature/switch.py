@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from importlib.util import find_spec
 
 _plain = os.environ.get("TNKFAC_PLAIN", "0") not in ("", "0")
 
@@ -25,9 +23,3 @@ def plain_path() -> Iterator[None]:
         yield
     finally:
         _plain = before
-
-
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether Triton is installed; its kernels are for CUDA."""
-    return find_spec("triton") is not None

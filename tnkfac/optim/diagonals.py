@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import has_triton
+from tnkfac.curvature import trusted
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.guard import finite_on_host
 from tnkfac.optim.layers import CapturedLayer
@@ -140,8 +140,12 @@ def update(
 
 def triton_kernels(like: Tensor) -> ModuleType | None:
     """Triton's kernels, if there are any for factors like this; their scalars are in float32."""
-    if not like.is_cuda or like.dtype != torch.float32 or not has_triton():
+    if not like.is_cuda or like.dtype != torch.float32:
         return None
+    return trusted(_load, like.device)
+
+
+def _load() -> ModuleType:
     from tnkfac.optim import kernels
 
     return kernels

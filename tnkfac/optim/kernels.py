@@ -24,6 +24,33 @@ COLUMNS = 16
 _KINDS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
+def check(device: torch.device) -> None:
+    """Raise an error unless the kernels update and scale a small problem as torch does."""
+    from tnkfac.optim import diagonals, fused
+
+    shapes = ((1, 5, 3), (1, 4, 2))
+    X = torch.arange(1.0, 15.0, dtype=torch.float32).cos().add_(2)
+    F, moving = X.sin().square(), X.cos()
+    rule = diagonals.Rule("own", 0.1, 0.5, 0.2, 0.25)
+    at = diagonals._segments(shapes, X.device), diagonals._segments(shapes, device)
+    new = diagonals._updated(X, moving, F, None, at[0], rule)
+    found = updated(X.to(device), moving.to(device), F.to(device), None, at[1], rule, None)
+    for one, other in zip(found, new, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
+    K, C, gradient = X[:5], X[5:8], F[:12].view(3, 4)
+    G, K2, C2 = (part.to(device) for part in (gradient, K, C))
+    where = fused.lookup("linear", (3, 4), (4, 1), 1, 5)
+    assert where is not None
+    row = G.data_ptr(), K2.data_ptr(), C2.data_ptr(), 0, 12, *where
+    table = torch.tensor([row], dtype=torch.int64, device=device)
+    tiles, lengths = fused._tiles((12,), (0,), BLOCK, device)
+    size = torch.full((1,), 2.0, dtype=torch.float64, device=device)
+    expected = C.square().view(3, 1) * gradient * K[:4].square()
+    expected *= 2 / torch.linalg.vector_norm(expected)
+    sized = scaled(table, tiles, lengths, size, 12, torch.float32)
+    torch.testing.assert_close(sized.cpu().view(3, 4), expected, rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------- factors
 
 

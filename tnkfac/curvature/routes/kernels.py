@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.routes.boxes import position_sums
+from tnkfac.curvature.routes.taps import tap_classes
 
 _PROGRAMS = 2048
 """Programs that keep a large device busy."""
@@ -59,6 +61,19 @@ def _squares_of_sums(  # type: ignore[no-untyped-def]
         sample += sn
     to = out + (block * C + channel[None, :]) * K + tap[:, None]
     tl.store(to, total, mask=(tap < K)[:, None] & there[None, :])
+
+
+def check(device: torch.device) -> None:
+    """Raise an error unless the kernel sums a small problem as torch does."""
+    layer = describe(torch.nn.Conv2d(3, 2, 3, stride=2, padding=1, device="meta"))
+    x = torch.arange(2 * 3 * 7 * 6, dtype=torch.float64).sin().reshape(2, 3, 7, 6)
+    sums = position_sums(x, tap_classes(layer, (7, 6), (4, 3))), x[:, :2].sum((2, 3))
+    x = x.to(device, torch.float32)
+    found = input_sums(layer, x, (4, 3)), output_sums(layer, x[:, :2])
+    for one, other in zip(found, sums, strict=True):
+        assert one is not None
+        squares = other.square().sum(0).view(one.shape)
+        torch.testing.assert_close(one.cpu().double(), squares, rtol=1e-4, atol=1e-4)
 
 
 def usable(tensor: Tensor) -> bool:

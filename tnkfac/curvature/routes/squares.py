@@ -18,7 +18,7 @@ from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.routes import plain
 from tnkfac.curvature.routes.boxes import box_sums, position_sums, sum_of_squares
 from tnkfac.curvature.routes.taps import tap_classes
-from tnkfac.curvature.switch import has_triton
+from tnkfac.curvature.trial import trusted
 
 
 def input_squares(
@@ -101,11 +101,14 @@ def output_size(layer: Layer, x: Tensor, g: Tensor) -> tuple[int, ...]:
 
 def _kernels(tensor: Tensor) -> ModuleType | None:
     """Triton's kernels, if there are any for this tensor."""
-    if not tensor.is_cuda or not has_triton():
-        return None
+    kernels = trusted(_load, tensor.device) if tensor.is_cuda else None
+    return kernels if kernels is not None and kernels.usable(tensor) else None
+
+
+def _load() -> ModuleType:
     from tnkfac.curvature.routes import kernels
 
-    return kernels if kernels.usable(tensor) else None
+    return kernels
 
 
 def _linear(x: Tensor, approx: str, mean: bool) -> Tensor:
