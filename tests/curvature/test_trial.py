@@ -63,7 +63,7 @@ def test_others_are_named_once_and_left_alone(failure: Any, kernels: Any) -> Non
         assert trial.trusted(kernels.load, CPU) is None
 
 
-def test_kernels_that_cannot_be_imported(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_cannot_be_imported(kernels: Any) -> None:
     def broken() -> ModuleType:
         raise ImportError("libcuda.so.1: cannot open shared object file")
 

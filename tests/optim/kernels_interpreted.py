@@ -135,15 +135,14 @@ if __name__ == "__main__":
         assert calls["gradients"] >= before["gradients"] + 8, name
         assert calls["factors"] > before["factors"], name
         print(name, "agrees")
-    for name in ("", "scaled", "updated"):
-        right = getattr(kernels, name, None)
-        if right is not None:
-            setattr(kernels, name, lambda *args, f=right: spoiled(f(*args)))
+    kernels.check(torch.device("cpu"))
+    for name in ("scaled", "updated"):
+        right = getattr(kernels, name)
+        setattr(kernels, name, lambda *args, f=right: spoiled(f(*args)))
         try:
             kernels.check(torch.device("cpu"))
-            assert right is None, f"A trial passes a wrong {name}."
-        except AssertionError as error:
-            assert right is not None and "close" in str(error), error
-        if right is not None:
+        except AssertionError:
             setattr(kernels, name, right)
+        else:
+            sys.exit(f"A trial passes kernels of which {name} is wrong by a thousandth.")
     sys.exit(0)
