@@ -87,6 +87,7 @@ def positions(kernel: int, pixels: int) -> int:
 STRIPS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "padding": (lambda: nn.Conv2d(3, 2, 3, padding=1), (2, 3, 30, 28)),
     "no padding": (lambda: nn.Conv2d(2, 3, 2), (3, 2, 24, 20)),
+    "every tap meets every pixel": (lambda: nn.Conv2d(2, 3, 2, padding=1), (3, 2, 24, 20)),
     "uneven": (lambda: nn.Conv2d(2, 2, (4, 1), padding=(1, 0)), (2, 2, 64, 9)),
     "dilation": (lambda: nn.Conv2d(2, 2, 3, padding=3, dilation=3), (2, 2, 70, 8)),
     "strided, a pixel is left over": (lambda: nn.Conv2d(2, 2, 3, 2, 1), (2, 2, 114, 5)),
@@ -98,11 +99,12 @@ STRIPS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("small", [0, 400], ids=["axis by axis", "then all axes at once"])
 @pytest.mark.parametrize("layout", ["as is", "channels last"])
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("name", STRIPS)
 def test_strips_of_pixels_that_the_same_taps_meet(
-    name: str, approx: Any, layout: str, monkeypatch: pytest.MonkeyPatch
+    name: str, approx: Any, layout: str, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build, shape = STRIPS[name]
     module = build()
@@ -114,7 +116,7 @@ def test_strips_of_pixels_that_the_same_taps_meet(
     layer = describe(module)
     size = output_size(layer, x, module(x))
     plain = input_squares(layer, x.double(), size, approx, torch.float64)
-    monkeypatch.setattr(boxes, "SMALL", 0)
+    monkeypatch.setattr(boxes, "SMALL", small)
     monkeypatch.setattr(boxes, "LARGE", 0)
     assert boxes._product(tap_classes(layer, shape[2:], size), x.dtype, x.device, 0, True).strips[0]
     found = input_squares(layer, x, size, approx, torch.float32)

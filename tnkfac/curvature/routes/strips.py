@@ -68,7 +68,8 @@ def strips(axis: tuple[Taps, ...], dtype: torch.dtype, device: torch.device) -> 
         if step > 1 and len(columns) < LONG:
             return None
         slices.append(slice(pixels[0], pixels[-1] + 1, step))
-    return Strips(tuple(slices), torch.tensor(list(met), dtype=dtype).T.contiguous().to(device))
+    rows = [*zip(*met, strict=True)]  # not a transpose: with one strip, torch.kron fails on that
+    return Strips(tuple(slices), torch.tensor(rows, dtype=dtype, device=device))
 
 
 MOST = 8
