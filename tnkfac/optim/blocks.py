@@ -1,7 +1,7 @@
 """Large layers on the CPU, some rows at a time: what is computed of them stays in the cache.
 
-Gradients are scaled twice, once for their norm and once for the step, instead of being written to
-memory in between. The norm also tells whether a gradient is finite, so that it need not be read a
+Gradients are read twice, once for their norm and once for the step, instead of being written to
+memory scaled. The norm also tells whether a gradient is finite, so that it need not be read a
 third time.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tnkfac.optim import multi
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.norms import scaled_norm
 from tnkfac.optim.scaling import Scaling, Squares, square
 
 Group = dict[str, Any]
@@ -36,15 +37,12 @@ def suits(layer: CapturedLayer) -> bool:
 def norm(layer: CapturedLayer, scaling: Scaling) -> float:
     """Norm of the preconditioned gradients of a layer; not finite where one of them is not."""
     (squares,) = square([(layer, scaling)])
-    pieces, inputs, outputs = _pieces(layer.weight.grad, squares)
-    found = 0.0
-    for g, right, left in zip(pieces, inputs, outputs, strict=True):
-        update = g * right
-        if left.shape[0] == len(g) == left.numel():  # one number for each row
-            rows = torch.linalg.vector_norm(update.flatten(1), dim=1)
-            found = hypot(found, torch.linalg.vector_norm(rows.mul_(left.view(-1))).item())
-        else:
-            found = hypot(found, torch.linalg.vector_norm(update.mul_(left)).item())
+    gradient: Any = layer.weight.grad
+    found = scaled_norm(gradient, squares.inputs, squares.outputs)
+    if found is None:
+        found = 0.0
+        for g, right, left in zip(*_pieces(gradient, squares), strict=True):
+            found = hypot(found, torch.linalg.vector_norm((g * right).mul_(left)).item())
     bias = _bias(layer, squares)
     return found if bias is None else hypot(found, torch.linalg.vector_norm(bias).item())
 
