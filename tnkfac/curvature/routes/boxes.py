@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tnkfac.curvature.routes import onednn
 from tnkfac.curvature.routes.strips import Strips, box, strips
 from tnkfac.curvature.routes.taps import Classes, Taps
 
@@ -34,6 +35,9 @@ def box_sums(x: Tensor, classes: Classes) -> Tensor:
     count, *sizes = x.shape
     if all(len(axis) == 1 and axis[0].count == 1 for axis in classes):
         return _one_tap_sums(x, [taps for (taps,) in classes])
+    found = onednn.sums(x, classes)
+    if found is not None:
+        return found
     product = _product(classes, x.dtype, x.device, SMALL, x.numel() >= LARGE)
     x = _strip_sums(x, product, sizes, 1)
     if product.joint is not None:
