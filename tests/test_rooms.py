@@ -161,3 +161,23 @@ def test_the_check_itself(file: str, source: str, count: int) -> None:
 def test_the_check_of_exports_itself() -> None:
     source = "from .plans import plan\nfrom . import crs\nfrom tnkfac.einsum import views\n"
     assert exports(source + "def f(): ...", "tnkfac/einsum/__init__.py") == {"plan", "f"}
+
+
+MAKERS = {"arange", "empty", "eye", "full", "linspace", "ones", "tensor", "triu_indices", "zeros"}
+MAKERS |= {"rand", "randint", "randn", "randperm", "scalar_tensor", "tril_indices"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_tensors_are_made_on_a_named_device(file: str) -> None:
+    """The default device is the user's; what belongs on the host is made there."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    nameless = [
+        f"line {call.lineno}: torch.{call.func.attr}"
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and (call.func.value.id, call.func.attr in MAKERS) == ("torch", True)
+        and not {"device", None} & {keyword.arg for keyword in call.keywords}
+    ]
+    assert not nameless

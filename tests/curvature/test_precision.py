@@ -40,6 +40,18 @@ def test_settings_come_back(reduced: str) -> None:
     assert torch.get_float32_matmul_precision() == reduced
 
 
+def test_the_last_of_several_threads_brings_settings_back(reduced: str) -> None:
+    """Backends have one setting for all threads, and every GPU has one for its backward pass."""
+    before = settings()
+    first, second = (FullPrecision(torch.device("cpu")) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert settings()[0] == "ieee"
+    second.__exit__()
+    assert settings() == before
+
+
 def train() -> dict[str, Tensor]:
     """State after two steps that share their forward and backward numbers."""
     torch.manual_seed(0)

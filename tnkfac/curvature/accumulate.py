@@ -195,7 +195,7 @@ class Statistics:
         rows = a.samples * a.positions
         if terms is None:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
-        count = _counts if torch.compiler.is_compiling() else _kept_counts
+        count = _filled if torch.compiler.is_compiling() else _kept_counts
         counts = count(a.samples, rows, terms, dtype, g.device)
         K, C = self.live
         parts = list(self.k.statistic(a, K))
@@ -337,6 +337,14 @@ def _counts(
     samples: int, rows: int, terms: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     return torch.tensor([samples, rows, terms], dtype=dtype, device=device)
+
+
+def _filled(
+    samples: int, rows: int, terms: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same without a copy from the host, for which a compiled pass would wait."""
+    numbers = (torch.full((), n, dtype=dtype, device=device) for n in (samples, rows, terms))
+    return torch.stack([*numbers])
 
 
 _kept_counts = lru_cache(maxsize=256)(_counts)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
-
-Setting = tuple[Any, str]
 
 
 def _settings(device: torch.device) -> list[Any]:
@@ -27,19 +26,28 @@ class FullPrecision:
     def __init__(self, device: torch.device) -> None:
         """On the backends of one device."""
         self._backends = _settings(device)
-        self._reduced: list[Setting] = []
 
     def __enter__(self) -> None:
-        for backend in self._backends:
-            before = backend.fp32_precision
-            if before not in ("none", "ieee"):
-                self._reduced.append((backend, before))
-                backend.fp32_precision = "ieee"
+        with _lock:
+            for backend in self._backends:
+                users, before = _inside.get(id(backend), (0, backend.fp32_precision))
+                if not users and before not in ("none", "ieee"):
+                    backend.fp32_precision = "ieee"
+                _inside[id(backend)] = users + 1, before
 
     def __exit__(self, *error: object) -> None:
-        for backend, before in self._reduced:
-            backend.fp32_precision = before
-        self._reduced.clear()
+        with _lock:
+            for backend in self._backends:
+                users, before = _inside.pop(id(backend))
+                if users > 1:
+                    _inside[id(backend)] = users - 1, before
+                elif before not in ("none", "ieee"):
+                    backend.fp32_precision = before
+
+
+_lock = Lock()
+_inside: dict[int, tuple[int, str]] = {}
+"""How many are inside by backend, and its setting before: autograd has a thread for every GPU."""
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -85,7 +85,9 @@ class _Rows:
         """Take ``[G, D]`` of every layer."""
         device = several[0].device
         self._shapes = [values.shape for values in several]
-        lengths = torch.tensor([dim for groups, dim in self._shapes for _ in range(groups)])
+        lengths = torch.tensor(
+            [dim for groups, dim in self._shapes for _ in range(groups)], device="cpu"
+        )
         self._index = torch.repeat_interleave(lengths).to(device)
         self._lengths = lengths.to(device)
         self.values = torch.cat([values.double().reshape(-1) for values in several])

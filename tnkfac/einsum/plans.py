@@ -99,7 +99,7 @@ class Plan:
         for name, shape in self._shapes.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"{name}: got shape {tuple(tensors[name].shape)}, not {shape}.")
-        first = tensors[self._names[0]] if self._names else torch.empty(0)
+        first = tensors[self._names[0]] if self._names else torch.empty(0, device="cpu")
         values: dict[int, Tensor] = dict(self._fold_constants(first.dtype, first.device))
         for slot, name, view in self._views:
             value = tensors[name]
@@ -178,10 +178,10 @@ def constant(source: object, dtype: torch.dtype, device: torch.device) -> Tensor
     if isinstance(source, Pattern):
         axis = source.axis
         shape = (axis.kernel_size, axis.output_size, axis.input_size)
-        pattern = torch.zeros(shape, dtype=dtype)
+        pattern = torch.zeros(shape, dtype=dtype, device="cpu")
         taps = list(axis.taps())
         if taps:
-            k, o, i = torch.tensor(taps).unbind(1)
+            k, o, i = torch.tensor(taps, device="cpu").unbind(1)
             pattern[k, o, i] = 1
         return pattern.to(device)
     if isinstance(source, Delta):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, Literal
@@ -84,18 +84,19 @@ def _segments(shapes: tuple[tuple[int, int, int], ...], device: torch.device) ->
     lengths = [D for groups, D, _ in shapes for _ in range(groups)]
     lengths += [out for groups, _, out in shapes for _ in range(groups)]
     half = len(layers)
-    partner = torch.arange(2 * half).roll(half)
-    own = torch.repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
-    layer = torch.tensor(layers)
+    on_host = partial(torch.tensor, device="cpu")
+    partner = on_host([*range(half, 2 * half), *range(half)])
+    own = torch.repeat_interleave(on_host(lengths), output_size=sum(lengths))
+    layer = on_host(layers)
     found = (
-        torch.tensor(lengths),
-        torch.tensor(lengths * 2),
+        on_host(lengths),
+        on_host(lengths * 2),
         own,
         partner[own],
         partner,
         layer.repeat(2),
         torch.cat([layer, layer + len(shapes)]),
-        torch.tensor([0, *accumulate(lengths[:-1])]),
+        on_host([0, *accumulate(lengths[:-1])]),
     )
     sent = [tensor.to(device) for tensor in found]
     return Segments(max(lengths), *sent)

@@ -97,7 +97,7 @@ class Processes:
         """
         if not self._holders:
             return skip
-        flag = torch.tensor(float(skip)) if isinstance(skip, bool) else skip
+        flag = torch.tensor(float(skip), device="cpu") if isinstance(skip, bool) else skip
         for group in self._holders:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         return bool(flag) if isinstance(skip, bool) else flag

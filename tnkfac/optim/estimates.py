@@ -37,7 +37,7 @@ def estimated(optimizer: Any, model: nn.Module, shape: tuple[int, ...], every: i
     """
     layers = optimizer._registry.layers
     with torch.device("meta"):
-        known = output_shapes(model, torch.empty(shape))
+        known = output_shapes(model, torch.empty(shape, device="meta"))
     outputs = {id(m.weight): found for m, found in known.items() if hasattr(m, "weight")}
     work = base = 0.0
     for layer in layers:

@@ -170,5 +170,6 @@ def _sent(
     device: torch.device,
 ) -> Tensor:
     """Numbers on the device; copied from pinned memory, which the host does not wait for."""
-    on_host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    on_host = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned)
     return on_host.to(device, non_blocking=True)

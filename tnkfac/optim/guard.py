@@ -137,7 +137,7 @@ class Verdicts:
 
     def send(self, skip: Tensor, undo: Any) -> None:
         """Queue the copy of a flag; ``undo`` is called if it turns out to be one."""
-        host = torch.empty((), dtype=skip.dtype, pin_memory=True)
+        host = torch.empty((), dtype=skip.dtype, device="cpu", pin_memory=True)
         host.copy_(skip, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(skip.device))

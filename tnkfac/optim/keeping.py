@@ -65,7 +65,7 @@ class Keeping(Stacking, Optimizer):
         state = self._init_layer(layer, group)
         if not self._plan.keeps(layer):
             state = {key: value for key, value in state.items() if key in checkpoint.ON_HOST}
-        state["last_update"] = torch.tensor(-1)
+        state["last_update"] = torch.tensor(-1, device="cpu")
         if group["grafting"] == "adam":
             shape = (layer.statistics.layer.groups, layer.statistics.c.dim, layer.statistics.k.dim)
             dtype = torch.promote_types(layer.weight.dtype, torch.float32)

@@ -29,7 +29,7 @@ def check(device: torch.device) -> None:
     from tnkfac.optim import diagonals, fused
 
     shapes = ((1, 5, 3), (1, 4, 2))
-    X = torch.arange(1.0, 15.0, dtype=torch.float32).cos().add_(2)
+    X = torch.arange(1.0, 15.0, dtype=torch.float32, device="cpu").cos().add_(2)
     F, moving = X.sin().square(), X.cos()
     rule = diagonals.Rule("own", 0.1, 0.5, 0.2, 0.25)
     at = diagonals._segments(shapes, X.device), diagonals._segments(shapes, device)

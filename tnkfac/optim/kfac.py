@@ -274,8 +274,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         kept = decomposer_of(layer, group).identity(groups, inverse_dtype(dtype, group), device)
         for name, parts in kept.items():
             store(state, name, parts)
-        state["last_inverse"] = torch.tensor(-1)
-        state["failures"] = torch.tensor(0)
+        state["last_inverse"] = torch.tensor(-1, device="cpu")
+        state["failures"] = torch.tensor(0, device="cpu")
         return state
 
     def _update_layers(

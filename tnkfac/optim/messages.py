@@ -57,7 +57,7 @@ def unpacked(flat: Tensor, like: Tensor, symmetric: bool) -> Tensor:
 @lru_cache(maxsize=64)
 def _triangle(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the upper triangle lies in a matrix, and where an entry of that lies in the former."""
-    i, j = torch.triu_indices(rows, rows)
-    back = torch.empty(rows, rows, dtype=torch.int64)
-    back[i, j] = back[j, i] = torch.arange(len(i))
+    i, j = torch.triu_indices(rows, rows, device="cpu")
+    back = torch.empty(rows, rows, dtype=torch.int64, device="cpu")
+    back[i, j] = back[j, i] = torch.arange(len(i), device="cpu")
     return (i * rows + j).to(device), back.view(-1).to(device)

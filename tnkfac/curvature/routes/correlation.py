@@ -112,9 +112,9 @@ def _flat(
     index: tuple[Sequence[int], ...], counts: tuple[int, ...], device: torch.device
 ) -> Tensor:
     """Indices into flattened axes of all combinations of indices per axis."""
-    flat = torch.zeros((), dtype=torch.int64)
+    flat = torch.zeros((), dtype=torch.int64, device="cpu")
     for picked, count in zip(index, counts, strict=True):
-        flat = flat[..., None] * count + torch.tensor(list(picked))
+        flat = flat[..., None] * count + torch.tensor(list(picked), device="cpu")
     return flat.flatten().to(device)
 
 
@@ -174,18 +174,19 @@ def _lookup(
     """
     kernel = [sum(taps.count for taps in axis) for axis in classes]
     dims = len(kernel)
-    index = torch.full((channels, *kernel, *kernel), -1)  # second channel, first and second tap
+    # Second channel, first and second tap.
+    index = torch.full((channels, *kernel, *kernel), -1, device="cpu")
     start = 0
     for taps in product(*classes):
         pairs = [tap_pairs(t, n) for t, n in zip(taps, lags, strict=True)]
         width = prod(len(p.lags) for p in pairs)
-        flat = torch.zeros((), dtype=torch.int64)
+        flat = torch.zeros((), dtype=torch.int64, device="cpu")
         for p in pairs:
-            entries = torch.tensor(p.entries)
+            entries = torch.tensor(p.entries, device="cpu")
             flat = flat[..., None, None] * len(p.lags) + entries
         flat = flat.permute(*range(0, 2 * dims, 2), *range(1, 2 * dims, 2))
         slots = tuple(t.slots for t in taps)
-        rows = start + width * torch.arange(channels).view(-1, *[1] * (2 * dims))
+        rows = start + width * torch.arange(channels, device="cpu").view(-1, *[1] * (2 * dims))
         place = (slice(None), *slots, *slots)
         index[place] = rows + flat
         start += channels * width

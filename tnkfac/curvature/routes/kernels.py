@@ -66,7 +66,7 @@ def _squares_of_sums(  # type: ignore[no-untyped-def]
 def check(device: torch.device) -> None:
     """Raise an error unless the kernel sums a small problem as torch does."""
     layer = describe(torch.nn.Conv2d(3, 2, 3, stride=2, padding=1, device="meta"))
-    x = torch.arange(2 * 3 * 7 * 6, dtype=torch.float64).sin().reshape(2, 3, 7, 6)
+    x = torch.arange(2 * 3 * 7 * 6, dtype=torch.float64, device="cpu").sin().reshape(2, 3, 7, 6)
     sums = position_sums(x, tap_classes(layer, (7, 6), (4, 3))), x[:, :2].sum((2, 3))
     x = x.to(device, torch.float32)
     found = input_sums(layer, x, (4, 3)), output_sums(layer, x[:, :2])

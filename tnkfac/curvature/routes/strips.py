@@ -40,7 +40,8 @@ class Strips(NamedTuple):
 @lru_cache(maxsize=1024)
 def box(axis: tuple[Taps, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Which pixels every tap meets, ``[K, I]``."""
-    found = torch.zeros(sum(taps.count for taps in axis), axis[0].pixels, dtype=dtype)
+    count = sum(taps.count for taps in axis)
+    found = torch.zeros(count, axis[0].pixels, dtype=dtype, device="cpu")
     for taps in axis:
         for j, offset in enumerate(taps.offsets):
             for o in range(taps.positions):
