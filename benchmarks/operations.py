@@ -100,7 +100,7 @@ def interleaved(calls: list[Call | None], device: str, repeats: int, budget: flo
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         if call is not None:
-            call()
+            timed(call, device)  # plans and kernels; waits, so that none of it is left
     start = time.perf_counter()
     for done in range(repeats):
         if done and time.perf_counter() - start > budget:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnkfac
 from tnkfac import curvature
+from tnkfac.curvature.routes import squares
 from tnkfac.optim import base, updates
 
 CLASSES = 100
@@ -51,6 +52,8 @@ VIEWS = ("view", "reshape", "expand", "transpose", "permute", "detach", "alias",
 """Operations that launch nothing by themselves."""
 LISTS = ("aten::_foreach_norm", "aten::_foreach_copy_", "aten::_fused_", "aten::_foreach_add")
 """Operations on lists of tensors that are one kernel, or few."""
+RUNTIME = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")
+"""How calls that launch a kernel or a copy begin."""
 
 
 def _named(owner: Any, name: str, part: str) -> tuple[Any, str, Any]:
@@ -74,9 +77,13 @@ def parts_named() -> Iterator[None]:
         _named(base, "non_finite", PARTS[4]),
         _named(tnkfac.SINGD, "_update_factors", PARTS[5]),
         _named(updates, "scaled_gradients", PARTS[6]),
+        _named(updates.fused, "sized_gradients", PARTS[6]),
         _named(tnkfac.SINGD, "_scalings", PARTS[6]),
         _named(tnkfac.SINGD, "_naturals", PARTS[6]),
         _named(updates.multi, "step_many", PARTS[7]),
+        _named(updates.multi, "step_sized", PARTS[7]),
+        _named(updates.blocks, "norm", PARTS[6]),
+        _named(updates.blocks, "step_large", PARTS[7]),
         _named(updates, "_step_layer", PARTS[7]),
         _named(base, "step_others", PARTS[7]),
     ]
@@ -90,7 +97,7 @@ def parts_named() -> Iterator[None]:
 def profiled(
     model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, device: str
 ) -> tuple[dict[str, float], Counter[str]]:
-    """Milliseconds and launches of every part of one step."""
+    """Milliseconds and launches of every part of one step; on CUDA, those of its kernels."""
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with parts_named(), profile(activities=kinds) as prof:
         optimizer.zero_grad()
@@ -102,27 +109,56 @@ def profiled(
             optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
+    events = list(prof.events() or [])
+    return launched(events) if device == "cuda" else _on_host(events)
+
+
+def _on_host(events: Iterable[Any]) -> tuple[dict[str, float], Counter[str]]:
+    """The same where one thread does everything, and operations stand for launches."""
     times = dict.fromkeys(PARTS, 0.0)
     launches: Counter[str] = Counter()
-    for event in prof.events() or []:
-        if event.device_type != DeviceType.CPU:
-            continue
+    for event in events:
         if event.name in PARTS:
-            spent = _device_time(event) if device == "cuda" else event.time_range.elapsed_us()
-            times[event.name] += spent / 1e3
+            spent = event.time_range.elapsed_us() / 1e3
+            times[event.name] += spent
             outer = _part(event.cpu_parent)
             if outer is not None:  # what is inside of another part is not that part's
-                times[outer] -= spent / 1e3
+                times[outer] -= spent
         part = _part(event)
         if part is not None:
-            launches[part] += len(event.kernels) if device == "cuda" else _is_launch(event)
+            launches[part] += _is_launch(event)
     return times, launches
 
 
-def _device_time(event: Any) -> float:
-    return sum(kernel.duration for kernel in event.kernels) + sum(
-        _device_time(child) for child in event.cpu_children
-    )
+def launched(events: Sequence[Any]) -> tuple[dict[str, float], Counter[str]]:
+    """Milliseconds and number of what was launched inside of every part.
+
+    A launch belongs to the innermost part that lasts when it is called, in whatever thread: the
+    backward pass has one of its own, for which the main thread waits. Kernels of Triton are
+    launched by no operation of torch, so calls of the runtime are counted.
+
+    Args:
+        events: Of the profiler. A call of the runtime and what it launches have the same ``id``.
+    """
+    times = dict.fromkeys(PARTS, 0.0)
+    launches: Counter[str] = Counter()
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    parts = [event.time_range for event in on_host if event.name in PARTS]
+    names = [event.name for event in on_host if event.name in PARTS]
+    spent = {
+        event.id: event.time_range.elapsed_us()
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    }
+    for event in on_host:
+        if event.name.startswith(RUNTIME):
+            now = event.time_range.start
+            lasting = [i for i, part in enumerate(parts) if part.start <= now <= part.end]
+            if lasting:
+                name = names[min(lasting, key=lambda i: parts[i].elapsed_us())]
+                launches[name] += 1
+                times[name] += spent.get(event.id, 0.0) / 1e3
+    return times, launches
 
 
 def _part(event: Any) -> str | None:
@@ -250,13 +286,23 @@ def main(argv: list[str] | None = None) -> int:
         cells = (f"{times[part]:14.2f}{counts[part]:12}" for times, counts in columns.values())
         print(f"{part:34}" + "".join(cells))
     layers = len(read)
-    hooks, rest = columns["with an update"][1], columns["without"][1]
+    in_hooks = {
+        name: sum(counts[part] for part in (PARTS[1], PARTS[3]))
+        for name, (_, counts) in columns.items()
+    }
     added = {name: sum(counts[part] for part in PARTS[4:]) for name, (_, counts) in columns.items()}
     print(
-        f"\n{layers} layers; {unit} in hooks per layer: {(hooks[PARTS[3]]) / layers:.1f}; in step,"
+        f"\n{layers} layers; {unit} in hooks per layer: "
+        f"{in_hooks['with an update'] / layers:.1f}; in step,"
     )
-    print(f"over SGD's: {added['with an update'] - added['SGD']} with an update, "
-          f"{added['without'] - added['SGD']} without ({rest[PARTS[3]]} in hooks)")  # fmt: skip
+    over = {name: count - added["SGD"] for name, count in added.items()}
+    print(
+        f"over SGD's: {over['with an update']} with an update, {over['without']} without "
+        f"({in_hooks['without']} in hooks)"
+    )
+    if squares._kernels(x) is not None:
+        print("\nTriton's kernels read every input and output gradient once.")
+        return 0
     print(f"\n{'layer':28}{'input':>24}{'MB read':>12}{'least':>10}{'ratio':>8}")
     for name, shape, mine, least in read:
         print(f"{name:28}{shape!s:>24}{mine:12.2f}{least:10.2f}{mine / least:8.2f}")
