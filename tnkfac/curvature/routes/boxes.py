@@ -169,10 +169,8 @@ def _product(
     if pixels > small:
         return Product(cut, boxes, None, taps)
     joint = reduce(torch.kron, boxes)
-    if device.type == "cpu" and dtype == torch.float32 and 8 < taps <= 2 * _COLUMNS:
-        joint = torch.nn.functional.pad(joint, (0, 0, 0, -taps % _COLUMNS))  # 2/3 of the time of 9
+    if device.type == "cpu" and dtype == torch.float32 and 8 < taps <= 2 * onednn.COLUMNS:
+        joint = torch.nn.functional.pad(
+            joint, (0, 0, 0, -taps % onednn.COLUMNS)
+        )  # 2/3 of the time of 9
     return Product(cut, boxes, joint.T.contiguous(), taps)
-
-
-_COLUMNS = 16
-"""Numbers that a CPU takes at a time."""
