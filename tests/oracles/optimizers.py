@@ -4,6 +4,8 @@ A module of tests with ``BOTH_OPTIMIZERS = True`` runs once with each; there ``O
 one whose turn it is, from options of SINGD.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tnkfac import KFAC, SINGD
 
 __all__ = [
     "KINDS",
+    "OPTIMIZERS",
     "Optimizer",
     "factor_key",
     "is_kfac",
@@ -23,6 +26,15 @@ __all__ = [
 ]
 
 KINDS = ("SINGD", "KFAC")
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "SINGD diagonal": partial(SINGD, structures="diagonal"),
+    "SINGD dense": partial(SINGD, structures="dense"),
+    "SINGD auto": SINGD,
+    "KFAC eigen": KFAC,
+    "KFAC ekfac": partial(KFAC, compute_method="ekfac"),
+    "KFAC cholesky": partial(KFAC, compute_method="cholesky"),
+}
+"""Every way to precondition, with the options of each at their defaults."""
 ONLY_SINGD = {
     "alpha1",
     "lr_cov",

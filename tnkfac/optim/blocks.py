@@ -31,7 +31,8 @@ def suits(layer: CapturedLayer) -> bool:
         return False
     if layer.statistics.layer.groups > 1 or gradient.dtype != weight.dtype:
         return False
-    return gradient.stride() == weight.stride()
+    rows_lie_together = weight.stride(0) * len(weight) == weight.numel()
+    return rows_lie_together and gradient.stride() == weight.stride()
 
 
 def norm(layer: CapturedLayer, scaling: Scaling) -> float:

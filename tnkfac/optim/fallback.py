@@ -15,6 +15,7 @@ from torch.optim.sgd import sgd
 
 from tnkfac.curvature import fast
 from tnkfac.optim.shards import local
+from tnkfac.optim.step import share_layout
 
 State = dict[str, Any]
 
@@ -52,18 +53,28 @@ def update(
         group: Their group. Without ``fallback_lr`` the group's ``lr`` is used; with it, it is
             scaled by what a scheduler has made of the group's ``lr``.
     """
-    by_kind: dict[object, list[int]] = defaultdict(list)
-    for index, param in enumerate(params):
-        by_kind[type(param), param.device, param.dtype].append(index)
-    for indices in by_kind.values():
-        kept = [params[i] for i in indices]
-        whole = [local(param.detach()) for param in kept]
+    by_kind: dict[object, list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
+    for param, state in zip(params, states, strict=True):
+        whole, own = local(param.detach()), {key: local(value) for key, value in state.items()}
+        grad = _single(local(param.grad))
+        moments = [value for key, value in own.items() if key != "step"]
+        alike = share_layout([_single(whole), grad, *moments])
+        by_kind[type(param), param.device, param.dtype, alike].append((whole, grad, own))
+    for (*_, alike), entries in by_kind.items():
+        whole, grads, own = map(list, zip(*entries, strict=True))
         single = [_single(param) for param in whole]
-        grads = [_single(local(param.grad)) for param in kept if param.grad is not None]
-        own = [{key: local(value) for key, value in states[i].items()} for i in indices]
-        _update(single, grads, own, group, skip)
-        if single[0].dtype != whole[0].dtype:
-            torch._foreach_copy_(whole, single)
+        if alike or skip is None:
+            _update(single, grads, own, group, skip, alike)
+        else:  # only a fused kernel can skip a step without waiting for the device
+            single = [param.contiguous() for param in single]
+            grads = [grad.contiguous() for grad in grads]
+            compact = [{key: value.contiguous() for key, value in each.items()} for each in own]
+            _update(single, grads, compact, group, skip, True)
+            for each, new in zip(own, compact, strict=True):
+                torch._foreach_copy_(list(each.values()), list(new.values()))
+        changed = [i for i, param in enumerate(whole) if param is not single[i]]
+        if changed:
+            torch._foreach_copy_([whole[i] for i in changed], [single[i] for i in changed])
 
 
 def _update(
@@ -72,14 +83,16 @@ def _update(
     states: list[State],
     group: dict[str, Any],
     skip: Tensor | None,
+    alike: bool,
 ) -> None:
+    """As :func:`update`, for tensors of one kind; ``alike``: fused kernels may take them."""
     decay = group["fallback_weight_decay"]
     decay = group["weight_decay"] if decay is None else decay
     lr = learning_rate(group)
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         lr = float(lr)
     fused = skip is not None or (fast() and params[0].device.type in ("cpu", "cuda"))
-    fused = fused and params[0].is_floating_point()
+    fused = fused and alike and params[0].is_floating_point()
     kernel = {"fused": True, "found_inf": skip} if fused else {"foreach": True}
     if group["fallback"] == "adamw":
         beta1, beta2 = group["fallback_betas"]

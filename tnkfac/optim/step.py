@@ -21,6 +21,19 @@ def roomy(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def share_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether numbers lie in memory in the same order and without gaps.
+
+    Fused kernels walk through the memory of parameter, gradient and state in step; strides that
+    differ are not looked at on the CPU.
+    """
+    first = tensors[0]
+    strides = first.stride()
+    if any(tensor.stride() != strides for tensor in tensors):
+        return False
+    return first.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(first))
+
+
 def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
     """Joint gradient ``[G, C_out / G, D]`` of a layer, zero where a parameter has none.
 
