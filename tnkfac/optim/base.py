@@ -106,6 +106,20 @@ class CurvatureOptimizer(Keeping):
                     "fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
                 )
 
+    def _follow_groups(self) -> None:
+        """Sort anew where parameters have left their groups, or others have come.
+
+        Pruning, growing and resets replace them in ``param_groups`` by hand, and move states.
+        """
+        if self._registry.knows(self.param_groups):
+            return
+        self._registry.forget(self.param_groups)
+        before = {id(layer) for layer in self._registry.layers}
+        self._sort()
+        for layer in self._registry.layers:
+            if id(layer) not in before:
+                self._drop_misfit(layer)
+
     def _search_module(self, module: nn.Module) -> bool:
         """Look for layers in a module that is about to run; tell whether there are any."""
         known = by_parameter(self.param_groups)
@@ -174,6 +188,7 @@ class CurvatureOptimizer(Keeping):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_groups()
         due = [layer for layer in self._registry.layers if layer.statistics.on]
         self._processes.look(self._registry.params, bool(due))
         several = self._processes.count > 1
@@ -188,7 +203,7 @@ class CurvatureOptimizer(Keeping):
             seen = non_finite(self._gradients())  # while messages travel
             receive()
         pending = [layer for layer in self._registry.layers if layer.statistics.pending]
-        if not pending and self._rests():
+        if not pending and self._rests(due):
             return loss
         if not self._excluded:
             self._notices.check_statistics(due)
@@ -275,11 +290,16 @@ class CurvatureOptimizer(Keeping):
 
         return undo
 
-    def _rests(self) -> bool:
-        """Whether every learning rate is zero."""
+    def _rests(self, due: list[CapturedLayer]) -> bool:
+        """Whether a step without statistics is none: every learning rate is zero.
+
+        It is one where no layer was to be measured, but there was a pass all the same.
+        """
         lrs = [group["lr"] for group in self.param_groups]
         on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in lrs)
-        return on_host and all(float(lr) == 0 for lr in lrs)
+        if not on_host or any(float(lr) != 0 for lr in lrs):
+            return False
+        return any(layer.weight.grad is not None for layer in due) or not self._gradients()
 
     # ---------------------------------------------------------------- statistics
 
@@ -290,6 +310,7 @@ class CurvatureOptimizer(Keeping):
             set_to_none: Set gradients to None instead of zero.
         """
         super().zero_grad(set_to_none)
+        self._follow_groups()
         self._registry.clear()
 
     @contextmanager
@@ -339,6 +360,7 @@ class CurvatureOptimizer(Keeping):
 
     def report(self) -> Report:
         """How every parameter is trained: a list of rows that prints as a table."""
+        self._follow_groups()
         report = self._registry.report(self.state)
         report.skipped_updates = self.skipped_updates
         report.trust_region = None if self._trust is None else float(self._trust)
@@ -353,6 +375,7 @@ class CurvatureOptimizer(Keeping):
         Returns:
             A list of rows that prints as a table, writes for TensorBoard, and has all spectra.
         """
+        self._follow_groups()
         groups = by_parameter(self.param_groups)
         layers = self._registry.layers
         found = diagnose(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnkfac.optim.layers import CapturedLayer
+
 State = dict[str, Any]
 ON_HOST = ("last_update", "last_inverse", "failures")
 """Numbers that the host reads."""
@@ -40,3 +42,21 @@ def restore_groups(groups: list[State], before: list[State]) -> None:
     for group, live in zip(groups, before, strict=True):
         for name, value in live.items():
             group.setdefault(name, value)
+
+
+def split_second_moments(layer: CapturedLayer, state: dict[Tensor, State], step: int) -> None:
+    """Give weight and bias second moments of their own; up to 0.1 the weight kept them as a matrix.
+
+    Args:
+        layer: A layer.
+        state: State of the optimizer, just loaded.
+        step: What counted their updates then: the steps of the group.
+    """
+    own = state.get(layer.weight, {})
+    if "exp_avg_sq" not in own or "step" in own:
+        return
+    parts = layer.statistics.layer.from_matrix(own["exp_avg_sq"], layer.weight.shape)
+    for param, part in zip(layer.params(), parts, strict=False):
+        assert part is not None
+        count = torch.full((), float(step), dtype=torch.float32, device=param.device)
+        state[param].update(exp_avg_sq=part.contiguous(), step=count)

@@ -53,28 +53,31 @@ def update(
         group: Their group. Without ``fallback_lr`` the group's ``lr`` is used; with it, it is
             scaled by what a scheduler has made of the group's ``lr``.
     """
-    by_kind: dict[object, list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
+    by_kind: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
     for param, state in zip(params, states, strict=True):
         whole, own = local(param.detach()), {key: local(value) for key, value in state.items()}
+        assert param.grad is not None
         grad = _single(local(param.grad))
         moments = [value for key, value in own.items() if key != "step"]
         alike = share_layout([_single(whole), grad, *moments])
-        by_kind[type(param), param.device, param.dtype, alike].append((whole, grad, own))
-    for (*_, alike), entries in by_kind.items():
-        whole, grads, own = map(list, zip(*entries, strict=True))
-        single = [_single(param) for param in whole]
+        by_kind[alike, type(param), param.device, param.dtype].append((whole, grad, own))
+    for (alike, *_), entries in by_kind.items():
+        wholes = [whole for whole, _, _ in entries]
+        grads = [grad for _, grad, _ in entries]
+        owns = [own for _, _, own in entries]
+        single = [_single(whole) for whole in wholes]
         if alike or skip is None:
-            _update(single, grads, own, group, skip, alike)
+            _update(single, grads, owns, group, skip, alike)
         else:  # only a fused kernel can skip a step without waiting for the device
             single = [param.contiguous() for param in single]
             grads = [grad.contiguous() for grad in grads]
-            compact = [{key: value.contiguous() for key, value in each.items()} for each in own]
+            compact = [{key: value.contiguous() for key, value in own.items()} for own in owns]
             _update(single, grads, compact, group, skip, True)
-            for each, new in zip(own, compact, strict=True):
-                torch._foreach_copy_(list(each.values()), list(new.values()))
-        changed = [i for i, param in enumerate(whole) if param is not single[i]]
+            for own, new in zip(owns, compact, strict=True):
+                torch._foreach_copy_(list(own.values()), list(new.values()))
+        changed = [i for i, whole in enumerate(wholes) if whole is not single[i]]
         if changed:
-            torch._foreach_copy_([whole[i] for i in changed], [single[i] for i in changed])
+            torch._foreach_copy_([wholes[i] for i in changed], [single[i] for i in changed])
 
 
 def _update(

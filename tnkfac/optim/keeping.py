@@ -19,7 +19,7 @@ from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.placement import Placement, PlacementRow, Plan, update_cost, workers
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.stacks import Stacking
-from tnkfac.optim.step import roomy
+from tnkfac.optim.step import adam_state, roomy
 
 PATIENCE = timedelta(minutes=1)
 """How long ``state_dict`` waits for the other processes, if they keep parts of the state."""
@@ -38,6 +38,10 @@ class Keeping(Stacking, Optimizer):
         """State of a layer, kept under its weight."""
 
     @abstractmethod
+    def _follow_groups(self) -> None:
+        """Sort parameters anew if ``param_groups`` was changed by hand."""
+
+    @abstractmethod
     def _read_marks(self) -> None:
         """Take up what the state says of when layers were updated."""
 
@@ -47,15 +51,13 @@ class Keeping(Stacking, Optimizer):
         for layer in self._registry.layers:
             if not layer.statistics.bound:
                 continue
-            group = groups[id(layer.weight)]
+            group, state = groups[id(layer.weight)], self.state.get(layer.weight, {})
+            measured = layer.weight.grad is not None or layer.statistics.pending
+            if measured and "last_update" not in state:
+                self.state[layer.weight].update(self._layer_state(layer, group))
             for param in layer.params():
-                if param.grad is None or self.state.get(param):
-                    continue
-                if param is layer.weight:
-                    self.state[param].update(self._layer_state(layer, group))
-                self.state[param]["momentum_buffer"] = torch.zeros_like(
-                    param, dtype=roomy(param.dtype)
-                )
+                if param.grad is not None:
+                    _complete(self.state[param], param, group)
         for other in self._registry.others:
             if other.param.grad is not None and not self.state.get(other.param):
                 group = groups[id(other.param)]
@@ -66,11 +68,19 @@ class Keeping(Stacking, Optimizer):
         if not self._plan.keeps(layer):
             state = {key: value for key, value in state.items() if key in checkpoint.ON_HOST}
         state["last_update"] = torch.tensor(-1, device="cpu")
-        if group["grafting"] == "adam":
-            shape = (layer.statistics.layer.groups, layer.statistics.c.dim, layer.statistics.k.dim)
-            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-            state["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=layer.weight.device)
         return state
+
+    def _drop_misfit(self, layer: CapturedLayer) -> None:
+        """Let go of the curvature of another shape, which was handed on to a new weight."""
+        state = self.state.get(layer.weight, {})
+        if not self._has_factors(layer) or not layer.statistics.bound:
+            return
+        fresh = self._init_layer(layer, by_parameter(self.param_groups)[id(layer.weight)])
+        fits = [key in state and state[key].shape == part.shape for key, part in fresh.items()]
+        if self._plan.keeps(layer) and not all(fits):
+            for key in (*fresh, "last_update"):
+                state.pop(key, None)
+            self._read_marks()
 
     # ---------------------------------------------------------------- placing
 
@@ -131,13 +141,15 @@ class Keeping(Stacking, Optimizer):
         self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
     ) -> list[Tensor]:
         """Precondition the gradient matrices of several layers, in the processes that can."""
-        kept = [i for i, layer in enumerate(layers) if self._plan.keeps(layer)]
+        kept = [i for i, la in enumerate(layers) if self._has_factors(la) and self._plan.keeps(la)]
         mine = super()._naturals([layers[i] for i in kept], groups, [matrices[i] for i in kept])
         known = dict(zip(kept, mine, strict=True))
         found, copies = [], []
         for i, layer in enumerate(layers):
             row = self._plan.row(layer)
-            if len(row) > 1:
+            if not self._has_factors(layer):
+                natural = matrices[i].clone()
+            elif len(row) > 1:
                 natural = known[i].contiguous() if i in known else torch.empty_like(matrices[i])
                 copies.append(Copy(layer.name, self._plan.source(layer), row, [natural]))
             else:
@@ -145,6 +157,10 @@ class Keeping(Stacking, Optimizer):
             found.append(natural)
         self._processes.copy(copies)
         return found
+
+    def _has_factors(self, layer: CapturedLayer) -> bool:
+        """Whether there is a state of curvature; none where only the bias was ever trained."""
+        return "last_update" in self.state.get(layer.weight, {})
 
     def placement(self) -> Placement:
         """Which process updates the preconditioner of each layer, and which ones keep it.
@@ -168,6 +184,7 @@ class Keeping(Stacking, Optimizer):
             ---------  ----  -----------  ----------  -------
             process 0  152   272
         """
+        self._follow_groups()
         groups = by_parameter(self.param_groups)
         self._processes.find(list(self._registry.params()))
         self._place(groups)
@@ -217,6 +234,16 @@ class Keeping(Stacking, Optimizer):
         finally:
             self._drop(lacking, groups)
 
+    @contextmanager
+    def _without_strangers(self) -> Iterator[None]:
+        """Leave out the states of parameters that were taken out of their group by hand."""
+        known = by_parameter(self.param_groups)
+        strangers = {p: self.state.pop(p) for p in list(self.state) if id(p) not in known}
+        try:
+            yield
+        finally:
+            self.state.update(strangers)
+
     def state_dict(self) -> dict[str, Any]:
         """State of every parameter and hyper-parameters of every group, without callables.
 
@@ -227,7 +254,8 @@ class Keeping(Stacking, Optimizer):
             RuntimeError: If processes keep parts of the state and one does not take part.
         """
         self._verdicts.receive(wait=True)
-        with self._whole_state():
+        self._follow_groups()
+        with self._whole_state(), self._without_strangers():
             saved = super().state_dict()
             state = {key: dict(own) for key, own in saved["state"].items()}
         groups = checkpoint.without_callables(saved["param_groups"])
@@ -242,14 +270,26 @@ class Keeping(Stacking, Optimizer):
         Args:
             state_dict: A saved state.
         """
+        self._follow_groups()
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         params = [param for group in self.param_groups for param in group["params"]]
         checkpoint.restore_tensors(self.state, state_dict, params)
         checkpoint.restore_groups(self.param_groups, before)
         self._registry.clear()
+        groups = by_parameter(self.param_groups)
+        for layer in self._registry.layers:
+            checkpoint.split_second_moments(layer, self.state, groups[id(layer.weight)]["step"])
         self._read_marks()
-        self._drop(self._registry.layers, by_parameter(self.param_groups))
+        self._drop(self._registry.layers, groups)
+
+
+def _complete(state: dict[str, Tensor], param: Tensor, group: Group) -> None:
+    """Add to the state of a weight or bias what does not depend on the rule."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(param, dtype=roomy(param.dtype))
+    if group["grafting"] == "adam" and "exp_avg_sq" not in state:
+        state.update(adam_state(param))
 
 
 def _cost(layer: CapturedLayer) -> float:

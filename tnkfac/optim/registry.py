@@ -74,6 +74,20 @@ class Registry:
         self.layers += layers
         return bool(owners)
 
+    def knows(self, groups: list[Group]) -> bool:
+        """Whether the parameters of all groups are still those that were sorted."""
+        return {id(param) for group in groups for param in group["params"]} == {
+            id(param) for param in self.params()
+        }
+
+    def forget(self, groups: list[Group]) -> None:
+        """Let go of layers of which a parameter is in no group any more."""
+        left = by_parameter(groups)
+        gone = [la for la in self.layers if not all(id(param) in left for param in la.params())]
+        for layer in gone:
+            layer.close()
+        self.layers = [layer for layer in self.layers if layer not in gone]
+
     def clear(self) -> None:
         """Drop pending statistics."""
         for layer in self.layers:

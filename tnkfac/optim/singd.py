@@ -333,7 +333,7 @@ class SINGD(CurvatureOptimizer):
         return alone and diagonals.suits(layer, self.state.get(layer.weight, {}))
 
     def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
-        states = [self.state[layer.weight] for layer in layers]
+        states = [self.state.get(layer.weight, {}) for layer in layers]
         pairs = [
             (state["K"], state["C"]) if self._scales(layer) else None
             for layer, state in zip(layers, states, strict=True)

@@ -57,79 +57,106 @@ def _gradient(param: Tensor) -> Tensor:
 
 
 def clipped(
-    natural: list[Tensor], gradients: Sequence[Tensor], groups: Sequence[Group]
+    natural: list[Tensor], gradients: Sequence[Tensor], layers: Sequence[CapturedLayer], groups: Any
 ) -> Tensor | None:
     """Shrink the updates of all layers by one factor where ``kl_clip`` asks for it.
 
     Args:
-        natural: Preconditioned gradients, in module order; scaled in place.
+        natural: Preconditioned gradients ``[G, C_out / G, D]``, in module order; scaled in place.
         gradients: Gradients, of the same shapes.
-        groups: Parameter group of each layer.
+        layers: The layers.
+        groups: Parameter groups by ``id`` of the parameter.
 
     Returns:
         The factor, at most one; None without ``kl_clip``.
     """
-    chosen = [i for i, group in enumerate(groups) if group["kl_clip"] is not None]
+    own = [groups[id(layer.weight)] for layer in layers]
+    chosen = [i for i, group in enumerate(own) if group["kl_clip"] is not None]
     if not chosen:
         return None
-    factor = trust_region(
-        [natural[i] for i in chosen],
-        [gradients[i] for i in chosen],
-        [groups[i]["lr"] for i in chosen],
-        min(groups[i]["kl_clip"] for i in chosen),
-    )
+    terms = [
+        term
+        for i in chosen
+        for term in _by_learning_rate(natural[i], gradients[i], layers[i], groups)
+    ]
+    factor = trust_region(terms, min(own[i]["kl_clip"] for i in chosen))
     for i in chosen:
         natural[i].mul_(factor.to(natural[i].device, natural[i].dtype))
     return factor
 
 
+def _by_learning_rate(
+    natural: Tensor, gradient: Tensor, layer: CapturedLayer, groups: Any
+) -> list[tuple[Tensor, Tensor, Any]]:
+    """Columns of an update and of a gradient that have one learning rate, and that."""
+    own = groups[id(layer.weight)]
+    other = own if layer.bias is None else groups.get(id(layer.bias), own)
+    if other is own:
+        return [(natural, gradient, own["lr"])]
+    return [
+        (natural[:, :, :-1], gradient[:, :, :-1], own["lr"]),
+        (natural[:, :, -1:], gradient[:, :, -1:], other["lr"]),
+    ]
+
+
 def graft(
-    layer: CapturedLayer, group: Group, gradient: Tensor, update: Tensor, state: dict[str, Any]
+    layer: CapturedLayer,
+    group: Group,
+    gradient: Tensor,
+    update: Tensor,
+    state: Any,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Give an update the size that the group asks for, over what is trained of the layer.
 
     Args:
         layer: The layer.
         group: Its parameter group.
-        gradient: Joint gradient matrix.
+        gradient: Joint gradient matrix ``[G, C_out / G, D]``.
         update: Its preconditioned form.
-        state: State of the weight, with the second moment of ``"adam"``.
+        state: State of the optimizer, with the second moments of ``"adam"``.
+        keep: Scalar that is zero where the batch is to be skipped.
     """
     kind = group["grafting"]
     if kind is None:
         return update
-    trained = update
-    if layer.bias is not None and layer.bias.grad is None:
-        trained, gradient = update[:, :, :-1], gradient[:, :, :-1]
+    trained, gradient = _trained(layer, update), _trained(layer, gradient)
     if not isinstance(kind, str) or kind == "rms":
         return update * grafting_scale(trained, RMS if kind == "rms" else kind)
     if kind == "sgd":
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         size = torch.linalg.vector_norm(gradient, dtype=dtype) / gradient.numel() ** 0.5
         return update * grafting_scale(trained, size)
-    _, beta = group["fallback_betas"]
-    second = state["exp_avg_sq"]
-    if trained is not update:
-        second = second[:, :, :-1]
-    size = adam_size(gradient, second, group["step"] + 1, beta, group["fallback_eps"])
+    (_, beta), eps = group["fallback_betas"], group["fallback_eps"]
+    squares = [
+        adam_square(whole(param.grad), state[param], beta, eps, keep)
+        for param in layer.params()
+        if param.grad is not None
+    ]
+    size = (torch.stack(squares).sum() / trained.numel()).sqrt()
     return update * grafting_scale(trained, size)
 
 
-def trust_region(
-    natural: Sequence[Tensor], gradients: Sequence[Tensor], lrs: Sequence[Any], bound: float
-) -> Tensor:
+def _trained(layer: CapturedLayer, matrix: Tensor) -> Tensor:
+    """Columns of a joint matrix whose parameter has a gradient."""
+    if layer.bias is None:
+        return matrix
+    if layer.bias.grad is None:
+        return matrix[:, :, :-1]
+    return matrix[:, :, -1:] if layer.weight.grad is None else matrix
+
+
+def trust_region(terms: Sequence[tuple[Tensor, Tensor, Any]], bound: float) -> Tensor:
     """One factor for all layers that bounds the quadratic change of the loss.
 
     ``min(1, sqrt(bound / |sum lr^2 <natural, gradient>|))``, a scalar tensor.
 
     Args:
-        natural: Preconditioned gradients.
-        gradients: Gradients, of the same shapes.
-        lrs: Learning rate of each.
+        terms: Preconditioned gradients, gradients of the same shapes, and learning rates.
         bound: ``kl_clip``.
     """
-    total = torch.zeros((), device=natural[0].device)
-    for update, gradient, lr in zip(natural, gradients, lrs, strict=True):
+    total = torch.zeros((), device=terms[0][0].device)
+    for update, gradient, lr in terms:
         dtype = torch.promote_types(update.dtype, torch.float32)
         product = torch.dot(update.to(dtype).flatten(), gradient.to(dtype).flatten())
         total = total + (product * lr * lr).to(total.device, non_blocking=True)
@@ -149,20 +176,39 @@ def grafting_scale(update: Tensor, size: Tensor | float) -> Tensor:
     return torch.where(norm > 0, scale, 0.0).to(update.dtype)
 
 
-def adam_size(gradient: Tensor, second: Tensor, step: int, beta: float, eps: float) -> Tensor:
-    """Root mean square of the AdamW update without momentum; ``second`` is updated in place.
+def adam_state(param: Tensor) -> dict[str, Tensor]:
+    """What ``grafting="adam"`` keeps of a parameter: its second moment, and its own updates."""
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return {
+        "exp_avg_sq": torch.zeros(param.shape, dtype=dtype, device=param.device),
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+    }
+
+
+def adam_square(
+    gradient: Tensor, state: dict[str, Tensor], beta: float, eps: float, keep: Tensor | None = None
+) -> Tensor:
+    """Squared norm of the AdamW update without momentum of one parameter.
 
     Args:
-        gradient: Any shape.
-        second: Moving average of its squares.
-        step: Number of steps, this one included.
-        beta: Decay of the average.
-        eps: Added to the root.
+        gradient: Gradient of the parameter.
+        state: Its state, see :func:`adam_state`; updated in place.
+        beta: Decay of the second moment.
+        eps: Added to its root.
+        keep: Scalar that is zero where the batch is to be skipped, and then nothing changes.
     """
-    gradient = gradient.to(second.dtype)
-    second.mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
-    update = gradient / ((second / (1 - beta**step)).sqrt() + eps)
-    return update.square().mean().sqrt()
+    second, step = state["exp_avg_sq"], state["step"]
+    square = gradient.to(second.dtype).square()
+    if keep is None:
+        second.lerp_(square, 1 - beta)
+        step += 1
+    else:
+        kept = keep.to(second.device)
+        second.lerp_(torch.where(kept > 0, square, second), 1 - beta)
+        step += kept.to(step.dtype)
+    correction = (1 - torch.pow(beta, step.double())).to(second.dtype)
+    update = gradient.to(second.dtype) / ((second / correction).sqrt() + eps)
+    return update.square().sum()
 
 
 def apply_update_(

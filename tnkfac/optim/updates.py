@@ -40,9 +40,8 @@ def natural_gradients(
     """
     chosen = [la for la in layers if any(p.grad is not None for p in la.params())]
     matrices = [gradient_matrix(layer, keep) for layer in chosen]
-    own = [groups[id(layer.weight)] for layer in chosen]
     found = naturals(chosen, groups, matrices)
-    factor = clipped(found, matrices, own)
+    factor = clipped(found, matrices, chosen, groups)
     return list(zip(chosen, matrices, found, strict=True)), factor
 
 
@@ -140,7 +139,8 @@ def _finish(
     """
     many = scaled
     for layer, (matrix, update) in zip(layers, pairs, strict=True):
-        fits = update.dtype == layer.weight.dtype and multi.suits(layer, state, groups)
+        fits = layer.weight.grad is not None and update.dtype == layer.weight.dtype
+        fits = fits and multi.suits(layer, state, groups)
         if fast() and fits:
             if update.data_ptr() == matrix.data_ptr():  # a gradient, which stays as it is
                 update = update.clone()
@@ -163,7 +163,7 @@ def _step_layer(
 ) -> None:
     """Graft, and step weight and bias."""
     group = groups[id(layer.weight)]
-    update = graft(layer, group, matrix, update, state.get(layer.weight, {}))
+    update = graft(layer, group, matrix, update, state, keep)
     weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
     _step_param(layer.weight, weight, state, groups, group, keep)
     if layer.bias is not None and bias is not None:
