@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -129,6 +130,68 @@ def ranks_equal_one_process() -> None:
             assert_same_everywhere(state_of(model.module, optimizer))
             assert optimizer._processes.count == dist.get_world_size()
             optimizer.close()
+
+
+def averaged_by_hand(model: nn.Module, optimizer: Any, name: str, step: int) -> None:
+    """One step on this process's part of a batch; nothing wraps the model."""
+    x, y = (part(t, even(8)) for t in batch(step, 8))
+    optimizer.zero_grad()
+    loss_of(name)(model(x), y).backward()
+    for param in model.parameters():
+        dist.all_reduce(param.grad)
+        param.grad /= dist.get_world_size()
+    optimizer.step()
+
+
+@scenario
+def gradients_averaged_by_hand_equal_one_process() -> None:
+    """Where the group is named, whatever part of the preconditioners each process keeps."""
+    for name, (cls, options) in OPTIMIZERS.items():
+        for fraction in (1.0, 1 / dist.get_world_size()):
+            single, model = network(), network()
+            reference = cls(single.parameters(), lr=0.01, **options)
+            optimizer = cls(
+                model.parameters(),
+                lr=0.01,
+                process_group=dist.group.WORLD,
+                grad_worker_fraction=fraction,
+                **options,
+            )
+            for step in range(6):
+                whole(single, reference, name, step, 8)
+                averaged_by_hand(model, optimizer, name, step)
+            error = 1e-11 if loss_of(name) is loss else 1e-6
+            for p, q in zip(model.parameters(), single.parameters(), strict=True):
+                assert torch.allclose(p, q, rtol=error, atol=error), (name, fraction)
+            assert_same_everywhere([p.detach() for p in model.parameters()])
+            optimizer.close()
+
+
+@scenario
+def processes_that_nothing_ties_together_are_told_of() -> None:
+    """Once, at the first step; not where the user has said how it is, or the model is wrapped."""
+    told = {
+        "auto": lambda: built_alone("auto"),
+        "None": lambda: built_alone(None),
+        "group": lambda: built_alone(dist.group.WORLD),
+        "wrapped": lambda: built("SINGD"),
+    }
+    for way, build in told.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model, optimizer = build()
+            for step in range(3):
+                averaged_by_hand(model, optimizer, "SINGD", step)
+            optimizer.close()
+        texts = [str(w.message) for w in caught if "process_group=" in str(w.message)]
+        assert len(texts) == (way == "auto"), (way, texts)
+    with pytest.raises(TypeError, match=r"process_group: got 'world'. Supported: 'auto', None"):
+        built_alone("world")
+
+
+def built_alone(process_group: Any) -> tuple[nn.Module, Any]:
+    model = network()
+    return model, SINGD(model.parameters(), lr=0.01, T=2, process_group=process_group)
 
 
 @scenario

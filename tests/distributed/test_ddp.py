@@ -15,7 +15,7 @@ from tnkfac import SINGD
 def test_all_scenarios(world: int) -> None:
     """Each is named in ``ranks.py``."""
     text = launch("ranks.py", world)
-    assert text.count(" holds") == scenarios("ranks.py") == 17, text
+    assert text.count(" holds") == scenarios("ranks.py") == 19, text
 
 
 def test_processes_of_torch_multiprocessing(tmp_path: Path) -> None:

@@ -34,15 +34,18 @@ class CurvatureOptimizer(Keeping):
 
     _counters: ClassVar[tuple[str, ...]] = ("step", "last_due")
 
-    def __init__(self, params: Any, defaults: Group, grad_scaler: Any = None) -> None:
+    def __init__(
+        self, params: Any, defaults: Group, grad_scaler: Any = None, process_group: Any = "auto"
+    ) -> None:
         """Sort the parameters and put taps on their layers.
 
         Args:
             params: Parameters, named parameters, parameter groups, or a module.
             defaults: Hyper-parameters of groups that do not set them.
             grad_scaler: The ``GradScaler`` in use, if it does not call ``step`` itself.
+            process_group: The processes that average gradients by hand, if any.
         """
-        self._prepare(grad_scaler)
+        self._prepare(grad_scaler, process_group)
         listed = self._registry.spell_out(params)
         if not listed:
             raise ValueError("params: got no parameters. Supported: at least one.")
@@ -50,7 +53,7 @@ class CurvatureOptimizer(Keeping):
         self._ready = True
         self._sort()
 
-    def _prepare(self, grad_scaler: Any = None) -> None:
+    def _prepare(self, grad_scaler: Any = None, process_group: Any = "auto") -> None:
         """Set what is neither state nor a group."""
         self._ready = False
         self._registry = Registry()
@@ -60,7 +63,7 @@ class CurvatureOptimizer(Keeping):
         self._trust: Tensor | None = None
         self._search: FirstForward | None = None
         self._notices = Notices()
-        self._processes = Processes()
+        self._processes = Processes(process_group)
         self._plan = Plan()
         self._excluded = False
 
@@ -191,6 +194,7 @@ class CurvatureOptimizer(Keeping):
         self._follow_groups()
         due = [layer for layer in self._registry.layers if layer.statistics.on]
         self._processes.look(self._registry.params, bool(due))
+        self._notices.check_processes(self._processes, self._registry, due)
         several = self._processes.count > 1
         self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
         groups = by_parameter(self.param_groups)

@@ -1,9 +1,9 @@
 """What processes that train one model tell each other: the only file that calls collectives.
 
-Processes are those of the ``DistributedDataParallel`` that holds the parameters, or of the mesh
-that ``fully_shard`` has cut them for; without either there are no others. Every process has
-measured its own part of the batch. Statistics are added up once for each update, in the order of
-the layers, so that all processes go on with the same factors.
+Processes are those of the group that the user names, of the ``DistributedDataParallel`` that holds
+the parameters, or of the mesh that ``fully_shard`` has cut them for; else there are no others.
+Every process has measured its own part of the batch. Statistics are added up once for each update,
+in the order of the layers, so that all processes go on with the same factors.
 """
 
 from __future__ import annotations
@@ -46,8 +46,23 @@ class Copy:
 class Processes:
     """The processes that train the same parameters, once they are known."""
 
-    def __init__(self) -> None:
-        """There are no others."""
+    def __init__(self, process_group: Any = "auto") -> None:
+        """None are known yet.
+
+        Args:
+            process_group: Those that average gradients by hand; None if this process trains
+                alone; ``"auto"`` to look for what ties the parameters to others.
+
+        Raises:
+            TypeError: If it is nothing of that kind.
+        """
+        kinds = (dist.ProcessGroup,) if dist.is_available() else ()
+        if process_group not in ("auto", None) and not isinstance(process_group, kinds):
+            raise TypeError(
+                f"process_group: got {process_group!r}. Supported: 'auto', None, a "
+                "torch.distributed.ProcessGroup."
+            )
+        self._given = process_group
         self._groups: list[Any] = []
         self._holders: list[Any] = []
         self._ranks: list[int] = [0]
@@ -74,9 +89,19 @@ class Processes:
     def find(self, params: list[Tensor]) -> None:
         """Search for it now."""
         if not self._groups and several():
-            self._groups = groups_of(params)
+            self._groups = self._named() if self._given != "auto" else groups_of(params)
             self._holders = holders_of(params)
             self._ranks = ranks_of(params, self._groups)
+
+    def _named(self) -> list[Any]:
+        """The group that the user named, unless it is this process alone."""
+        other = self._given is not None and dist.get_world_size(self._given) > 1
+        return [self._given] if other else []
+
+    @property
+    def overlooked(self) -> bool:
+        """Whether there are other processes, but nothing ties the parameters to them."""
+        return not self._groups and self._given == "auto" and several()
 
     @property
     def count(self) -> int:

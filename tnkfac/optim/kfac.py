@@ -88,6 +88,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         fallback_options: Its ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``.
         grad_scaler: A ``GradScaler`` whose ``step`` is not what calls this optimizer's.
         relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
+        process_group: The ``torch.distributed`` group whose processes average the gradients of
+            these parameters by hand; None if this one trains alone; ``"auto"`` for what
+            ``DistributedDataParallel`` or ``fully_shard`` say.
         **aliases: ``stat_decay`` or ``curvature_ema`` for ``factor_decay``, ``TCov`` for
             ``factor_update_steps``, ``TInv`` for ``inv_update_steps``.
 
@@ -145,6 +148,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         fallback_options: dict[str, Any] | None = None,
         grad_scaler: Any = None,
         relative_damping: float = 0.03,
+        process_group: Any = "auto",
         **aliases: Any,
     ) -> None:
         """See the class."""
@@ -184,7 +188,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             if defaults[name] == "auto":
                 defaults[name] = value
         self._check_group(defaults, defaults)
-        super().__init__(params, defaults, grad_scaler)
+        super().__init__(params, defaults, grad_scaler, process_group)
 
     def _check_group(self, group: Group, given: Group) -> None:
         arguments.shared(group, given)

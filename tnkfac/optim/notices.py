@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from tnkfac.optim.distributed import Processes
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.registry import Registry
+from tnkfac.optim.shards import is_distributed
 
 
 class Notices:
@@ -18,6 +20,31 @@ class Notices:
         """Nothing was said yet."""
         self._gradients = False
         self._statistics = False
+        self._processes = False
+
+    def check_processes(
+        self, processes: Processes, registry: Registry, due: Sequence[CapturedLayer]
+    ) -> None:
+        """Warn where other processes may train the same parameters, but nothing tells of them.
+
+        Args:
+            processes: What was found of others.
+            registry: All parameters.
+            due: Layers whose factors are about to be updated.
+        """
+        if self._processes or not due or not processes.overlooked:
+            return
+        self._processes = True
+        if any(is_distributed(param) for param in registry.params()):
+            return  # of these another warning tells
+        warnings.warn(
+            "There are several processes, but neither DistributedDataParallel nor fully_shard "
+            "holds these parameters, so factors are those of this process alone. If gradients are "
+            "averaged by hand, replicas will drift apart: pass process_group="
+            "torch.distributed.group.WORLD, or wrap the model. If this process trains a model of "
+            "its own, pass process_group=None.",
+            stacklevel=5,
+        )
 
     def check_gradients(self, registry: Registry) -> None:
         """Warn of parameters without gradient.

@@ -84,6 +84,9 @@ class KFACPreconditioner:
         loglevel: Has no effect.
         normalization: ``"kfac-pytorch"``, or ``"fisher"`` for factors of the Fisher matrix.
         structures: Of the factors: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"``, ``"auto"``.
+        process_group: The ``torch.distributed`` group whose processes average the gradients of
+            these parameters by hand; None if this one trains alone; ``"auto"`` for what
+            ``DistributedDataParallel`` or ``fully_shard`` say.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type.
@@ -126,6 +129,7 @@ class KFACPreconditioner:
         loglevel: int = 10,
         normalization: str = "kfac-pytorch",
         structures: str | tuple[str, str] = "dense",
+        process_group: Any = "auto",
     ) -> None:
         """See the class."""
         if not isinstance(model, nn.Module):
@@ -155,6 +159,7 @@ class KFACPreconditioner:
             grad_worker_fraction=fraction,
             fallback="sgd",
             grad_scaler=_Scale(grad_scaler) if _is_function(grad_scaler) else grad_scaler,
+            process_group=process_group,
         )
         if not self._kfac._registry.layers:
             raise ValueError("model: got no supported layer. Supported: Linear, Conv1d/2d/3d, ...")

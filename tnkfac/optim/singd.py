@@ -72,6 +72,9 @@ class SINGD(CurvatureOptimizer):
         max_state_ratio: With ``"auto"``, bound on the state relative to AdamW's.
         max_step_ratio: With ``"auto"``, bound on the cost of a step relative to AdamW's.
         relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
+        process_group: The ``torch.distributed`` group whose processes average the gradients of
+            these parameters by hand; None if this one trains alone; ``"auto"`` for what
+            ``DistributedDataParallel`` or ``fully_shard`` say.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type.
@@ -126,6 +129,7 @@ class SINGD(CurvatureOptimizer):
         max_state_ratio: float | None = None,
         max_step_ratio: float | None = None,
         relative_damping: float = 0.03,
+        process_group: Any = "auto",
     ) -> None:
         """See the class."""
         if kfac_like and alpha1 != 0:
@@ -155,7 +159,7 @@ class SINGD(CurvatureOptimizer):
             "max_step_ratio": max_step_ratio,
         }
         self._check_group(defaults, defaults)
-        super().__init__(params, defaults, grad_scaler)
+        super().__init__(params, defaults, grad_scaler, process_group)
 
     def _check_group(self, group: Group, given: Group) -> None:
         arguments.shared(group, given)
