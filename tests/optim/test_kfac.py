@@ -39,7 +39,10 @@ def failures(optimizer: KFAC) -> dict[str, int]:
 
 @each_method
 def test_a_decomposition_that_raises(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last decomposition goes on, is counted and named; success forgets; too many raise."""
+    """Something stands in for it; it is counted and named; success forgets; too many raise.
+
+    Eigenvectors stay what they were. Without any, the inverse is a multiple of the identity.
+    """
     model = network()
     optimizer = KFAC(
         model.parameters(), compute_method=method, inv_update_steps=1, num_tolerated_failures=2
@@ -47,27 +50,34 @@ def test_a_decomposition_that_raises(method: str, monkeypatch: pytest.MonkeyPatc
     train(model, optimizer, batches(0, 1))
     state = optimizer.state[model.conv.weight]
     key = "A_inv" if method == "cholesky" else "Q_A"
-    before, real = state[key].clone(), (torch.linalg.eigh, torch.linalg.cholesky)
+    before = state[key].clone()
 
-    def fails(matrix: Tensor) -> Any:
-        if matrix.shape[-1] == 28:  # the inputs of the first layer
-            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
-        return real[method == "cholesky"](matrix)
+    def failing(patch: pytest.MonkeyPatch) -> None:
+        for name in ("eigh", "cholesky"):
+            real = getattr(torch.linalg, name)
 
-    name = "cholesky" if method == "cholesky" else "eigh"
+            def fails(matrix: Tensor, real: Any = real) -> Any:
+                if matrix.shape[-1] == 28:  # the inputs of the first layer
+                    raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+                return real(matrix)
+
+            patch.setattr(torch.linalg, name, fails)
+
     with monkeypatch.context() as patch:
-        patch.setattr(torch.linalg, name, fails)
+        failing(patch)
         for count in (1, 2):
             with pytest.warns(UserWarning, match=r"conv\.weight could not.*did not converge"):
                 train(model, optimizer, batches(count, 1))
             assert failures(optimizer) == {"conv.weight": count, "conv.bias": count}
-            assert torch.equal(state[key], before)
+            if method == "cholesky":
+                before = torch.eye(28).double() * state[key][0, 0, 0]
+            assert torch.equal(state[key], before.view_as(state[key]))
     train(model, optimizer, batches(3, 1))
     assert not failures(optimizer)
     assert not torch.equal(state[key], before)
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(torch.linalg, name, fails)
+        failing(patch)
         train(model, optimizer, batches(4, 2))
         with pytest.raises(RuntimeError, match=r"conv\.weight .* 3 times in a row"):
             train(model, optimizer, batches(6, 1))
@@ -96,19 +106,34 @@ def test_a_failure_in_float32_is_tried_in_float64(
     assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float32}
 
 
-def test_a_singular_factor_without_damping() -> None:
-    """Cholesky cannot invert it; the layer goes on without, all others with their inverse."""
-    model = mlp(3, 4, 2)
-    optimizer = KFAC(model.parameters(), compute_method="cholesky", damping=0.0, kl_clip=None)
-    x, y = mlp_batch(0, 3, 2, samples=16)
-    x[:, 1] = 0
-    with pytest.warns(UserWarning, match=r"0\.weight could not be decomposed"):
-        fit(model, optimizer, [(x, y)])
-    assert set(failures(optimizer)) == {"0.weight", "0.bias"}
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert not torch.equal(
-        optimizer.state[model[2].weight]["A_inv"][0], torch.eye(5, dtype=torch.float64)
-    )
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("structures", ["dense", "block2diagonal", "diagonal"])
+@each_method
+def test_a_singular_factor_without_damping(method: str, structures: str) -> None:
+    """As without the input that is always zero: its weights have no gradient to be divided."""
+    found = []
+    for used in ([0, 1, 2], [0, 2]):
+        torch.manual_seed(0)
+        model = mlp(3, 4, 2)
+        if len(used) == 2:
+            first = nn.Linear(2, 4).double()
+            first.weight.data, first.bias.data = model[0].weight.data[:, used], model[0].bias.data
+            model[0] = first
+        optimizer = KFAC(
+            model.parameters(),
+            compute_method=method,
+            structures=(structures if structures == "diagonal" else "dense", structures),
+            damping=0.0,
+            kl_clip=None,
+            lr=1e-3,
+        )
+        x, y = mlp_batch(0, 3, 2, samples=16)
+        x[:, 1] = 0
+        fit(model, optimizer, [(x[:, used], y)] * 2)
+        assert not failures(optimizer)
+        found.append([model[0].weight[:, [0, -1]], *list(model.parameters())[1:]])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 @each_method

@@ -15,6 +15,7 @@ import tnkfac
 from profile_step import VIEWS
 from tnkfac.curvature.routes import squares
 from tnkfac.optim import base, diagonals, fused, multi
+from tnkfac.optim.registry import by_parameter
 
 FREE = (*VIEWS, "device", "new_empty", "scalar_tensor", "promote_types")
 """What launches nothing."""
@@ -119,8 +120,10 @@ def test_a_step_of_resnet18(T: int, counting: Launches) -> None:
                 param.grad = torch.empty_like(param)
             layers = optimizer._registry.layers
             assert len(layers) == 21
+            optimizer._ensure_state(by_parameter(optimizer.param_groups))
             for layer in layers:
-                layer.last_update = max(layer.last_update, step)  # not a start, which decomposes
+                mark = optimizer.state[layer.weight]["last_update"]
+                mark.fill_(max(int(mark), step))  # not a start, which decomposes
                 leaves = layer.statistics.leaves(layer.weight)
                 if T == 1:
                     for leaf in leaves:

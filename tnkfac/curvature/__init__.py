@@ -1,6 +1,7 @@
 """Curvature of layers: Kronecker factors, structures, and how statistics are captured."""
 
 from tnkfac.curvature.accumulate import Factors, LossAverage, Statistics
+from tnkfac.curvature.callers import warn
 from tnkfac.curvature.capture import FirstForward, Tap, attach, output_shapes
 from tnkfac.curvature.discover import Owner, find_owners, root_of
 from tnkfac.curvature.estimators import (
@@ -61,4 +62,5 @@ __all__ = [
     "root_of",
     "stationary_points",
     "trusted",
+    "warn",
 ]

@@ -54,6 +54,7 @@ class Statistics:
         loss_average: What the loss is averaged over.
         on: Whether taps measure at all.
         live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them.
+        told: What a callable ``loss_average`` said of the last call since the last step.
         layer: The layer, once its shape is known; its ``bias`` tells whether the bias is trained.
         k: Structure of the input side, once the shape is known.
         c: Structure of the output side, likewise.
@@ -62,6 +63,12 @@ class Statistics:
     layer: Layer
     k: Structure
     c: Structure
+    told: float | None
+    _kept: list[Tensor] | None
+    _drawn: float
+    _draws: float
+    _passes: int
+    _first: int
 
     def __init__(
         self,
@@ -86,7 +93,8 @@ class Statistics:
         """
         self.outputs, self.squares, self.chosen_passes = outputs, squares, chosen_passes
         self._heard = False
-        self._kept: list[Tensor] | None = None
+        self._counting = False
+        self._forget()
         self._basis: tuple[Parts, Parts] | None = None
         self.approx: Approx = approx
         self.loss_average = loss_average
@@ -175,7 +183,12 @@ class Statistics:
         return [(self.layer.groups, *shape) for shape in shapes]
 
     def measure(
-        self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
+        self,
+        layer: Layer,
+        x: Tensor,
+        g: Tensor,
+        terms: float | None,
+        draws: list[int] | None = None,
     ) -> tuple[Tensor, ...] | None:
         """Statistics of one call, shaped like the leaves; None for a pass that does not count.
 
@@ -184,9 +197,13 @@ class Statistics:
             x: Input as the module received it.
             g: Gradient with respect to its output.
             terms: Loss terms of this call if a callable told them.
+            draws: Number of passes through this call that have counted; None for all to count.
         """
-        if self.chosen_passes and not self._heard and not torch.compiler.is_compiling():
-            return None
+        if draws is not None:
+            if not self._heard:
+                return None
+            if self._counting:
+                self._count(draws, x.numel())
         dtype = self._leaves[0].dtype
         if self._diagonal and x.numel() and fast() and not torch.compiler.is_compiling():
             return self._measure_squares(layer, x, g, terms)
@@ -232,21 +249,60 @@ class Statistics:
         self._basis = basis
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Backward passes inside count; what others have left behind is dropped."""
+    def listening(self, draws: int | None = None, terms: float | None = None) -> Iterator[None]:
+        """Backward passes inside count; what others have left behind is dropped.
+
+        Args:
+            draws: Passes through the same outputs of the model, whose mean counts; None to count
+                those through the same call of the layer, here and before.
+            terms: Loss terms that these passes are the sum of; None for a loss that is averaged,
+                or not, like that of training.
+        """
         for leaf in self._leaves:
             leaf.grad = None
-        self._heard = True
+        self._heard, self._counting = True, draws is None
         try:
             yield
         finally:
             self._heard = False
             found = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
-            if found and self._kept:
-                found = torch._foreach_add(found, self._kept)  # type: ignore[assignment]
-            self._kept = found or self._kept
+            if found:
+                self._keep(found, draws, terms)
             for leaf in self._leaves:
                 leaf.grad = None
+
+    def _keep(self, found: list[Tensor], draws: int | None, terms: float | None) -> None:
+        """Add sums over some passes to what is kept: that of one pass through the whole batch."""
+        old, new = 1.0, 1 / (draws or 1)
+        if draws is None and self._first:
+            mean = self._passes / self._first
+            old, new, self._draws = self._draws / mean, 1 / mean, mean
+        old_B, new_B = old, new
+        if terms is not None:  # gradients of the mean over all terms so far
+            before, self._drawn = self._drawn, self._drawn + terms
+            old_B *= (before / self._drawn) ** 2 if before else 1.0
+            new_B /= self._drawn**2
+        outputs = len(found) - self._inputs - 1
+
+        def scaled(tensors: list[Tensor], on_A: float, on_B: float) -> list[Tensor]:
+            scales = [on_A] * self._inputs + [on_B] * outputs + [on_A]  # counts are the last
+            return [*torch._foreach_mul(tensors, scales)]
+
+        kept = scaled(found, new, new_B)
+        if self._kept:
+            torch._foreach_add_(kept, scaled(self._kept, old, old_B))
+        self._kept = kept
+
+    def _count(self, draws: list[int], size: int) -> None:
+        """One more pass through a call of this size."""
+        self._passes += size
+        self._first += 0 if draws[0] else size
+        draws[0] += 1
+
+    @property
+    def _inputs(self) -> int:
+        """How many of the sums belong to the input factor; they are the first."""
+        return sum(0 not in shape for shape in self.k.statistic_shapes)
 
     @property
     def hidden_leaves(self) -> tuple[Tensor, ...]:
@@ -300,7 +356,7 @@ class Statistics:
         """
         sums = self.sums() or [torch.zeros_like(leaf) for leaf in self._leaves]
         *parts, counts = sums
-        inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
+        inputs = self._inputs
         if self.loss_average is not None:
             terms = counts[2] * share
             parts = [*parts[:inputs], *(part * terms for part in parts[inputs:])]
@@ -317,7 +373,7 @@ class Statistics:
         """Replace what has been collected by the sums over processes of :meth:`exchanged`."""
         *parts, counts = sums
         if self.loss_average is not None:  # what normalises multiplies with the terms of all
-            inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
+            inputs = self._inputs
             by = 1 / torch.where(counts[2] > 0, counts[2], 1.0)
             parts = [*parts[:inputs], *(part * by for part in parts[inputs:])]
         if self.chosen_passes:
@@ -328,9 +384,18 @@ class Statistics:
 
     def clear(self) -> None:
         """Drop what has been collected."""
-        self._kept = None
+        if self.chosen_passes:
+            self._forget()
         for leaf in self._leaves:
             leaf.grad = None
+
+    def _forget(self) -> None:
+        """Begin anew with passes that are chosen."""
+        self._kept = None
+        self._drawn = 0.0  # terms of the loss
+        self._draws = 1.0  # passes through each call, in the mean
+        self._passes = self._first = 0  # sizes of the calls, of every pass and of their first ones
+        self.told = None
 
 
 def _counts(

@@ -85,14 +85,19 @@ class Tap:
         terms = None
         if callable(statistics.loss_average):
             terms = float(statistics.loss_average(module, output.shape))
+            if not compiling:
+                statistics.told = terms
         layer = self.layer
         if layer is None:  # lazy modules know their shape only now
             layer = self.layer = statistics.bind(module)
 
         shape = output.shape
+        draws = [0] if statistics.chosen_passes and not compiling else None
 
         def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:
-            return statistics.measure(layer, x, g.reshape(shape), terms)  # g may be of the base
+            return statistics.measure(
+                layer, x, g.reshape(shape), terms, draws
+            )  # g may be of the base
 
         if compiling:
             if torch.compiler._is_exporting_flag:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tnkfac.curvature.callers import warn
 from tnkfac.curvature.structures import Parts, Structure
 
 _ITERATIONS = 80
@@ -116,7 +116,7 @@ def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tenso
         vectors = tuple(part.to(A[0].dtype) for part in vectors)
         return values, partial(structure.from_eigen, vectors=vectors)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        warnings.warn(f"A start is a multiple of the identity: {error}", stacklevel=2)
+        warn(f"A start is a multiple of the identity: {error}")
         values, _ = Structure.eigen(structure, A)
         return values, partial(Structure.from_eigen, structure, vectors=())
 

@@ -6,7 +6,6 @@ Then torch's operations do the same.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tnkfac.curvature.callers import warn
 from tnkfac.curvature.precision import without_autocast
 
 
@@ -37,11 +37,10 @@ def trusted(load: Callable[[], Any], device: torch.device) -> ModuleType | None:
         with torch.no_grad(), without_autocast(device.type):
             kernels.check(device)
     except Exception as error:  # whatever compilers and drivers raise
-        warnings.warn(
+        warn(
             f"Triton's kernels do not work on {device}: {type(error).__name__}: {error}; "
             "torch's own operations take their place, with the same results in more time.",
             RuntimeWarning,
-            stacklevel=2,
         )
         return None
     return kernels

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import check_factor_structure, check_structure
+from tnkfac.curvature import check_factor_structure, check_structure, warn
 
 GRAFTING = ("rms", "adam", "sgd", None)
 INIT = ("first_batch", "identity")
@@ -241,10 +240,9 @@ def warn_near_misses(group: Mapping[str, Any], known: Iterable[str]) -> None:
     for key in group.keys() - set(known):
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         if close:
-            warnings.warn(
+            warn(
                 f"Parameter group has the unknown key {key!r}; did you mean {close[0]!r}? "
-                "Unknown keys are kept and ignored.",
-                stacklevel=4,
+                "Unknown keys are kept and ignored."
             )
 
 

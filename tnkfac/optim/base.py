@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature import FirstForward, FullPrecision
-from tnkfac.optim import arguments
+from tnkfac.optim import arguments, checkpoint
 from tnkfac.optim.diagnostics import Diagnostics, Spectra, diagnose
 from tnkfac.optim.distributed import Processes
 from tnkfac.optim.guard import SkippedUpdates, Verdicts, either, loss_scale, non_finite
@@ -210,12 +210,13 @@ class CurvatureOptimizer(Keeping):
         if not pending and self._rests(due):
             return loss
         if not self._excluded:
-            self._notices.check_statistics(due)
+            self._notices.check_statistics(due, self.state)
         skip = self._guarded(pending, groups, seen)
         self._skipped.add(skip)
+        undo = self._undo(pending, groups) if isinstance(skip, Tensor) else None
         self._advance(pending if skip is not True else [], groups)
         if isinstance(skip, Tensor):
-            self._verdicts.send(skip, self._undo(pending))
+            self._verdicts.send(skip, undo)
         return loss
 
     def _gradients(self) -> list[Tensor]:
@@ -273,8 +274,7 @@ class CurvatureOptimizer(Keeping):
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
         for layer in updated:
-            layer.last_update = groups[id(layer.weight)]["step"]
-            self.state[layer.weight]["last_update"].fill_(layer.last_update)
+            self.state[layer.weight]["last_update"].fill_(groups[id(layer.weight)]["step"])
         self._registry.clear()
         self._excluded = False
         for group in self.param_groups:
@@ -283,13 +283,17 @@ class CurvatureOptimizer(Keeping):
                 group["last_due"] = group["step"]
         self._set_taps(groups)
 
-    def _undo(self, updated: list[CapturedLayer]) -> Callable[[], None]:
+    def _undo(self, pending: list[CapturedLayer], groups: dict[int, Group]) -> Callable[[], None]:
         """What to do once a step turns out to have been skipped on the device."""
+        before = [
+            (layer.weight, groups[id(layer.weight)]["step"], self._last_update(layer))
+            for layer in pending
+        ]
 
         def undo() -> None:
-            for layer in updated:
-                layer.last_update -= 1  # due again
-                self.state[layer.weight]["last_update"].fill_(layer.last_update)
+            for weight, step, last in before:
+                if checkpoint.mark(self.state, weight, "last_update") == step:  # due again
+                    self.state[weight]["last_update"].fill_(last)
             self._set_taps(by_parameter(self.param_groups))
 
         return undo
@@ -330,11 +334,11 @@ class CurvatureOptimizer(Keeping):
             for statistics, on in before:
                 statistics.on = on
 
+    def _last_update(self, layer: CapturedLayer) -> int:
+        """Step of the last update of its factors, or -1."""
+        return checkpoint.mark(self.state, layer.weight, "last_update")
+
     def _read_marks(self) -> None:
-        for layer in self._registry.layers:
-            state = self.state.get(layer.weight, {})
-            layer.last_update = int(state.get("last_update", -1))
-            layer.last_inverse = int(state.get("last_inverse", -1))
         self._set_taps(by_parameter(self.param_groups))
 
     def _set_taps(self, groups: dict[int, Group]) -> None:
@@ -344,7 +348,7 @@ class CurvatureOptimizer(Keeping):
             if group is None:
                 layer.statistics.on = False
                 continue
-            layer.statistics.on = layer.last_update < self._due_since(layer, group)
+            layer.statistics.on = self._last_update(layer) < self._due_since(layer, group)
             self._share_state(layer, group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

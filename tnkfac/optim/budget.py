@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from tnkfac.curvature import warn
 from tnkfac.optim.ladders import Choice, Names, base_work, candidates, fitting, matching
 from tnkfac.optim.layers import CapturedLayer, Uncaptured
 from tnkfac.optim.registry import Group
@@ -64,10 +64,9 @@ def limit_state(
         taken = sum(cost(index, choice) for index, choice in enumerate(chosen))
         if mine and taken > left:
             least = (group["max_state_ratio"] * adamw - left + taken) / adamw
-            warnings.warn(
+            warn(
                 f"max_state_ratio: got {group['max_state_ratio']}. With the smallest structures "
                 f"it is {least:.3g}.",
-                stacklevel=4,
             )
         _take(mine, chosen)
 

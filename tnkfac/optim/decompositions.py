@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts
+from tnkfac.curvature import Decomposable, Parts, Structure
 
 Decomposition = dict[str, Parts]
 METHODS = {"eigen": ("tikhonov",), "cholesky": ("pi", "factor"), "ekfac": ("tikhonov",)}
 """How each method may damp, the default first."""
+_LARGEST = 2.0
+"""Norm of a damped inverse times its damping: at most one, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -55,45 +57,99 @@ class Decomposer:
             "Q_A": eye_A if self.k.basis_shapes else (),
             "Q_B": eye_B if self.c.basis_shapes else (),
         }
-        a, b = (torch.ones(groups, s.dim, dtype=dtype, device=device) for s in (self.k, self.c))
-        if self.method == "ekfac":
-            return {**basis, "scales": (_outer(b, a),)}
-        return {**basis, "d_A": (a,), "d_B": (b,)}
+        wide = torch.promote_types(dtype, torch.float32)  # eigenvalues are of any size
+        a, b = (torch.ones(groups, s.dim, dtype=wide, device=device) for s in (self.k, self.c))
+        return self._with_spectra(basis, a, b)
 
     def decompose(self, A: Parts, B: Parts, damping: float) -> Decomposition:
-        """Decompose both factors in their own precision, or in float64 where that fails.
-
-        Raises:
-            torch.linalg.LinAlgError: If it fails in float64, too.
-        """
-        dtype = A[0].dtype
-        try:
-            return self._decompose(A, B, damping)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            if dtype == torch.float64:
-                raise
-        return self.decompose_in_double(A, B, damping)
-
-    def decompose_in_double(self, A: Parts, B: Parts, damping: float) -> Decomposition:
-        """The same by way of float64: in float32 LAPACK returns NaN for some singular matrices.
+        """Decompose both factors in their own precision.
 
         Raises:
             torch.linalg.LinAlgError: If it fails.
         """
-        dtype = A[0].dtype
-        A, B = (tuple(part.double() for part in parts) for parts in (A, B))
-        found = self._decompose(A, B, damping)
-        return {name: tuple(part.to(dtype) for part in parts) for name, parts in found.items()}
-
-    def _decompose(self, A: Parts, B: Parts, damping: float) -> Decomposition:
         if self.method == "cholesky":
             shift_A, shift_B = self._shifts(A, B, damping)
             return {"A_inv": self.k.inverse(A, shift_A), "B_inv": self.c.inverse(B, shift_B)}
         (a, Q_A), (b, Q_B) = self.k.eigen(A), self.c.eigen(B)
-        a, b = a.clamp(min=0), b.clamp(min=0)  # rounding leaves zeros of either sign
+        return self._with_spectra({"Q_A": Q_A, "Q_B": Q_B}, _above_rounding(a), _above_rounding(b))
+
+    def sound(self, found: Decomposition, A: Parts, B: Parts, damping: float) -> Tensor:
+        """Whether what :meth:`decompose` found can be right, for every channel group ``[G]``.
+
+        LAPACK returns NaN for some singular matrices, and where rounding exceeds the damping, an
+        inverse that is much larger than one over it.
+        """
+        parts = [part for several in found.values() for part in several]
+        good = torch.stack([part.isfinite().flatten(1).all(1) for part in parts]).all(0)
+        if self.method != "cholesky":
+            return good
+        shift_A, shift_B = self._shifts(A, B, damping)
+        for structure, factor, name, shift in (
+            (self.k, A, "A_inv", shift_A),
+            (self.c, B, "B_inv", shift_B),
+        ):
+            least = torch.maximum(shift, structure.trace(factor) * torch.finfo(shift.dtype).eps)
+            if structure.dim:
+                good = good & (structure.norm(found[name]) * least <= _LARGEST)
+        return good
+
+    def repaired(self, A: Parts, B: Parts, damping: float) -> Decomposition:
+        """Decompose both factors, whatever it takes, into parts of their dtype.
+
+        In their own precision, in float64, in float64 on the CPU; at last, inverses are made of
+        eigenvalues that are kept above rounding.
+
+        Raises:
+            torch.linalg.LinAlgError: If not even eigenvalues are found.
+        """
+        dtype, device = A[0].dtype, A[0].device
+        reason = "its decomposition is not finite"
+        cpu = torch.device("cpu")
+        rungs = ((dtype, device), (torch.float64, device), (torch.float64, cpu))
+        for rung in dict.fromkeys(rungs):
+            wide = tuple(tuple(part.to(rung[1], rung[0]) for part in parts) for parts in (A, B))
+            try:
+                found = self.decompose(wide[0], wide[1], damping)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                reason = str(error)
+                continue
+            if bool(self.sound(found, wide[0], wide[1], damping).all()):
+                return {name: _narrowed(parts, A[0]) for name, parts in found.items()}
+        if self.method == "cholesky":
+            shifts, eps = self._shifts(wide[0], wide[1], damping), torch.finfo(dtype).eps
+            A_inv, B_inv = (
+                _clamped_inverse(structure, factor, shift, eps)
+                for structure, factor, shift in zip((self.k, self.c), wide, shifts, strict=True)
+            )
+            return {"A_inv": _narrowed(A_inv, A[0]), "B_inv": _narrowed(B_inv, A[0])}
+        raise torch.linalg.LinAlgError(reason)  # type: ignore[attr-defined]
+
+    def bounded(
+        self, kept: Mapping[str, Parts], A: Parts, B: Parts, damping: float
+    ) -> Decomposition:
+        """What stands in for a decomposition that failed: no update is larger than a right one.
+
+        Eigenvectors stay as they are. In their basis a symmetric matrix is at most the diagonal
+        one of its rows' absolute sums, which take the place of the eigenvalues.
+
+        Args:
+            kept: The last decomposition.
+            A: Input factor.
+            B: Output factor.
+            damping: As always.
+        """
+        if self.method == "cholesky":
+            shift_A, shift_B = self._shifts(A, B, damping)
+            A_inv, B_inv = _least(self.k, A, shift_A), _least(self.c, B, shift_B)
+            return {"A_inv": A_inv, "B_inv": B_inv}
+        Q_A, Q_B = (tuple(part.to(A[0].dtype) for part in kept[name]) for name in ("Q_A", "Q_B"))
+        sums = _row_sums(self.k, A, Q_A), _row_sums(self.c, B, Q_B)
+        return self._with_spectra({"Q_A": Q_A, "Q_B": Q_B}, *sums)
+
+    def _with_spectra(self, bases: Decomposition, a: Tensor, b: Tensor) -> Decomposition:
         if self.method == "ekfac":
-            return {"Q_A": Q_A, "Q_B": Q_B, "scales": (_outer(b, a),)}
-        return {"Q_A": Q_A, "Q_B": Q_B, "d_A": (a,), "d_B": (b,)}
+            return {**bases, "scales": (_outer(b, a),)}
+        return {**bases, "d_A": (a,), "d_B": (b,)}
 
     def _shifts(self, A: Parts, B: Parts, damping: float) -> tuple[Tensor, Tensor]:
         """What is added to both factors, ``[G]`` each."""
@@ -125,8 +181,58 @@ class Decomposer:
             if self.relative:
                 shift = shift * _level(a) * _level(b)
             damped = torch.addcmul(shift, a, b)
+        if damping == 0:  # where there is no curvature at all, the gradient stays as it is
+            damped = torch.where(damped > 0, damped, 1.0)
         turned = self.k.product(kept["Q_A"], torch.div(turned, damped, out=damped))
         return self.c.product(kept["Q_B"], turned.mT)
+
+
+def _above_rounding(values: Tensor, eps: float | None = None) -> Tensor:
+    """Eigenvalues ``[G, D]`` of positive semi-definite matrices, none below what is rounding.
+
+    That is as large as it is known to be: where it has left negative ones, these tell.
+    """
+    if not values.shape[1]:
+        return values
+    eps = torch.finfo(values.dtype).eps if eps is None else eps
+    least, largest = (end.unsqueeze(1) for end in torch.aminmax(values, dim=1))
+    return torch.maximum(values, torch.maximum(largest * eps, -least))
+
+
+def _clamped_inverse(structure: Decomposable, matrix: Parts, shift: Tensor, eps: float) -> Parts:
+    """``(matrix + shift)^-1`` by eigenvalues, none of which is below rounding."""
+    values, vectors = structure.eigen(matrix)
+    values = _above_rounding(values, eps) + shift.unsqueeze(1)
+    return structure.from_eigen(1 / torch.where(values > 0, values, 1.0), vectors)
+
+
+def _row_sums(structure: Decomposable, matrix: Parts, Q: Parts) -> Tensor:
+    """Absolute sums ``[G, D]`` of the rows of a matrix in a basis, the given one without parts."""
+    dense = structure.to_dense(matrix)
+    if Q:
+        basis = structure.to_dense(Q)
+        dense = basis.mT @ dense @ basis
+    return dense.abs().sum(2)
+
+
+def _least(structure: Decomposable, matrix: Parts, shift: Tensor) -> Parts:
+    """A multiple of the identity that is at most ``(matrix + shift)^-1``."""
+    size = _row_sums(structure, matrix, ()).amax(1) + shift
+    values = (1 / torch.where(size > 0, size, 1.0)).unsqueeze(1).expand(-1, structure.dim)
+    return Structure.from_eigen(structure, values, ())
+
+
+def _narrowed(parts: Parts, like: Tensor) -> Parts:
+    """The parts on the device and in the dtype of a tensor."""
+    return tuple(saturated(part, like.dtype).to(like.device) for part in parts)
+
+
+def saturated(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, with the largest number of that in the place of larger ones."""
+    if part.dtype == dtype:
+        return part
+    largest = torch.finfo(dtype).max
+    return part.clamp(-largest, largest).to(dtype)
 
 
 def _outer(b: Tensor, a: Tensor) -> Tensor:

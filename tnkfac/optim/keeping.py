@@ -271,6 +271,7 @@ class Keeping(Stacking, Optimizer):
             state_dict: A saved state.
         """
         self._follow_groups()
+        self._verdicts.receive(wait=True)  # what they undo is of the state that goes
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         params = [param for group in self.param_groups for param in group["params"]]

@@ -11,6 +11,7 @@ from torch import Tensor
 from tnkfac.curvature import Parts
 from tnkfac.optim import adaptation, arguments
 from tnkfac.optim.base import CurvatureOptimizer
+from tnkfac.optim.checkpoint import mark
 from tnkfac.optim.decompositions import METHODS
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.normalization import NORMALIZATIONS, normalized
@@ -247,7 +248,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         loss = super().step(closure)
         with torch.no_grad():
             trial.moved()
-            layers = [layer for layer in self._registry.layers if layer.last_update >= 0]
+            layers = [layer for layer in self._registry.layers if self._last_update(layer) >= 0]
             groups = by_parameter(self.param_groups)
             curvature = [
                 (layer, *self._factors(layer, groups[id(layer.weight)])) for layer in layers
@@ -264,6 +265,10 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
     def _is_due(self, group: Group, step: int) -> bool:
         return step % _interval(group["factor_update_steps"], step) == 0
+
+    def _last_inverse(self, layer: CapturedLayer) -> int:
+        """Step of the last decomposition of its factors, or -1."""
+        return mark(self.state, layer.weight, "last_inverse")
 
     def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
         statistics, weight = layer.statistics, layer.weight
@@ -304,11 +309,11 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
         def averaged(name: str, new: Parts) -> Parts:
             old = read(state, name, len(new))
-            return tuple(o.lerp(n, 1 - decay) for o, n in zip(old, new, strict=True))
+            return tuple(o.lerp(n.to(o.dtype), 1 - decay) for o, n in zip(old, new, strict=True))
 
         new = {"A": averaged("A", found.A), "B": averaged("B", found.B)}
         new["factor_weight"] = averaged("factor_weight", (torch.ones_like(found.counts[0]),))
-        if found.squares is not None and layer.last_inverse >= 0:
+        if found.squares is not None and self._last_inverse(layer) >= 0:
             new["scales"] = averaged("scales", (found.squares,))
         overwrite(state, new, keep)
 
@@ -316,7 +321,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         statistics = layer.statistics
         if statistics.bound and statistics.squares:
             state = self.state.get(layer.weight)
-            if state and layer.last_inverse >= 0 and "scales" in state:
+            if state and self._last_inverse(layer) >= 0 and "scales" in state:
                 counts = decomposer_of(layer, group).counts
                 Q_A, Q_B = (read(state, name, counts[name]) for name in ("Q_A", "Q_B"))
                 statistics.project((Q_A, Q_B))
@@ -328,25 +333,28 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
     def _update_factors(
         self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
     ) -> None:
+        self._restarted = ()
         super()._update_factors(pending, groups, keep)
         measured = {id(layer) for layer in pending}
         due = []
         for layer in self._registry.layers:
             group = groups[id(layer.weight)]
-            state = self.state.get(layer.weight)
-            ready = layer.last_update >= 0 or id(layer) in measured
-            if state and ready and layer.last_inverse < group["last_inverse_due"]:
+            if not self.state.get(layer.weight):
+                continue
+            waits = self._last_inverse(layer) < group["last_inverse_due"]
+            if waits and (id(layer) in measured or self._last_update(layer) >= 0):
                 due.append(layer)
         if due and (keep is None or bool(keep)):
             self._decompose(due, groups)
 
     def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
         decomposer = decomposer_of(layers[0], group)
+        weight = self.state[layers[0].weight]["factor_weight"]
+        dtype = torch.promote_types(inverse_dtype(weight.dtype, group), torch.float32)
         kept = {
-            name: joined([read(self.state[layer.weight], name, count) for layer in layers])
+            name: joined([read(self.state[la.weight], name, count, dtype) for la in layers])
             for name, count in decomposer.counts.items()
         }
-        dtype = next(part.dtype for parts in kept.values() for part in parts)
         update = decomposer.precondition(kept, gradients.to(dtype), damping_of(group))
         return update.to(roomy(gradients.dtype))
 
@@ -355,7 +363,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             step = group["step"] + 1
             if step % _interval(group["inv_update_steps"], step) == 0:
                 group["last_inverse_due"] = step
-        super()._advance(updated, groups)
+        restarted = set(map(id, self._restarted))  # what they had is gone with their factors
+        super()._advance([layer for layer in updated if id(layer) not in restarted], groups)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from tnkfac.curvature import Owner, Statistics, Tap, attach, describe
+from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
 from tnkfac.optim.shards import fully_sharded, is_distributed
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ class CapturedLayer:
         weight: The weight.
         bias: The bias, if it is trained with the weight.
         statistics: What the taps of its modules measure.
-        last_update: Step of the last factor update, or -1.
-        last_inverse: Step of the last decomposition, or -1.
         scaling: What an optimizer has derived from the state to precondition with, if anything.
         removers: Callables that remove the taps.
     """
@@ -38,8 +35,6 @@ class CapturedLayer:
     weight: Tensor
     bias: Tensor | None
     statistics: Statistics
-    last_update: int = -1
-    last_inverse: int = -1
     scaling: Scaling | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
 
@@ -136,10 +131,9 @@ def sort(
         rest.append(Uncaptured(first.parameter_name, type(first.module).__name__, param, reason))
     parallel = [u.name for u in rest if is_distributed(u.param) and id(u.param) not in sharded]
     if parallel:
-        warnings.warn(
+        warn(
             f"{', '.join(parallel)}: trained without curvature, because processes hold parts of "
-            "them in the forward pass, too (tensor parallelism). Supported: fully_shard.",
-            stacklevel=2,
+            "them in the forward pass, too (tensor parallelism). Supported: fully_shard."
         )
     return layers, rest
 

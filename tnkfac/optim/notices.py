@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tnkfac.optim.distributed import Processes
+from tnkfac.curvature import warn
+from tnkfac.optim.checkpoint import mark
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.registry import Registry
 from tnkfac.optim.shards import is_distributed
@@ -37,13 +40,12 @@ class Notices:
         self._processes = True
         if any(is_distributed(param) for param in registry.params()):
             return  # of these another warning tells
-        warnings.warn(
+        warn(
             "There are several processes, but neither DistributedDataParallel nor fully_shard "
             "holds these parameters, so factors are those of this process alone. If gradients are "
             "averaged by hand, replicas will drift apart: pass process_group="
             "torch.distributed.group.WORLD, or wrap the model. If this process trains a model of "
             "its own, pass process_group=None.",
-            stacklevel=5,
         )
 
     def check_gradients(self, registry: Registry) -> None:
@@ -68,37 +70,38 @@ class Notices:
                 missing.append(name)
         if missing and not self._gradients:
             self._gradients = True
-            warnings.warn(
+            warn(
                 f"No gradient reached {_some(missing)}; a step leaves them as they are. This is "
                 "normal for a part of the model that did not run.",
-                stacklevel=5,
             )
 
-    def check_statistics(self, due: Sequence[CapturedLayer]) -> None:
+    def check_statistics(
+        self, due: Sequence[CapturedLayer], state: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
         """Warn of layers that have a gradient, but never had statistics.
 
         Args:
             due: Layers whose taps were on during the passes of this step.
+            state: State of the optimizer.
         """
         if self._statistics:
             return
         silent = [
             layer.named()[0][0]
             for layer in due
-            if layer.last_update < 0
+            if mark(state, layer.weight, "last_update") < 0
             and not layer.statistics.pending
             and layer.weight.grad is not None
         ]
         if silent:
             self._statistics = True
             sampled = any(layer.statistics.chosen_passes for layer in due)
-            warnings.warn(
+            warn(
                 f"No statistics reached {_some(silent)}, which have gradients: their modules were "
                 "not called in training mode (but, for example, their weights were used directly), "
                 "or ran compiled without their hooks"
                 + (", or sample_fisher() was not called" if sampled else "")
                 + ". Until that changes they are trained without curvature; see report().",
-                stacklevel=5,
             )
 
 

@@ -46,15 +46,18 @@ class FisherPasses:
         arguments.choices("likelihood", likelihood, sampling.LIKELIHOODS)
         chosen = self._sampled_layers("sample_fisher")
         leaves = [leaf for layer in chosen for leaf in layer.statistics.hidden_leaves]
-        if not leaves:
+        if not leaves or output.numel() == 0:
             return
-        group = by_parameter(self.param_groups)[id(chosen[0].weight)]
-        average = {"batch": False, None: None}.get(group["loss_average"], True)
-        samples = group["mc_samples"]
-        with sampling.listening(layer.statistics for layer in chosen), torch.enable_grad():
-            for _ in range(samples):
-                loss = sampling.sampled_loss(output, likelihood, average, generator)
-                torch.autograd.backward(loss / samples, retain_graph=True, inputs=leaves)
+        groups = by_parameter(self.param_groups)
+        draws = max(groups[id(layer.weight)]["mc_samples"] for layer in chosen)
+        terms = _loss_terms(chosen, output, likelihood)
+        listeners = [
+            layer.statistics.listening(draws, own) for layer, own in zip(chosen, terms, strict=True)
+        ]
+        with sampling.listening(listeners), torch.enable_grad():
+            for _ in range(draws):
+                loss = sampling.sampled_loss(output, likelihood, generator)
+                torch.autograd.backward(loss, retain_graph=True, inputs=leaves)
 
     @contextmanager
     def fisher_pass(self) -> Iterator[None]:
@@ -68,7 +71,8 @@ class FisherPasses:
         """
         chosen = self._sampled_layers("fisher_pass")
         params = [param for group in self.param_groups for param in group["params"]]
-        with sampling.listening(la.statistics for la in chosen), sampling.kept_gradients(params):
+        listeners = [layer.statistics.listening() for layer in chosen]
+        with sampling.listening(listeners), sampling.kept_gradients(params):
             yield
 
     def _sampled_layers(self, caller: str) -> list[CapturedLayer]:
@@ -79,3 +83,22 @@ class FisherPasses:
                 f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
             )
         return [layer for layer in sampled if layer.statistics.on]
+
+
+def _loss_terms(
+    chosen: list[CapturedLayer], output: Tensor, likelihood: str
+) -> Iterator[float | None]:
+    """Over how many terms the loss of training would average, for every layer; None for a sum.
+
+    Where a callable says it, it is what it said of the last layer: earlier ones may run several
+    times, or at more positions.
+    """
+    told = [layer.statistics.told for layer in chosen if layer.statistics.told is not None]
+    for layer in chosen:
+        average = layer.statistics.loss_average
+        if callable(average) and told:
+            yield told[-1]
+        elif average is None:
+            yield None
+        else:
+            yield sampling.loss_terms(output, likelihood, average != "batch")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts
-from tnkfac.optim.decompositions import Decomposer
+from tnkfac.curvature import Decomposable, Parts, warn
+from tnkfac.optim.decompositions import Decomposer, saturated
 from tnkfac.optim.diagnostics import Spectra, eigenvalues
 from tnkfac.optim.keeping import Keeping
 from tnkfac.optim.layers import CapturedLayer
@@ -30,8 +27,8 @@ class Attempt:
 
     Attributes:
         code: Whether it was done, failed, or the factors are not finite.
-        found: The decomposition.
-        reason: Why there is none.
+        found: The decomposition, or what stands in for one that failed.
+        reason: Why it failed.
     """
 
     code: int = _DONE
@@ -41,6 +38,9 @@ class Attempt:
 
 class Refreshing(Keeping):
     """Adds decompositions of factors to an optimizer that keeps them in its state."""
+
+    _restarted: tuple[CapturedLayer, ...] = ()
+    """Layers that this step has to do without factors."""
 
     def _decompose(self, due: list[CapturedLayer], groups: dict[int, Group]) -> None:
         """Decompose the factors of some layers, each in the process that is to do it.
@@ -55,31 +55,32 @@ class Refreshing(Keeping):
         codes = [outcomes[id(la)].code if id(la) in outcomes else _DONE for la in due]
         if any(self._plan.place(layer).owner is not None for layer in due):
             codes = self._processes.worst(codes, due[0].weight.device)
-        done = []
+        changed = []
         for layer, code in zip(due, codes, strict=True):
             state, group = self.state[layer.weight], groups[id(layer.weight)]
-            layer.last_inverse = group["step"]
-            state["last_inverse"].fill_(layer.last_inverse)
+            state["last_inverse"].fill_(group["step"])
             attempt = outcomes.get(id(layer), Attempt(code, reason="its decomposition failed"))
-            if code != _DONE:
+            if code != _NOT_FINITE:
+                changed.append(layer)
+                for name, parts in attempt.found.items():
+                    for old, part in zip(read(state, name, len(parts)), parts, strict=True):
+                        old.copy_(saturated(part, old.dtype))
+            if code == _DONE:
+                state["failures"].zero_()
+            else:
                 self._fail(layer, group, attempt.reason, restart=code == _NOT_FINITE)
-                continue
-            done.append(layer)
-            state["failures"].zero_()
-            for name, parts in attempt.found.items():
-                for old, part in zip(read(state, name, len(parts)), parts, strict=True):
-                    old.copy_(part)
-        self._share(done, tuple(DERIVED))
+        self._share(changed, tuple(DERIVED))
 
     def _attempts(self, due: list[CapturedLayer], groups: dict[int, Group]) -> list[Attempt]:
         """Decompositions of some layers; the host waits twice for all of them together."""
         pairs = [self._factors(layer, groups[id(layer.weight)]) for layer in due]
-        usable = _all_finite([(*A, *B) for A, B in pairs])
+        usable = _on_host([_all_finite([*A, *B]) for A, B in pairs])
         found = [
             Attempt() if good else Attempt(_NOT_FINITE, reason="its factors are not finite")
             for good in usable
         ]
         good = [index for index in range(len(due)) if usable[index]]
+        sound: dict[int, Tensor] = {}
         for places, group in self._stacks([due[index] for index in good], groups):
             stack = [good[place] for place in places]
             decomposer, damping = decomposer_of(due[stack[0]], group), damping_of(group)
@@ -87,21 +88,30 @@ class Refreshing(Keeping):
                 A, B = (joined([pairs[index][side] for index in stack]) for side in (0, 1))
                 together = decomposer.decompose(A, B, damping)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                for index in stack:  # find out whose fault it is
-                    found[index] = _attempt(decomposer.decompose, *pairs[index], damping)
                 continue
+            flags = decomposer.sound(together, A, B, damping).view(len(stack), -1).all(1)
+            sound.update(zip(stack, flags.unbind(), strict=True))
             for name, parts in together.items():
                 for index, mine in zip(stack, parted(parts, len(stack)), strict=True):
                     found[index].found[name] = mine
-        finite = _all_finite([_tensors(attempt.found) for attempt in found])
-        again = [i for i, attempt in enumerate(found) if attempt.code == _DONE and not finite[i]]
-        for index in again:
-            group = groups[id(due[index].weight)]
-            decomposer, damping = decomposer_of(due[index], group), damping_of(group)
-            found[index] = _attempt(decomposer.decompose_in_double, *pairs[index], damping)
-            if not all(_all_finite([_tensors(found[index].found)])):
-                found[index] = Attempt(_FAILED, reason="its decomposition is not finite")
+        done = dict(zip(sound, _on_host(list(sound.values())), strict=True))
+        for index in good:
+            if not done.get(index, False):
+                found[index] = self._repair(due[index], groups, *pairs[index])
         return found
+
+    def _repair(
+        self, layer: CapturedLayer, groups: dict[int, Group], A: Parts, B: Parts
+    ) -> Attempt:
+        """Decompose the factors of one layer by all means, or have something stand in for it."""
+        group = groups[id(layer.weight)]
+        decomposer, damping = decomposer_of(layer, group), damping_of(group)
+        try:
+            return Attempt(found=decomposer.repaired(A, B, damping))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            state = self.state[layer.weight]
+            kept = {name: read(state, name, count) for name, count in decomposer.counts.items()}
+            return Attempt(_FAILED, decomposer.bounded(kept, A, B, damping), str(error))
 
     def _factors(self, layer: CapturedLayer, group: Group) -> tuple[Parts, Parts]:
         """Both factors without the bias of their start, in the dtype of decompositions."""
@@ -127,7 +137,7 @@ class Refreshing(Keeping):
         return a.clamp(min=0) + shift * pi, b.clamp(min=0) + shift / pi
 
     def _fail(self, layer: CapturedLayer, group: Group, reason: str, restart: bool) -> None:
-        """Keep what there is; factors that are not finite are measured anew."""
+        """Tell of a failure; factors that are not finite are measured and decomposed anew."""
         state, name = self.state[layer.weight], layer.named()[0][0]
         state["failures"] += 1
         failures = int(state["failures"])
@@ -140,24 +150,19 @@ class Refreshing(Keeping):
                     and (k in ("A", "B", "factor_weight") or k.startswith(("A.", "B.")))
                 }
             )
-            layer.last_update = -1
+            for mark in ("last_update", "last_inverse"):
+                state[mark].fill_(-1)
+            self._restarted = (*self._restarted, layer)
         if failures > group["num_tolerated_failures"]:
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 f"The factors of {name} could not be decomposed {failures} times in a row: {reason}"
             )
-        warnings.warn(
+        kept = "decomposition" if restart else "eigenvectors, and a bound on the eigenvalues"
+        warn(
             f"The factors of {name} could not be decomposed: {reason}. The step goes on with the "
-            f"last decomposition (failure {failures}, {group['num_tolerated_failures']} tolerated "
-            "in a row).",
-            stacklevel=2,
+            f"last {kept} (failure {failures}, {group['num_tolerated_failures']} tolerated in a "
+            "row)."
         )
-
-
-def _attempt(decompose: Callable[..., dict[str, Parts]], *arguments: Any) -> Attempt:
-    try:
-        return Attempt(found=decompose(*arguments))
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        return Attempt(_FAILED, reason=str(error))
 
 
 def decomposer_of(layer: CapturedLayer, group: Group) -> Decomposer:
@@ -181,18 +186,13 @@ def inverse_dtype(dtype: torch.dtype, group: Group) -> torch.dtype:
     return dtype if dtype == torch.float64 else chosen
 
 
-def _tensors(decomposition: dict[str, Parts]) -> list[Tensor]:
-    return [part for parts in decomposition.values() for part in parts]
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([part.isfinite().all() for part in tensors]).all()
 
 
-def _all_finite(tensors: list[Any]) -> list[bool]:
-    """Whether each list of tensors is finite, with a single wait for the device."""
-    flags = [
-        torch.stack([part.isfinite().all() for part in parts]).all() if parts else None
-        for parts in tensors
-    ]
-    device = next((flag.device for flag in flags if flag is not None), torch.device("cpu"))
-    true = torch.ones((), dtype=torch.bool, device=device)
-    stacked = torch.stack([true if flag is None else flag.to(device) for flag in flags])
-    found: list[bool] = stacked.tolist()
+def _on_host(flags: list[Tensor]) -> list[bool]:
+    """Flags that may be on several devices, with a single wait for them."""
+    if not flags:
+        return []
+    found: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature import find_owners, root_of
+from tnkfac.optim.checkpoint import mark
 from tnkfac.optim.layers import CapturedLayer, Uncaptured, sort
 from tnkfac.optim.report import Report, Row
 
@@ -141,7 +142,8 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
     if statistics.bound:
         structure = f"{statistics.k.name}, {statistics.c.name}"
         dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
-    updated = layer.last_update >= 0
+    last_update = mark(state, layer.weight, "last_update")
+    updated = last_update >= 0
     for name, param in layer.named():
         yield Row(
             name,
@@ -151,7 +153,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
             structure,
             dims,
             _bytes(state.get(param, {})),
-            layer.last_update if updated else None,
+            last_update if updated else None,
             "" if updated else "no statistics yet",
             int(state.get(layer.weight, {}).get("failures", 0)),
         )

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature import Statistics
-
 LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 
 
-def sampled_loss(
-    output: Tensor, likelihood: str, average: bool | None, generator: torch.Generator | None
-) -> Tensor:
-    """Negative log-likelihood of targets drawn from the model.
+def sampled_loss(output: Tensor, likelihood: str, generator: torch.Generator | None) -> Tensor:
+    """Negative log-likelihood of targets drawn from the model, summed.
 
     Args:
         output: Logits ``[N, C, ..]`` (categorical), logits of any shape (bernoulli), or means of
             any shape (gaussian, of variance one).
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
-        average: Over what the log-likelihoods are averaged: samples (False), all positions of all
-            samples (True), or nothing (None).
         generator: Source of random numbers, or torch's own.
     """
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
@@ -39,24 +33,31 @@ def sampled_loss(
             noise = torch.empty_like(output).normal_(generator=generator)
             drawn = output + noise
     if likelihood == "categorical":
-        terms = F.cross_entropy(output, drawn, reduction="none")
-    elif likelihood == "bernoulli":
-        terms = F.binary_cross_entropy_with_logits(output, drawn, reduction="none")
-        terms = terms.flatten(1).sum(1) if average is not True else terms.sum(-1)
-    else:
-        terms = 0.5 * (output - drawn).square()
-        terms = terms.flatten(1).sum(1) if average is not True else terms.sum(-1)
-    if average is None:
-        return terms.sum()
-    return terms.sum() / (terms.numel() if average else len(output))
+        return F.cross_entropy(output, drawn, reduction="sum")
+    if likelihood == "bernoulli":
+        return F.binary_cross_entropy_with_logits(output, drawn, reduction="sum")
+    return 0.5 * (output - drawn).square().sum()
+
+
+def loss_terms(output: Tensor, likelihood: str, positions: bool) -> int:
+    """Over how many terms a loss averages.
+
+    Args:
+        output: As above, ``[N, ..]``.
+        likelihood: As above.
+        positions: Whether all positions of a sample count, or samples alone.
+    """
+    if not positions or output.ndim < 2:
+        return len(output)
+    return output.numel() // output.shape[1 if likelihood == "categorical" else -1]
 
 
 @contextmanager
-def listening(statistics: Iterable[Statistics]) -> Iterator[None]:
+def listening(chosen: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
     """Backward passes inside count for the factors."""
     with ExitStack() as stack:
-        for one in statistics:
-            stack.enter_context(one.listening())
+        for one in chosen:
+            stack.enter_context(one)
         yield
 
 

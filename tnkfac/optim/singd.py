@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_points
+from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_points, warn
 from tnkfac.optim import arguments, budget, diagonals, scaling
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.damping import damped, divided
@@ -133,7 +132,7 @@ class SINGD(CurvatureOptimizer):
     ) -> None:
         """See the class."""
         if kfac_like and alpha1 != 0:
-            warnings.warn(f"alpha1={alpha1} has no effect with kfac_like=True.", stacklevel=2)
+            warn(f"alpha1={alpha1} has no effect with kfac_like=True.")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -202,7 +201,7 @@ class SINGD(CurvatureOptimizer):
         """A start that is but a multiple of the identity is followed by frequent updates."""
         step: int = group["step"]
         T = group["T"](step) if callable(group["T"]) else group["T"]
-        if step < T and layer.last_update >= 0 and group["init"] == "first_batch":
+        if step < T and self._last_update(layer) >= 0 and group["init"] == "first_batch":
             statistics = layer.statistics
             if not (statistics.k.has_eigenbasis and statistics.c.has_eigenbasis):
                 return step
@@ -305,7 +304,7 @@ class SINGD(CurvatureOptimizer):
             group = groups[id(layer.weight)]
             key = id(group), layer.weight.device, layer.weight.dtype
             plain = not fast() or group["kfac_like"] or group["normalize_lr_cov"]
-            if layer.last_update < 0 and group["init"] == "first_batch":
+            if self._last_update(layer) < 0 and group["init"] == "first_batch":
                 starts.setdefault(key if fast() else id(layer), []).append(layer)
             elif not plain and diagonals.suits(layer, self.state[layer.weight]):
                 together.setdefault(key, []).append(layer)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from tnkfac.curvature.callers import warn
 from tnkfac.curvature.capture import Call, gradients, recording
 from tnkfac.curvature.estimators.evaluation import (
     Data,
@@ -113,7 +113,7 @@ def kfac(
     found = {}
     for module, (name, _) in layers.items():
         if terms and sums[module].A is None:
-            warnings.warn(f"kfac: layer {name!r} did not run and is left out.", stacklevel=2)
+            warn(f"kfac: layer {name!r} did not run and is left out.")
             continue
         weight = _weight(loss, fisher_type, terms, samples)
         found[name] = sums[module].kronecker(weight, like=module.get_parameter("weight"))
