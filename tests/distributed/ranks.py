@@ -235,7 +235,6 @@ def a_layer_that_some_did_not_run() -> None:
     """It does not hang the others; what they have measured counts. So with one that nobody ran."""
     for name in ("SINGD", "SINGD diagonal", "KFAC"):
         model, optimizer = built(name, find_unused_parameters=True)
-        layer = next(la for la in optimizer._registry.layers if la.name == "extra")
         for step in range(4):
             optimizer.zero_grad()
             x, y = (part(t, even(8)) for t in batch(step, 8))

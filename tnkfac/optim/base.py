@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature import FirstForward, FullPrecision
-from tnkfac.optim import arguments, checkpoint
+from tnkfac.optim import arguments
 from tnkfac.optim.diagnostics import Diagnostics, Spectra, diagnose
 from tnkfac.optim.distributed import Processes
 from tnkfac.optim.guard import SkippedUpdates, Verdicts, either, loss_scale, non_finite
 from tnkfac.optim.keeping import Keeping
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.marks import mark, set_mark
 from tnkfac.optim.notices import Notices
 from tnkfac.optim.placement import Plan
 from tnkfac.optim.registry import Group, Registry, by_parameter
@@ -274,7 +275,7 @@ class CurvatureOptimizer(Keeping):
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
         for layer in updated:
-            self.state[layer.weight]["last_update"].fill_(groups[id(layer.weight)]["step"])
+            set_mark(self.state, layer, "last_update", groups[id(layer.weight)]["step"])
         self._registry.clear()
         self._excluded = False
         for group in self.param_groups:
@@ -286,14 +287,13 @@ class CurvatureOptimizer(Keeping):
     def _undo(self, pending: list[CapturedLayer], groups: dict[int, Group]) -> Callable[[], None]:
         """What to do once a step turns out to have been skipped on the device."""
         before = [
-            (layer.weight, groups[id(layer.weight)]["step"], self._last_update(layer))
-            for layer in pending
+            (layer, groups[id(layer.weight)]["step"], self._last_update(layer)) for layer in pending
         ]
 
         def undo() -> None:
-            for weight, step, last in before:
-                if checkpoint.mark(self.state, weight, "last_update") == step:  # due again
-                    self.state[weight]["last_update"].fill_(last)
+            for layer, step, last in before:
+                if self._last_update(layer) == step:  # due again
+                    set_mark(self.state, layer, "last_update", last)
             self._set_taps(by_parameter(self.param_groups))
 
         return undo
@@ -336,7 +336,7 @@ class CurvatureOptimizer(Keeping):
 
     def _last_update(self, layer: CapturedLayer) -> int:
         """Step of the last update of its factors, or -1."""
-        return checkpoint.mark(self.state, layer.weight, "last_update")
+        return mark(self.state, layer, "last_update")
 
     def _read_marks(self) -> None:
         self._set_taps(by_parameter(self.param_groups))

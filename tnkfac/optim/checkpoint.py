@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,18 +12,6 @@ from tnkfac.optim.layers import CapturedLayer
 State = dict[str, Any]
 ON_HOST = ("last_update", "last_inverse", "failures")
 """Numbers that the host reads."""
-
-
-def mark(state: Mapping[Tensor, State], param: Tensor, name: str) -> int:
-    """One of :data:`ON_HOST` of a parameter, of which the state has the only copy; or -1.
-
-    Args:
-        state: State of the optimizer.
-        param: The parameter.
-        name: Which number.
-    """
-    own = state.get(param)
-    return int(own[name]) if own and name in own else -1
 
 
 def without_callables(groups: list[State]) -> list[State]:

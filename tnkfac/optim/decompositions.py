@@ -15,6 +15,8 @@ METHODS = {"eigen": ("tikhonov",), "cholesky": ("pi", "factor"), "ekfac": ("tikh
 """How each method may damp, the default first."""
 _LARGEST = 2.0
 """Norm of a damped inverse times its damping: at most one, up to rounding."""
+_LARGEST_NOISE = 30.0
+"""Size of a preconditioned gradient that is rounding alone, in that of a whole one."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Decomposer:
         c: Structure of ``B``.
         relative: Whether damping is in units of the mean eigenvalue of ``B (x) A``, or of each
             factor for ``"factor"``.
+        eps: Relative rounding of factors and gradients.
     """
 
     method: str
@@ -38,6 +41,7 @@ class Decomposer:
     k: Decomposable
     c: Decomposable
     relative: bool = False
+    eps: float = torch.finfo(torch.float64).eps
 
     @property
     def counts(self) -> dict[str, int]:
@@ -71,7 +75,8 @@ class Decomposer:
             shift_A, shift_B = self._shifts(A, B, damping)
             return {"A_inv": self.k.inverse(A, shift_A), "B_inv": self.c.inverse(B, shift_B)}
         (a, Q_A), (b, Q_B) = self.k.eigen(A), self.c.eigen(B)
-        return self._with_spectra({"Q_A": Q_A, "Q_B": Q_B}, _above_rounding(a), _above_rounding(b))
+        a, b = (_above_rounding(values, self.eps) for values in (a, b))
+        return self._with_spectra({"Q_A": Q_A, "Q_B": Q_B}, a, b)
 
     def sound(self, found: Decomposition, A: Parts, B: Parts, damping: float) -> Tensor:
         """Whether what :meth:`decompose` found can be right, for every channel group ``[G]``.
@@ -116,9 +121,9 @@ class Decomposer:
             if bool(self.sound(found, wide[0], wide[1], damping).all()):
                 return {name: _narrowed(parts, A[0]) for name, parts in found.items()}
         if self.method == "cholesky":
-            shifts, eps = self._shifts(wide[0], wide[1], damping), torch.finfo(dtype).eps
+            shifts = self._shifts(wide[0], wide[1], damping)
             A_inv, B_inv = (
-                _clamped_inverse(structure, factor, shift, eps)
+                _clamped_inverse(structure, factor, shift, self.eps)
                 for structure, factor, shift in zip((self.k, self.c), wide, shifts, strict=True)
             )
             return {"A_inv": _narrowed(A_inv, A[0]), "B_inv": _narrowed(B_inv, A[0])}
@@ -152,17 +157,28 @@ class Decomposer:
         return {**bases, "d_A": (a,), "d_B": (b,)}
 
     def _shifts(self, A: Parts, B: Parts, damping: float) -> tuple[Tensor, Tensor]:
-        """What is added to both factors, ``[G]`` each."""
+        """What is added to both factors, ``[G]`` each.
+
+        Both shares divide a gradient. Where it has but the rounding of larger numbers, they are
+        not so small that this would outweigh the rest.
+        """
         mean_A, mean_B = self.k.trace(A), self.c.trace(B)
         usable = (mean_A > 0) & (mean_B > 0)
+        mean_A, mean_B = (torch.where(usable, mean, 1.0) for mean in (mean_A, mean_B))
+        if self.damping_type == "factor":
+            shift_A, shift_B = torch.full_like(mean_A, damping), torch.full_like(mean_B, damping)
+        else:
+            pi = (mean_A / mean_B).sqrt()
+            shift_A, shift_B = pi * damping**0.5, damping**0.5 / pi
         if self.relative:
             share = damping if self.damping_type == "factor" else damping**0.5
-            mean_A, mean_B = (torch.where(usable, mean, 1.0) for mean in (mean_A, mean_B))
-            return share * mean_A, share * mean_B
-        if self.damping_type == "factor":
-            return torch.full_like(mean_A, damping), torch.full_like(mean_B, damping)
-        pi = torch.where(usable, mean_A / torch.where(usable, mean_B, 1.0), 1.0).sqrt()
-        return pi * damping**0.5, damping**0.5 / pi
+            shift_A, shift_B = share * mean_A, share * mean_B
+        least = (self.eps / _LARGEST_NOISE) ** 0.5
+        if damping == 0:
+            return least * mean_A, least * mean_B
+        short = (least * mean_A / shift_A).sqrt() * (least * mean_B / shift_B).sqrt()
+        more = torch.where(usable & short.isfinite(), short, 1.0).clamp(min=1.0)
+        return shift_A * more, shift_B * more
 
     def precondition(self, kept: Mapping[str, Parts], gradient: Tensor, damping: float) -> Tensor:
         """Apply the inverse to a gradient matrix ``[G, C_out / G, D]``."""
@@ -187,14 +203,13 @@ class Decomposer:
         return self.c.product(kept["Q_B"], turned.mT)
 
 
-def _above_rounding(values: Tensor, eps: float | None = None) -> Tensor:
+def _above_rounding(values: Tensor, eps: float) -> Tensor:
     """Eigenvalues ``[G, D]`` of positive semi-definite matrices, none below what is rounding.
 
     That is as large as it is known to be: where it has left negative ones, these tell.
     """
     if not values.shape[1]:
         return values
-    eps = torch.finfo(values.dtype).eps if eps is None else eps
     least, largest = (end.unsqueeze(1) for end in torch.aminmax(values, dim=1))
     return torch.maximum(values, torch.maximum(largest * eps, -least))
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import Decomposable, Parts, Structure
-from tnkfac.optim.checkpoint import mark
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.marks import mark
 from tnkfac.optim.shards import local
 from tnkfac.optim.tables import aligned
 
@@ -109,7 +109,7 @@ def diagnose(
     for layer in layers:
         own = state.get(layer.weight, {})
         conditions: tuple[float | None, float | None] = (None, None)
-        known = spectra(layer) if mark(state, layer.weight, "last_update") >= 0 else None
+        known = spectra(layer) if mark(state, layer, "last_update") >= 0 else None
         if known is not None:
             known_spectra[layer.name] = known
             conditions = _condition(known[0]), _condition(known[1])

@@ -11,9 +11,9 @@ from torch import Tensor
 from tnkfac.curvature import Parts
 from tnkfac.optim import adaptation, arguments
 from tnkfac.optim.base import CurvatureOptimizer
-from tnkfac.optim.checkpoint import mark
 from tnkfac.optim.decompositions import METHODS
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.marks import mark, set_mark
 from tnkfac.optim.normalization import NORMALIZATIONS, normalized
 from tnkfac.optim.parts import overwrite, read, store
 from tnkfac.optim.passes import FisherPasses
@@ -268,7 +268,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
     def _last_inverse(self, layer: CapturedLayer) -> int:
         """Step of the last decomposition of its factors, or -1."""
-        return mark(self.state, layer.weight, "last_inverse")
+        return mark(self.state, layer, "last_inverse")
 
     def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
         statistics, weight = layer.statistics, layer.weight
@@ -392,7 +392,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             if state and self._plan.keeps(layer) and not any(map(_is_derived, state)):
                 fresh = self._init_layer(layer, group)
                 state.update({key: value for key, value in fresh.items() if _is_derived(key)})
-                state["last_inverse"].fill_(-1)
+                set_mark(self.state, layer, "last_inverse", -1)
         self._read_marks()
 
 

@@ -28,6 +28,7 @@ class CapturedLayer:
         statistics: What the taps of its modules measure.
         scaling: What an optimizer has derived from the state to precondition with, if anything.
         removers: Callables that remove the taps.
+        seen: What was read of its state, see :mod:`tnkfac.optim.marks`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class CapturedLayer:
     statistics: Statistics
     scaling: Scaling | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
+    seen: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
 
     def params(self) -> list[Tensor]:
         """Weight, and bias if there is one."""

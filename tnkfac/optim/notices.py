@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tnkfac.optim.distributed import Processes
 from tnkfac.curvature import warn
-from tnkfac.optim.checkpoint import mark
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.marks import mark
 from tnkfac.optim.registry import Registry
 from tnkfac.optim.shards import is_distributed
 
@@ -89,7 +89,7 @@ class Notices:
         silent = [
             layer.named()[0][0]
             for layer in due
-            if mark(state, layer.weight, "last_update") < 0
+            if mark(state, layer, "last_update") < 0
             and not layer.statistics.pending
             and layer.weight.grad is not None
         ]

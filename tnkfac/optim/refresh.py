@@ -12,6 +12,7 @@ from tnkfac.optim.decompositions import Decomposer, saturated
 from tnkfac.optim.diagnostics import Spectra, eigenvalues
 from tnkfac.optim.keeping import Keeping
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.marks import set_mark
 from tnkfac.optim.parts import read
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.stacks import joined, parted
@@ -58,7 +59,7 @@ class Refreshing(Keeping):
         changed = []
         for layer, code in zip(due, codes, strict=True):
             state, group = self.state[layer.weight], groups[id(layer.weight)]
-            state["last_inverse"].fill_(group["step"])
+            set_mark(self.state, layer, "last_inverse", group["step"])
             attempt = outcomes.get(id(layer), Attempt(code, reason="its decomposition failed"))
             if code != _NOT_FINITE:
                 changed.append(layer)
@@ -151,7 +152,7 @@ class Refreshing(Keeping):
                 }
             )
             for mark in ("last_update", "last_inverse"):
-                state[mark].fill_(-1)
+                set_mark(self.state, layer, mark, -1)
             self._restarted = (*self._restarted, layer)
         if failures > group["num_tolerated_failures"]:
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
@@ -171,7 +172,8 @@ def decomposer_of(layer: CapturedLayer, group: Group) -> Decomposer:
     assert isinstance(k, Decomposable)
     assert isinstance(c, Decomposable)
     relative = group["damping"] is None
-    return Decomposer(group["compute_method"], group["damping_type"], k, c, relative)
+    eps = torch.finfo(torch.promote_types(layer.weight.dtype, torch.float32)).eps
+    return Decomposer(group["compute_method"], group["damping_type"], k, c, relative, eps)
 
 
 def damping_of(group: Group) -> float:

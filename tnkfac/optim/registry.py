@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature import find_owners, root_of
-from tnkfac.optim.checkpoint import mark
 from tnkfac.optim.layers import CapturedLayer, Uncaptured, sort
+from tnkfac.optim.marks import mark
 from tnkfac.optim.report import Report, Row
 
 Group = dict[str, Any]
@@ -142,7 +142,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
     if statistics.bound:
         structure = f"{statistics.k.name}, {statistics.c.name}"
         dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
-    last_update = mark(state, layer.weight, "last_update")
+    last_update = mark(state, layer, "last_update")
     updated = last_update >= 0
     for name, param in layer.named():
         yield Row(
