@@ -1,6 +1,7 @@
 """What happens to parameters in the course of a training: frozen, replaced, removed, restarted."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -366,3 +367,67 @@ def test_a_step_without_passes_at_a_learning_rate_of_zero_is_none(name: str) -> 
     squares(model(x), y).backward()
     optimizer.step()
     assert optimizer.param_groups[0]["step"] == 0
+
+
+# -------------------------------------------------------------------------------- restarts
+
+
+def assign_an_empty_state(optimizer: Any) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def clear_the_state(optimizer: Any) -> None:
+    optimizer.state.clear()
+    optimizer.zero_grad()
+
+
+def pop_every_parameter(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state.pop(param)
+    optimizer.zero_grad()
+
+
+def assign_empty_dicts(optimizer: Any) -> None:
+    for param in list(optimizer.state):
+        optimizer.state[param] = {}
+    optimizer.zero_grad()
+
+
+RESTARTS = [assign_an_empty_state, clear_the_state, pop_every_parameter, assign_empty_dicts]
+
+
+@pytest.mark.parametrize("grafting", [1.0, "adam"])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("restart", RESTARTS)
+def test_an_emptied_state_starts_anew(
+    restart: Callable[[Any], None], steps: int, grafting: Any, name: str
+) -> None:
+    """At the very next batch, as a new optimizer would."""
+    model = network()
+    options = {"lr": 0.01, "grafting": grafting, **intervals(name, 3)}
+    optimizer = OPTIMIZERS[name](model.parameters(), **options)
+    fit(model, optimizer, batches(0, steps), squares)
+    fresh = copy.deepcopy(model)
+    restart(optimizer)
+    for each, its in ((model, optimizer), (fresh, OPTIMIZERS[name](fresh.parameters(), **options))):
+        ((x, y),) = batches(steps, 1)
+        for param in each.parameters():
+            param.grad = None
+        squares(each(x), y).backward()
+        its.step()
+    assert_same_weights(model, fresh)
+    assert rows(optimizer)["0.weight"].last_update == steps
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
+def test_no_stats_holds_through_a_restart(restart: Callable[[Any], None], name: str) -> None:
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=0.01)
+    fit(model, optimizer, batches(0, 2), squares)
+    with optimizer.no_stats():
+        restart(optimizer)
+        fit(model, optimizer, batches(2, 1), squares)
+    assert rows(optimizer)["0.weight"].last_update is None
+    fit(model, optimizer, batches(3, 1), squares)
+    assert rows(optimizer)["0.weight"].last_update == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -66,7 +67,7 @@ class CurvatureOptimizer(Keeping):
         self._notices = Notices()
         self._processes = Processes(process_group)
         self._plan = Plan()
-        self._excluded = False
+        self._excluded = self._paused = False
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; layers among them are found like those of the constructor.
@@ -110,12 +111,28 @@ class CurvatureOptimizer(Keeping):
                     "fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
                 )
 
-    def _follow_groups(self) -> None:
-        """Sort anew where parameters have left their groups, or others have come.
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """State of every parameter; another may be assigned, an empty one starts anew."""
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        return state
 
-        Pruning, growing and resets replace them in ``param_groups`` by hand, and move states.
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = state
+        if self.__dict__.get("_ready"):
+            self._read_marks()
+
+    def _catch_up(self) -> None:
+        """Take up what was changed by hand in ``param_groups`` and in ``state``.
+
+        Pruning, growing and resets replace parameters and move states; restarts empty them.
         """
         if self._registry.knows(self.param_groups):
+            layers = self._registry.layers
+            rests = (la for la in layers if not la.statistics.on and not self._has_factors(la))
+            if any(True for _ in rests):
+                self._read_marks()
             return
         self._registry.forget(self.param_groups)
         before = {id(layer) for layer in self._registry.layers}
@@ -192,7 +209,7 @@ class CurvatureOptimizer(Keeping):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_groups()
+        self._catch_up()
         due = [layer for layer in self._registry.layers if layer.statistics.on]
         self._processes.look(self._registry.params, bool(due))
         self._notices.check_processes(self._processes, self._registry, due)
@@ -318,21 +335,19 @@ class CurvatureOptimizer(Keeping):
             set_to_none: Set gradients to None instead of zero.
         """
         super().zero_grad(set_to_none)
-        self._follow_groups()
+        self._catch_up()
         self._registry.clear()
 
     @contextmanager
     def no_stats(self) -> Iterator[None]:
         """Passes inside this context contribute no statistics."""
-        before = [(layer.statistics, layer.statistics.on) for layer in self._registry.layers]
-        for statistics, _ in before:
-            statistics.on = False
+        was_paused, self._paused = self._paused, True
+        self._set_taps(by_parameter(self.param_groups))
         try:
             yield
         finally:
-            self._excluded = True
-            for statistics, on in before:
-                statistics.on = on
+            self._excluded, self._paused = True, was_paused
+            self._set_taps(by_parameter(self.param_groups))
 
     def _last_update(self, layer: CapturedLayer) -> int:
         """Step of the last update of its factors, or -1."""
@@ -345,7 +360,7 @@ class CurvatureOptimizer(Keeping):
         """Switch taps on where the next step is to update factors, and off elsewhere."""
         for layer in self._registry.layers:
             group = groups.get(id(layer.weight))
-            if group is None:
+            if group is None or self._paused:
                 layer.statistics.on = False
                 continue
             layer.statistics.on = self._last_update(layer) < self._due_since(layer, group)
@@ -368,7 +383,7 @@ class CurvatureOptimizer(Keeping):
 
     def report(self) -> Report:
         """How every parameter is trained: a list of rows that prints as a table."""
-        self._follow_groups()
+        self._catch_up()
         report = self._registry.report(self.state)
         report.skipped_updates = self.skipped_updates
         report.trust_region = None if self._trust is None else float(self._trust)
@@ -383,7 +398,7 @@ class CurvatureOptimizer(Keeping):
         Returns:
             A list of rows that prints as a table, writes for TensorBoard, and has all spectra.
         """
-        self._follow_groups()
+        self._catch_up()
         groups = by_parameter(self.param_groups)
         layers = self._registry.layers
         found = diagnose(

@@ -38,8 +38,8 @@ class Keeping(Stacking, Optimizer):
         """State of a layer, kept under its weight."""
 
     @abstractmethod
-    def _follow_groups(self) -> None:
-        """Sort parameters anew if ``param_groups`` was changed by hand."""
+    def _catch_up(self) -> None:
+        """Take up what was changed by hand in ``param_groups`` and in ``state``."""
 
     @abstractmethod
     def _read_marks(self) -> None:
@@ -184,7 +184,7 @@ class Keeping(Stacking, Optimizer):
             ---------  ----  -----------  ----------  -------
             process 0  152   272
         """
-        self._follow_groups()
+        self._catch_up()
         groups = by_parameter(self.param_groups)
         self._processes.find(list(self._registry.params()))
         self._place(groups)
@@ -254,7 +254,7 @@ class Keeping(Stacking, Optimizer):
             RuntimeError: If processes keep parts of the state and one does not take part.
         """
         self._verdicts.receive(wait=True)
-        self._follow_groups()
+        self._catch_up()
         with self._whole_state(), self._without_strangers():
             saved = super().state_dict()
             state = {key: dict(own) for key, own in saved["state"].items()}
@@ -270,7 +270,7 @@ class Keeping(Stacking, Optimizer):
         Args:
             state_dict: A saved state.
         """
-        self._follow_groups()
+        self._catch_up()
         self._verdicts.receive(wait=True)  # what they undo is of the state that goes
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.optim.distributed import Processes
 from tnkfac.curvature import warn
+from tnkfac.optim.distributed import Processes
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.marks import mark
 from tnkfac.optim.registry import Registry
