@@ -98,7 +98,7 @@ def _batch_grad(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, _: i
 
 def _batch_l2(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, _: int) -> Fields:
     rows = per_sample_gradients(model, loss_fn, [(x, y)])
-    return {name: row.flatten(1).square().sum(1) for name, row in rows.items()}
+    return {name: row.square().unsqueeze(-1).flatten(1).sum(1) for name, row in rows.items()}
 
 
 def _variance(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, _: int) -> Fields:

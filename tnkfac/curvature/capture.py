@@ -243,6 +243,8 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
     The graph is kept, so that more vectors may follow. Calls that the outputs do not depend on
     get zeros.
     """
+    if not calls:
+        return []
     edges = [call.edge for call in calls]
     found = torch.autograd.grad(outputs, edges, vector, retain_graph=True, allow_unused=True)
     return [

@@ -10,6 +10,7 @@ from tnkfac.curvature.estimators.evaluation import (
     Data,
     batches,
     check_choice,
+    check_dependence,
     check_model,
     check_samples,
     predict,
@@ -81,8 +82,9 @@ def diagonal(
     Raises:
         TypeError: If model, loss or data are not of a supported type.
         ValueError: For an unknown kind, a loss with class weights or ``ignore_index``, batch
-            normalisation in training mode where samples are told apart, or modules that
-            ``"hesscale"`` and ``"bl89"`` do not know.
+            normalisation in training mode where samples are told apart, modules that
+            ``"hesscale"`` and ``"bl89"`` do not know, operations without the second derivative of
+            ``"hutchinson"``, or outputs that depend on no trainable parameter.
 
     Example:
         >>> import torch
@@ -111,6 +113,7 @@ def diagonal(
             if outputs.numel() == 0:
                 continue
             loss.check(outputs, y)
+            check_dependence(outputs)
             terms += loss.terms(outputs)
             if kind in FISHERS:
                 rows = SampleRows(parameters, calls, outputs)

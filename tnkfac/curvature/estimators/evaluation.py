@@ -72,6 +72,15 @@ def predict(model: nn.Module, x: Any) -> Tensor:
     return outputs
 
 
+def check_dependence(outputs: Tensor) -> None:
+    """Raise a ``ValueError`` if no derivative of these outputs can be taken."""
+    if not outputs.requires_grad:
+        raise ValueError(
+            f"model: its outputs {tuple(outputs.shape)} depend on no parameter that requires a "
+            "gradient. Supported: outputs that were not detached or made under no_grad()."
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Raise a ``TypeError`` if this is not a module."""
     if not isinstance(model, nn.Module):

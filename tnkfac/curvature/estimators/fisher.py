@@ -14,6 +14,7 @@ from tnkfac.curvature.estimators.evaluation import (
     Data,
     batches,
     check_choice,
+    check_dependence,
     check_model,
     check_samples,
     predict,
@@ -73,12 +74,14 @@ def kfac(
         generator: For the drawn targets, on the device of the outputs; by default the global one.
 
     Returns:
-        A :class:`Kronecker` for every layer with a trainable weight that ran, by module name.
+        A :class:`Kronecker` for every layer with a trainable weight that ran, by module name. A
+        warning names those that did not, as where a weight is used without a call of its module.
 
     Raises:
         TypeError: If model, loss or data are not of a supported type.
         ValueError: For unknown names, a loss with class weights or ``ignore_index``, a
-            ``loss_average`` that contradicts ``loss_fn``, or a model without supported layers.
+            ``loss_average`` that contradicts ``loss_fn``, a model without supported layers, or
+            outputs that depend on no trainable parameter.
 
     Example:
         >>> import torch
@@ -104,6 +107,8 @@ def kfac(
             if outputs.numel() == 0:
                 continue
             loss.check(outputs, y)
+            if fisher_type != "forward-only":
+                check_dependence(outputs)
             if loss_average is not None and loss_average is not _BATCH:
                 _check_positions(loss, loss_average, outputs)
             terms += loss.terms(outputs)

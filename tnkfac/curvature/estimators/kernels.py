@@ -43,8 +43,8 @@ def gram(model: nn.Module, loss_fn: nn.Module, data: Data) -> Tensor:
 
     Raises:
         TypeError: If model, loss or data are not of a supported type.
-        ValueError: For a loss with class weights or ``ignore_index``, outputs of several sizes, or
-            batch normalisation in training mode.
+        ValueError: For a loss with class weights or ``ignore_index``, outputs of several sizes,
+            batch normalisation in training mode, or outputs that depend on no trainable parameter.
 
     Example:
         >>> import torch
@@ -84,7 +84,8 @@ def ntk(model: nn.Module, x: Any) -> Tensor:
 
     Raises:
         TypeError: If the model is no module, or does not return one tensor.
-        ValueError: For batch normalisation in training mode.
+        ValueError: For batch normalisation in training mode, or outputs that depend on no trainable
+            parameter.
 
     Example:
         >>> import torch
@@ -141,7 +142,9 @@ class _Jacobian:
             return self.rows.like.new_zeros(len(self.back), self.rows.samples, numbers)
         everything = slice(None)
         parts = [self.rows.rows(name, back, everything, channels) for back in self.back]
-        return torch.stack([part.flatten(1) for part in parts])
+        return torch.stack(
+            [part.unsqueeze(-1).flatten(1) for part in parts]
+        )  # a number has no axis
 
 
 def _inner_products(jacobians: Sequence[_Jacobian], parameters: dict[str, nn.Parameter]) -> Tensor:

@@ -48,7 +48,27 @@ def add_hutchinson(
     mc_samples: int,
     generator: torch.Generator | None,
 ) -> None:
-    """Add the mean of ``z * (H z)``."""
+    """Add the mean of ``z * (H z)``.
+
+    Raises:
+        ValueError: If torch has no second derivative of an operation of the model.
+    """
+    try:
+        _add_products(total, parameters, value, mc_samples, generator)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"kind: got 'hutchinson', but the model has no second derivative ({error}). "
+            "Supported: 'ggn', 'ggn-mc', 'ggn-rademacher', 'empirical-fisher'."
+        ) from error
+
+
+def _add_products(
+    total: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    value: Tensor,
+    mc_samples: int,
+    generator: torch.Generator | None,
+) -> None:
     wanted = list(parameters.values())
     gradient = torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True)
     pairs = zip(parameters.items(), gradient, strict=True)

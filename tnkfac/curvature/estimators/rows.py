@@ -12,6 +12,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tnkfac.curvature.capture import Call, gradients
+from tnkfac.curvature.estimators.evaluation import check_dependence
 from tnkfac.curvature.grams import accumulation_dtype
 from tnkfac.curvature.layers import describe, layer_type
 from tnkfac.curvature.routes.folding import (
@@ -134,7 +135,11 @@ class SampleRows:
             parameters: Trainable parameters by name.
             calls: Calls of the modules that hold them.
             outputs: Outputs ``[N, ...]`` of the model.
+
+        Raises:
+            ValueError: If the outputs depend on no parameter.
         """
+        check_dependence(outputs)
         self.samples = outputs.shape[0]
         self.like = outputs.detach()
         self._parameters = parameters

@@ -32,8 +32,8 @@ def per_sample_gradients(model: nn.Module, loss_fn: nn.Module, data: Data) -> di
 
     Raises:
         TypeError: If model, loss or data are not of a supported type.
-        ValueError: For a loss with class weights or ``ignore_index``, or batch normalisation in
-            training mode.
+        ValueError: For a loss with class weights or ``ignore_index``, batch normalisation in
+            training mode, or outputs that depend on no trainable parameter.
 
     Example:
         >>> import torch
