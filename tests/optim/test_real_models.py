@@ -68,12 +68,11 @@ def test_three_steps(name: str, approx: str) -> None:
     captured = {row.name for row in report if row.structure}
     assert {row.name for row in report if row.last_update == 2} == captured
     assert not [row.name for row in report if row.structure and row.reason]
-    tied = {"wte.weight", "head.weight"}  # one parameter with two names
-    assert captured - tied == expected - tied
-    assert bool(captured & tied) == bool(expected & tied)
+    tied = {"wte.weight", "head.weight"} if hasattr(model, "wte") else set()  # one parameter
+    assert captured == expected - tied
     assert len(captured) == case.captured
     others = Counter((row.module, row.reason) for row in report if not row.structure)
-    assert others == {(kind, why): count for kind, (count, why) in case.others.items()}
+    assert others == case.others
 
 
 @pytest.mark.parametrize("structures", ["auto", "dense", "hierarchical15_15", "triltoeplitz"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature.layers import layer_type
+from tnkfac.curvature.layers import LAYERS, layer_type
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class Owner:
         """Qualified name of the parameter."""
         return f"{self.name}.{self.attribute}" if self.name else self.attribute
 
+    def answers_to(self, name: str) -> bool:
+        """Whether this names the parameter, its module, a module around that, or the type."""
+        return name in (self.parameter_name, self.name, type(self.module).__name__) or (
+            bool(name) and self.name.startswith(f"{name}.")
+        )
+
+    @property
+    def runs(self) -> bool:
+        """Whether the module computes anything, unlike a list of parameters."""
+        return type(self.module).forward is not nn.Module.forward
+
     @property
     def refusal(self) -> str | None:
         """Why the module is not a supported layer, or None if it is one."""
@@ -42,10 +53,7 @@ class Owner:
             return "its MultiheadAttention reads it without calling it"
         if layer_type(self.module) is not None:
             return None
-        if self.attribute in ("weight", "bias") and any(
-            layer_type_name in {c.__name__ for c in type(self.module).__mro__}
-            for layer_type_name in ("Linear", "_ConvNd")
-        ):
+        if self.attribute in ("weight", "bias") and isinstance(self.module, tuple(LAYERS)):
             return f"{kind} overrides forward"
         return f"{kind} is not a supported layer"
 

@@ -161,6 +161,8 @@ def shared(group: Mapping[str, Any], given: dict[str, Any]) -> None:
     if fraction > 1:
         raise ValueError(f"grad_worker_fraction: got {fraction}. Supported: 0 to 1.")
     flag("decoupled_weight_decay", group["decoupled_weight_decay"])
+    given["skip_layers"] = names("skip_layers", group["skip_layers"])
+    flag("capture_tied", group["capture_tied"])
 
 
 def grafting(value: Any) -> None:

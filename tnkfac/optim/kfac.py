@@ -71,7 +71,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             factors dense up to 1,024 rows, output factors up to 128, blocks of 128 above), for
             both factors or as a pair (input, output).
         inv_dtype: dtype of decompositions; float64 parameters are decomposed in float64.
-        skip_layers: Names of modules or parameters, or of types, to be left to the fallback.
+        skip_layers: Names of modules, with all that is in them, of parameters, or of types of
+            modules, to be left to the fallback. A name that matches nothing is warned of.
         num_tolerated_failures: How many decompositions of a layer may fail in a row.
         nesterov: Nesterov momentum.
         grafting: Size of a layer's update: a number (its root mean square, before momentum),
@@ -92,6 +93,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         process_group: The ``torch.distributed`` group whose processes average the gradients of
             these parameters by hand; None if this one trains alone; ``"auto"`` for what
             ``DistributedDataParallel`` or ``fully_shard`` say.
+        capture_tied: Also capture a weight that a module other than a supported layer has as well,
+            like that of an embedding tied to the output layer, from the calls of its layers alone;
+            otherwise the fallback trains it.
         **aliases: ``stat_decay`` or ``curvature_ema`` for ``factor_decay``, ``TCov`` for
             ``factor_update_steps``, ``TInv`` for ``inv_update_steps``.
 
@@ -150,6 +154,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         grad_scaler: Any = None,
         relative_damping: float = 0.03,
         process_group: Any = "auto",
+        capture_tied: bool = False,
         **aliases: Any,
     ) -> None:
         """See the class."""
@@ -172,6 +177,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             "structures": structures,
             "inv_dtype": inv_dtype,
             "skip_layers": skip_layers,
+            "capture_tied": capture_tied,
             "num_tolerated_failures": num_tolerated_failures,
             "nesterov": nesterov,
             "grafting": grafting,
@@ -218,7 +224,6 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             arguments.flag(name, group[name])
         if group["adaptive_damping"] and group["damping"] is None:
             raise ValueError("damping: got None. Supported with adaptive_damping: a number.")
-        given["skip_layers"] = arguments.names("skip_layers", group["skip_layers"])
         given["structures"] = arguments.structure_pair(group["structures"], factors=True)
         given["inv_dtype"] = arguments.dtype_name("inv_dtype", group["inv_dtype"])
 

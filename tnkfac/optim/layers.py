@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
 from tnkfac.optim.shards import fully_sharded, is_distributed
+from tnkfac.optim.skipping import skipped
 
 if TYPE_CHECKING:
     from tnkfac.optim.scaling import Scaling
@@ -82,6 +84,7 @@ def sort(
     owners: dict[int, list[Owner]],
     group_of: Callable[[Tensor], dict[str, Any]],
     known: Iterable[int] = (),
+    before: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[list[CapturedLayer], list[Uncaptured]]:
     """Find the layers among parameters, and put taps on their modules.
 
@@ -90,13 +93,15 @@ def sort(
         params: All parameters, in the order of the parameter groups.
         owners: Modules that own them, by ``id`` of the parameter, in module order.
         group_of: The parameter group of a parameter.
-        known: ``id`` of parameters that were sorted before.
+        known: ``id`` of parameters of layers that were captured before.
+        before: Reasons that all other parameters had before, by ``id``.
 
     Returns:
         Captured layers in module order, and the other parameters in the order of the groups.
     """
     by_id = {id(param): param for param in params}
     done = set(known)
+    captured_before = set(known)
     layers: list[CapturedLayer] = []
     rest: list[Uncaptured] = []
     reasons: dict[int, str] = {}
@@ -105,12 +110,13 @@ def sort(
         weight = by_id.get(key)
         if weight is None or key in done or all(o.attribute == "bias" for o in found):
             continue
-        reason = _refusal(weight, found, sharded) or _skipped(found, group_of(weight))
+        group = group_of(weight)
+        reason = _refusal(weight, found, sharded, group) or skipped(found, group)
         if reason is not None:
             reasons[key] = reason
             continue
-        bias, why = _joint_bias(weight, found, by_id, done)
-        layers.append(_capture(owner, weight, bias, found, group_of(weight)))
+        bias, why = _joint_bias(weight, found, by_id, done, owners, group_of)
+        layers.append(_capture(owner, weight, bias, found, group))
         done |= {id(param) for param in layers[-1].params()}
         for entry in found:
             other = entry.module._parameters.get("bias")
@@ -124,12 +130,11 @@ def sort(
             reason = "no module that owns it was found"
             rest.append(Uncaptured(f"param_{index}", "", param, reason))
             continue
-        reason = (
-            reasons.get(id(param))
-            or _refusal(param, found, sharded)
-            or "its weight is not captured"
-        )
         first = found[0]
+        if id(first.module._parameters.get("weight")) in captured_before:
+            reason = before.get(id(param), "it was added after its weight")
+        else:
+            reason = reasons.get(id(param)) or _lonely(first, by_id, reasons)
         rest.append(Uncaptured(first.parameter_name, type(first.module).__name__, param, reason))
     parallel = [u.name for u in rest if is_distributed(u.param) and id(u.param) not in sharded]
     if parallel:
@@ -166,52 +171,73 @@ def _capture(
 
 
 def _joint_bias(
-    weight: Tensor, found: list[Owner], by_id: dict[int, Tensor], done: set[int]
+    weight: Tensor,
+    found: list[Owner],
+    by_id: dict[int, Tensor],
+    done: set[int],
+    owners: dict[int, list[Owner]],
+    group_of: Callable[[Tensor], dict[str, Any]],
 ) -> tuple[Tensor | None, str]:
     """The bias that is trained together with the weight, or why there is none."""
     biases = [o.module._parameters.get("bias") for o in found if o.refusal is None]
     bias = biases[0]
-    if bias is None:
-        return None, ""
     if any(other is not bias for other in biases):
         return None, "its weight is shared by layers with other biases"
+    if bias is None:
+        return None, ""
     if not weight.requires_grad:
-        return None, "its weight is frozen"
+        return None, "its weight was frozen when the optimizer was built"
     if not bias.requires_grad:
         return None, "it was frozen when the optimizer was built"
     if id(bias) not in by_id or id(bias) in done:
         return None, "it is not trained together with its weight"
-    return bias, ""
+    why = skipped(owners[id(bias)], group_of(bias))
+    return (bias, "") if why is None else (None, why)
 
 
-def _skipped(found: list[Owner], group: dict[str, Any]) -> str | None:
-    """Why the group's ``skip_layers`` leaves a layer out, if it does."""
-    for skip in group.get("skip_layers", ()):
-        for owner in found:
-            if skip in (owner.name, owner.parameter_name, type(owner.module).__name__):
-                return f"skip_layers names {skip}"
-    return None
+def _lonely(owner: Owner, by_id: dict[int, Tensor], reasons: dict[int, str]) -> str:
+    """Why a parameter beside the weight of a module, such as its bias, has no curvature."""
+    weight = owner.module._parameters.get("weight")
+    if owner.refusal is not None:
+        return owner.refusal
+    if owner.attribute != "bias":
+        return f"it is the {owner.attribute} of {type(owner.module).__name__}"
+    if weight is None:
+        return "its weight is not a parameter"
+    if id(weight) not in by_id:
+        return "its weight is in no parameter group"
+    why = reasons.get(id(weight))
+    return "its weight is not captured" + (f": {why}" if why else "")
 
 
-def _refusal(weight: Tensor, found: list[Owner], sharded: set[int]) -> str | None:
+def _refusal(
+    weight: Tensor, found: list[Owner], sharded: set[int], group: dict[str, Any]
+) -> str | None:
     """Why a parameter with these owners is not the weight of a captured layer, if so.
 
     Args:
         weight: The parameter.
         found: Its owners.
         sharded: ``id`` of the parameters that are cut, but whole in the forward pass.
+        group: Its group.
     """
     supported = [owner for owner in found if owner.refusal is None]
     if not supported:
         return found[0].refusal
     if any(owner.attribute != "weight" for owner in supported):
         return f"it is the {supported[0].attribute} of {type(supported[0].module).__name__}"
+    others = [owner for owner in found if owner.refusal is not None and owner.runs]
+    if others and not group.get("capture_tied", False):
+        names = [f"{type(o.module).__name__} {o.name}" for o in (others[0], supported[0])]
+        return f"it is shared by {' and '.join(names)} (capture_tied is False)"
     if is_distributed(weight) and id(weight) not in sharded:
         return "it is distributed, also in the forward pass"
     if not weight.is_floating_point():
         return f"{weight.dtype} is not supported"
     if is_lazy(weight):
         return None
+    if not weight.numel():
+        return "it has no entries"
     first = describe(supported[0].module)
     if first.weight_shape != tuple(weight.shape):
         return f"its shape {tuple(weight.shape)} is not that of the layer"

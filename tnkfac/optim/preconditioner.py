@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +80,8 @@ class KFACPreconditioner:
         grad_scaler: The ``GradScaler`` in use, or a callable that returns its scale.
         factor_dtype: Has no effect: factors are kept in float32 at least.
         inv_dtype: dtype of decompositions.
-        skip_layers: Regular expressions for names of modules or of their types.
+        skip_layers: Regular expressions for names of modules or of their types. One that matches
+            no module is warned of.
         update_factors_in_hook: Has no effect: factors are updated in :meth:`step`.
         loglevel: Has no effect.
         normalization: ``"kfac-pytorch"``, or ``"fisher"`` for factors of the Fisher matrix.
@@ -87,6 +89,8 @@ class KFACPreconditioner:
         process_group: The ``torch.distributed`` group whose processes average the gradients of
             these parameters by hand; None if this one trains alone; ``"auto"`` for what
             ``DistributedDataParallel`` or ``fully_shard`` say.
+        capture_tied: Also precondition the gradient of a weight that a module other than a
+            supported layer has as well, like that of an embedding tied to the output layer.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type.
@@ -130,6 +134,7 @@ class KFACPreconditioner:
         normalization: str = "kfac-pytorch",
         structures: str | tuple[str, str] = "dense",
         process_group: Any = "auto",
+        capture_tied: bool = False,
     ) -> None:
         """See the class."""
         if not isinstance(model, nn.Module):
@@ -155,6 +160,7 @@ class KFACPreconditioner:
             structures=structures,
             inv_dtype=inv_dtype,
             skip_layers=_matching(model, skip_layers),
+            capture_tied=capture_tied,
             normalization=normalization,
             grad_worker_fraction=fraction,
             fallback="sgd",
@@ -230,13 +236,26 @@ class KFACPreconditioner:
 
 
 def _matching(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Names of the modules that a regular expression finds by their name or type."""
+    """Names of the layers that a regular expression finds by their name or type.
+
+    Modules that contain others are none, as in kfac-pytorch; and nothing is to be skipped in those
+    without parameters to train.
+    """
     wanted = [re.compile(pattern) for pattern in arguments.names("skip_layers", patterns)]
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(p.search(name) or p.search(type(module).__name__) for p in wanted)
-    ]
+    leaves = [(name, module) for name, module in model.named_modules() if not module._modules]
+    found = {
+        pattern: [n for n, m in leaves if pattern.search(n) or pattern.search(type(m).__name__)]
+        for pattern in wanted
+    }
+    silent = [pattern.pattern for pattern, names in found.items() if not names]
+    if silent:
+        warnings.warn(
+            f"skip_layers: {', '.join(map(repr, silent))} matches no layer. Supported: regular "
+            "expressions for names of modules or of their types.",
+            stacklevel=3,
+        )
+    trained = {n for n, m in leaves if any(p.requires_grad for p in m.parameters())}
+    return sorted(trained & {name for names in found.values() for name in names})
 
 
 def _is_function(scaler: Any) -> bool:

@@ -13,8 +13,11 @@ from tnkfac.curvature import find_owners, root_of
 from tnkfac.optim.layers import CapturedLayer, Uncaptured, sort
 from tnkfac.optim.marks import mark
 from tnkfac.optim.report import Report, Row
+from tnkfac.optim.skipping import Unmatched
 
 Group = dict[str, Any]
+FROZEN = "frozen"
+"""Reason of a parameter that requires no gradient."""
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
 
@@ -31,6 +34,7 @@ class Registry:
         self.layers: list[CapturedLayer] = []
         self.others: list[Uncaptured] = []
         self._roots: list[weakref.ref[nn.Module]] = []
+        self._unmatched = Unmatched()
 
     def spell_out(self, params: Any) -> list[Any]:
         """List what may hold parameters, remembering the module that it comes from.
@@ -71,8 +75,11 @@ class Registry:
         roots = [root for ref in self._roots if (root := ref()) is not None]
         owners = find_owners(params, roots)
         taken = {id(param) for layer in self.layers for param in layer.params()}
-        layers, self.others = sort(owner, params, owners, lambda p: group_of[id(p)], taken)
+        before = {id(other.param): other.reason for other in self.others}
+        layers, self.others = sort(owner, params, owners, lambda p: group_of[id(p)], taken, before)
         self.layers += layers
+        if owners:
+            self._unmatched.check(groups, owners, roots)
         return bool(owners)
 
     def knows(self, groups: list[Group]) -> bool:
@@ -126,7 +133,8 @@ class Registry:
             rows += _layer_rows(layer, state)
         for other in self.others:
             size, shape = _bytes(state.get(other.param, {})), _shape(other.param)
-            rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, other.reason))
+            reason = other.reason if other.param.requires_grad else FROZEN
+            rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, reason))
         return rows
 
 
@@ -144,6 +152,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
         dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
     last_update = mark(state, layer, "last_update")
     updated = last_update >= 0
+    waits = "" if updated else "no statistics yet"
     for name, param in layer.named():
         yield Row(
             name,
@@ -154,7 +163,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
             dims,
             _bytes(state.get(param, {})),
             last_update if updated else None,
-            "" if updated else "no statistics yet",
+            waits if param.requires_grad else FROZEN,
             int(state.get(layer.weight, {}).get("failures", 0)),
         )
 

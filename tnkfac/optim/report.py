@@ -24,7 +24,8 @@ class Row:
         factor_dims: Groups and rows of both factors, as ``(G, D, C_out / G)``; empty likewise.
         state_bytes: Bytes of the state of this parameter.
         last_update: Step of the last factor update, ``None`` before the first.
-        reason: Why the fallback trains it, or why its factors wait; empty otherwise.
+        reason: Why the fallback trains it, why its factors wait, or that it is frozen; empty
+            otherwise.
         failures: Decompositions of its factors that failed in a row.
     """
 

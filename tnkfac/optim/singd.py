@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +74,11 @@ class SINGD(CurvatureOptimizer):
         process_group: The ``torch.distributed`` group whose processes average the gradients of
             these parameters by hand; None if this one trains alone; ``"auto"`` for what
             ``DistributedDataParallel`` or ``fully_shard`` say.
+        skip_layers: Names of modules, with all that is in them, of parameters, or of types of
+            modules, to be left to the fallback. A name that matches nothing is warned of.
+        capture_tied: Also capture a weight that a module other than a supported layer has as well,
+            like that of an embedding tied to the output layer, from the calls of its layers alone;
+            otherwise the fallback trains it.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type.
@@ -129,6 +134,8 @@ class SINGD(CurvatureOptimizer):
         max_step_ratio: float | None = None,
         relative_damping: float = 0.03,
         process_group: Any = "auto",
+        skip_layers: Sequence[str] = (),
+        capture_tied: bool = False,
     ) -> None:
         """See the class."""
         if kfac_like and alpha1 != 0:
@@ -156,6 +163,8 @@ class SINGD(CurvatureOptimizer):
             "grad_worker_fraction": grad_worker_fraction,
             "max_state_ratio": max_state_ratio,
             "max_step_ratio": max_step_ratio,
+            "skip_layers": skip_layers,
+            "capture_tied": capture_tied,
         }
         self._check_group(defaults, defaults)
         super().__init__(params, defaults, grad_scaler, process_group)

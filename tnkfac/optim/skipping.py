@@ -1,0 +1,74 @@
+"""The layers that ``skip_layers`` names."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from tnkfac.curvature import Owner, find_owners
+
+Group = dict[str, Any]
+_PACKAGE = __name__.partition(".")[0]
+
+
+def skipped(found: Iterable[Owner], group: Group) -> str | None:
+    """Why the group's ``skip_layers`` leaves a parameter with these owners out, if it does."""
+    for name in group.get("skip_layers", ()):
+        if any(owner.answers_to(name) for owner in found):
+            return f"skip_layers names {name}"
+    return None
+
+
+class Unmatched:
+    """Tells of names in ``skip_layers`` that nothing answers to, of each name once."""
+
+    def __init__(self) -> None:
+        """Nothing was said yet."""
+        self._told: set[str] = set()
+
+    def check(
+        self, groups: list[Group], owners: dict[int, list[Owner]], roots: list[nn.Module]
+    ) -> None:
+        """Warn of names of no parameter: of its group, or of the model but in no group.
+
+        Args:
+            groups: Parameter groups.
+            owners: Owners of their parameters.
+            roots: Modules that the parameters come from.
+        """
+        unknown = {name for group in groups for name in group.get("skip_layers", ())} - self._told
+        for group in groups:
+            own = [owner for param in group["params"] for owner in owners.get(id(param), ())]
+            for name in unknown.intersection(group.get("skip_layers", ())):
+                if any(owner.answers_to(name) for owner in own):
+                    unknown.remove(name)
+        if unknown:
+            unknown -= _names_outside(unknown, groups, roots)
+        if unknown:
+            self._told |= unknown
+            warnings.warn(
+                f"skip_layers: {', '.join(map(repr, sorted(unknown)))} matches nothing. Supported: "
+                "names of modules or parameters as report() has them, or of types of modules that "
+                "have parameters.",
+                stacklevel=_level(),
+            )
+
+
+def _names_outside(names: set[str], groups: list[Group], roots: list[nn.Module]) -> set[str]:
+    """Those of some names that frozen parameters answer to, and others that no group has."""
+    known = {id(param) for group in groups for param in group["params"]}
+    outside = [p for root in roots for p in root.parameters() if id(p) not in known]
+    found = [owner for own in find_owners(outside, roots).values() for owner in own]
+    return {name for name in names if any(owner.answers_to(name) for owner in found)}
+
+
+def _level() -> int:
+    """The ``stacklevel`` with which a warning points at who calls this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    return level
