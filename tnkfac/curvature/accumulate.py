@@ -116,8 +116,11 @@ class Statistics:
         return layer
 
     def _resolve(self, layer: Layer) -> None:
-        self.k = resolve_structure(self._structures[0], layer.in_dim)
-        self.c = resolve_structure(self._structures[1], layer.out_dim, output=True)
+        k, c = self._structures
+        if not (layer.in_dim and layer.out_dim):
+            k = c = "dense"  # a matrix without entries has no structure
+        self.k = resolve_structure(k, layer.in_dim)
+        self.c = resolve_structure(c, layer.out_dim, output=True)
         both = isinstance(self.k, Diagonal) and isinstance(self.c, Diagonal)
         self._diagonal = both and self.outputs and not self.squares
 

@@ -69,6 +69,8 @@ class Tap:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap the output, or leave it alone where nothing may be measured."""
         statistics = self.statistics
+        if self.layer is None:  # lazy modules know their shape only now
+            self.layer = statistics.bind(module)
         if not (statistics.on and torch.is_grad_enabled() and module.training):
             return None
         compiling = torch.compiler.is_compiling()
@@ -80,18 +82,14 @@ class Tap:
         if not output.requires_grad or torch._C._are_functorch_transforms_active():
             return None
         x = args[0] if args else kwargs["input"]
-        if x.numel() == 0:
+        if not (x.numel() and output.numel()):
             return None
         terms = None
         if callable(statistics.loss_average):
             terms = float(statistics.loss_average(module, output.shape))
             if not compiling:
                 statistics.told = terms
-        layer = self.layer
-        if layer is None:  # lazy modules know their shape only now
-            layer = self.layer = statistics.bind(module)
-
-        shape = output.shape
+        layer, shape = self.layer, output.shape
         draws = [0] if statistics.chosen_passes and not compiling else None
 
         def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:

@@ -97,7 +97,7 @@ class CurvatureOptimizer(Keeping):
             self._sort()
 
     def _sort(self) -> None:
-        found = self._registry.sort(self, self.param_groups)
+        found = self._registry.sort(self, self.param_groups, self.state)
         self._read_marks()
         if not found and self._search is None:
             self._search = FirstForward(self, "_search_module")
@@ -134,7 +134,7 @@ class CurvatureOptimizer(Keeping):
             if any(True for _ in rests):
                 self._read_marks()
             return
-        self._registry.forget(self.param_groups)
+        self._registry.drop_departed(self.param_groups)
         before = {id(layer) for layer in self._registry.layers}
         self._sort()
         for layer in self._registry.layers:

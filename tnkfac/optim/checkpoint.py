@@ -37,6 +37,15 @@ def restore_tensors(
                 state[param][name] = value.detach().to(device, copy=True)
 
 
+def chooses_alike(groups: list[State], before: list[State]) -> bool:
+    """Whether groups leave the same layers to the fallback as before."""
+
+    def choice(group: State) -> tuple[Any, ...]:
+        return tuple(group["skip_layers"]), group["capture_tied"]
+
+    return [*map(choice, groups)] == [*map(choice, before)]
+
+
 def restore_groups(groups: list[State], before: list[State]) -> None:
     """Give groups back what the saved ones lack: callables, and keys of newer versions."""
     for group, live in zip(groups, before, strict=True):

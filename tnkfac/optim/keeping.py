@@ -42,6 +42,10 @@ class Keeping(Stacking, Optimizer):
         """Take up what was changed by hand in ``param_groups`` and in ``state``."""
 
     @abstractmethod
+    def _sort(self) -> None:
+        """Find the layers among all parameters that are not sorted yet."""
+
+    @abstractmethod
     def _read_marks(self) -> None:
         """Take up what the state says of when layers were updated."""
 
@@ -265,7 +269,8 @@ class Keeping(Stacking, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; the argument is neither changed nor kept.
 
-        Callables and hyper-parameters that it lacks stay as they are.
+        Callables and hyper-parameters that it lacks stay as they are. The layers that it had
+        captured are captured, and others are not.
 
         Args:
             state_dict: A saved state.
@@ -277,12 +282,30 @@ class Keeping(Stacking, Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         checkpoint.restore_tensors(self.state, state_dict, params)
         checkpoint.restore_groups(self.param_groups, before)
+        self._choose_layers(state_dict["param_groups"], before)
         self._registry.clear()
         groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
             checkpoint.split_second_moments(layer, self.state, groups[id(layer.weight)]["step"])
         self._read_marks()
         self._drop(self._registry.layers, groups)
+
+    def _choose_layers(self, saved: list[Group], before: list[Group]) -> None:
+        """Go on with the layers that the saved optimizer had captured, if they are others.
+
+        Args:
+            saved: Its groups; those of older versions captured all tied weights.
+            before: The groups before loading.
+        """
+        contradicts = self._registry.contradicts(self.state)
+        if checkpoint.chooses_alike(self.param_groups, before) and not contradicts:
+            return
+        for group, own in zip(self.param_groups, saved, strict=True):
+            if contradicts and "capture_tied" not in own:
+                group["capture_tied"] = True
+        self._registry.forget()
+        self._plan = Plan()
+        self._sort()
 
 
 def _complete(state: dict[str, Tensor], param: Tensor, group: Group) -> None:

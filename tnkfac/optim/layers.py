@@ -83,6 +83,7 @@ def sort(
     params: list[Tensor],
     owners: dict[int, list[Owner]],
     group_of: Callable[[Tensor], dict[str, Any]],
+    state: Mapping[Tensor, Any],
     known: Iterable[int] = (),
     before: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[list[CapturedLayer], list[Uncaptured]]:
@@ -93,6 +94,7 @@ def sort(
         params: All parameters, in the order of the parameter groups.
         owners: Modules that own them, by ``id`` of the parameter, in module order.
         group_of: The parameter group of a parameter.
+        state: State of the optimizer: what the fallback has begun to train, it goes on with.
         known: ``id`` of parameters of layers that were captured before.
         before: Reasons that all other parameters had before, by ``id``.
 
@@ -112,10 +114,15 @@ def sort(
             continue
         group = group_of(weight)
         reason = _refusal(weight, found, sharded, group) or skipped(found, group)
+        begun = state.get(weight)
+        if reason is None and begun and "last_update" not in begun:
+            reason = _BEGUN
         if reason is not None:
             reasons[key] = reason
             continue
         bias, why = _joint_bias(weight, found, by_id, done, owners, group_of)
+        if bias is not None and "exp_avg" in state.get(bias, ()):
+            bias, why = None, _BEGUN
         layers.append(_capture(owner, weight, bias, found, group))
         done |= {id(param) for param in layers[-1].params()}
         for entry in found:
@@ -143,6 +150,9 @@ def sort(
             "them in the forward pass, too (tensor parallelism). Supported: fully_shard."
         )
     return layers, rest
+
+
+_BEGUN = "the fallback had begun to train it before its layer was found"
 
 
 def _capture(

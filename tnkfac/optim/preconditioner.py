@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tnkfac.curvature import warn
 from tnkfac.optim import arguments
 from tnkfac.optim.kfac import KFAC
 from tnkfac.optim.registry import Group
@@ -249,10 +249,9 @@ def _matching(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     }
     silent = [pattern.pattern for pattern, names in found.items() if not names]
     if silent:
-        warnings.warn(
+        warn(
             f"skip_layers: {', '.join(map(repr, silent))} matches no layer. Supported: regular "
             "expressions for names of modules or of their types.",
-            stacklevel=3,
         )
     trained = {n for n, m in leaves if any(p.requires_grad for p in m.parameters())}
     return sorted(trained & {name for names in found.values() for name in names})

@@ -63,12 +63,13 @@ class Registry:
         """Search this module first from now on."""
         self._roots.append(weakref.ref(root))
 
-    def sort(self, owner: object, groups: list[Group]) -> bool:
+    def sort(self, owner: object, groups: list[Group], state: dict[Tensor, Any]) -> bool:
         """Find the layers of all groups; tell whether any parameter's module was found.
 
         Args:
             owner: The optimizer; taps live as long as it does.
             groups: Its parameter groups.
+            state: Its state.
         """
         group_of = by_parameter(groups)
         params = [param for group in groups for param in group["params"]]
@@ -76,7 +77,9 @@ class Registry:
         owners = find_owners(params, roots)
         taken = {id(param) for layer in self.layers for param in layer.params()}
         before = {id(other.param): other.reason for other in self.others}
-        layers, self.others = sort(owner, params, owners, lambda p: group_of[id(p)], taken, before)
+        layers, self.others = sort(
+            owner, params, owners, lambda p: group_of[id(p)], state, taken, before
+        )
         self.layers += layers
         if owners:
             self._unmatched.check(groups, owners, roots)
@@ -88,7 +91,7 @@ class Registry:
             id(param) for param in self.params()
         }
 
-    def forget(self, groups: list[Group]) -> None:
+    def drop_departed(self, groups: list[Group]) -> None:
         """Let go of layers of which a parameter is in no group any more."""
         left = by_parameter(groups)
         gone = [la for la in self.layers if not all(id(param) in left for param in la.params())]
@@ -100,6 +103,20 @@ class Registry:
         """Drop pending statistics."""
         for layer in self.layers:
             layer.statistics.clear()
+
+    def forget(self) -> None:
+        """Remove all taps, and sort everything anew."""
+        self.close()
+        self.layers, self.others = [], []
+
+    def contradicts(self, state: dict[Tensor, Any]) -> bool:
+        """Whether a state is that of another choice of layers."""
+        trained = [(layer.weight, True) for layer in self.layers]
+        trained += [(other.param, False) for other in self.others]
+        return any(
+            state.get(param) and ("last_update" in state[param]) != captured
+            for param, captured in trained
+        )
 
     def close(self) -> None:
         """Remove all taps."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from tnkfac.curvature import Owner, find_owners
+from tnkfac.curvature import Owner, find_owners, warn
 
 Group = dict[str, Any]
-_PACKAGE = __name__.partition(".")[0]
 
 
 def skipped(found: Iterable[Owner], group: Group) -> str | None:
@@ -50,11 +47,10 @@ class Unmatched:
             unknown -= _names_outside(unknown, groups, roots)
         if unknown:
             self._told |= unknown
-            warnings.warn(
+            warn(
                 f"skip_layers: {', '.join(map(repr, sorted(unknown)))} matches nothing. Supported: "
                 "names of modules or parameters as report() has them, or of types of modules that "
                 "have parameters.",
-                stacklevel=_level(),
             )
 
 
@@ -64,11 +60,3 @@ def _names_outside(names: set[str], groups: list[Group], roots: list[nn.Module])
     outside = [p for root in roots for p in root.parameters() if id(p) not in known]
     found = [owner for own in find_owners(outside, roots).values() for owner in own]
     return {name for name in names if any(owner.answers_to(name) for owner in found)}
-
-
-def _level() -> int:
-    """The ``stacklevel`` with which a warning points at who calls this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        frame, level = frame.f_back, level + 1
-    return level
