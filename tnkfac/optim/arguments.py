@@ -17,6 +17,8 @@ INIT = ("first_batch", "identity")
 FALLBACK = ("adamw", "sgd", "error")
 LOSS_AVERAGE = ("batch", "batch+sequence", None)
 APPROX = ("expand", "reduce")
+REFUSED = ("maximize", "differentiable")
+"""Keys of groups of torch's optimizers that change what a step does, and are not to be had here."""
 
 
 def choices(name: str, value: object, supported: Iterable[object]) -> None:
@@ -143,6 +145,9 @@ def shared(group: Mapping[str, Any], given: dict[str, Any]) -> None:
     if "fallback_options" in given:
         settings = fallback_settings(str(group["fallback"]), given.pop("fallback_options"))
         given.update({k: v for k, v in settings.items() if k not in given})
+    for name in REFUSED:
+        if given.get(name):
+            raise ValueError(f"{name}: got {given[name]!r} in a parameter group. Supported: False.")
     number("lr", group["lr"])
     number("momentum", group["momentum"], below=1.0)
     if group["damping"] is not None:
