@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from tnkfac.curvature import FirstForward, FullPrecision
 from tnkfac.optim import arguments
@@ -292,6 +293,8 @@ class CurvatureOptimizer(Keeping):
         self._trust = step_layers(layers, naturals, scalings, self.state, groups, keep, norms)
         skip = None if keep is None else 1 - keep
         step_others(self._registry.others, self.state, self.param_groups, groups, skip)
+        # torch's fused kernels do not tell autograd that they have written
+        increment_version([p for g in self.param_groups for p in g["params"] if p.grad is not None])
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
         for layer in updated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,21 +21,28 @@ def without_callables(groups: list[State]) -> list[State]:
 
 
 def restore_tensors(
-    state: dict[Tensor, State], saved: dict[str, Any], params: list[Tensor]
+    state: dict[Tensor, State],
+    saved: dict[str, Any],
+    params: list[Tensor],
+    dtypes: Mapping[int, Mapping[str, torch.dtype]],
 ) -> None:
-    """Put saved tensors back in their own dtype; torch casts them to that of the parameter.
+    """Put saved tensors back in the dtype of a new state; torch takes that of the parameter.
 
     Args:
         state: State of the optimizer, just loaded by torch.
         saved: What was loaded.
         params: Parameters in the order of the groups.
+        dtypes: Those of a new state, by ``id`` of the parameter and what names begin with; all
+            else stays as it was saved.
     """
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     for key, param in zip(keys, params, strict=True):
+        known = dtypes.get(id(param), {})
         for name, value in saved["state"].get(key, {}).items():
             if isinstance(value, Tensor):
                 device = torch.device("cpu") if name in ON_HOST else param.device
-                state[param][name] = value.detach().to(device, copy=True)
+                dtype = known.get(name.split(".")[0], value.dtype)
+                state[param][name] = value.detach().to(device, dtype, copy=True)
 
 
 def chooses_alike(groups: list[State], before: list[State]) -> bool:

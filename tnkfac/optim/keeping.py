@@ -259,9 +259,16 @@ class Keeping(Stacking, Optimizer):
         """
         self._verdicts.receive(wait=True)
         self._catch_up()
-        with self._whole_state(), self._without_strangers():
-            saved = super().state_dict()
-            state = {key: dict(own) for key, own in saved["state"].items()}
+        ours = self.register_state_dict_post_hook(lambda _, saved: self._saved(saved), prepend=True)
+        try:
+            with self._whole_state(), self._without_strangers():
+                return super().state_dict()
+        finally:
+            ours.remove()
+
+    def _saved(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """What is saved of a whole state; hooks of the user come afterwards."""
+        state = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
         groups = checkpoint.without_callables(saved["param_groups"])
         return {**saved, "state": state, "param_groups": groups}
 
@@ -278,11 +285,23 @@ class Keeping(Stacking, Optimizer):
         self._catch_up()
         self._verdicts.receive(wait=True)  # what they undo is of the state that goes
         before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        given: list[dict[str, Any]] = []  # what hooks of the user have made of the argument
+        last = self.register_load_state_dict_pre_hook(lambda _, found: given.append(found))
+        first = self.register_load_state_dict_post_hook(
+            lambda _: self._restore(given[0], before), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def _restore(self, saved: dict[str, Any], before: list[Group]) -> None:
+        """Complete what torch has loaded; hooks of the user come afterwards."""
         params = [param for group in self.param_groups for param in group["params"]]
-        checkpoint.restore_tensors(self.state, state_dict, params)
         checkpoint.restore_groups(self.param_groups, before)
-        self._choose_layers(state_dict["param_groups"], before)
+        self._choose_layers(saved["param_groups"], before)
+        checkpoint.restore_tensors(self.state, saved, params, self._dtypes())
         self._registry.clear()
         groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
@@ -306,6 +325,25 @@ class Keeping(Stacking, Optimizer):
         self._registry.forget()
         self._plan = Plan()
         self._sort()
+
+    def _dtypes(self) -> dict[int, dict[str, torch.dtype]]:
+        """In which dtypes a new state would be, by ``id`` of the parameter and name."""
+        groups, found = by_parameter(self.param_groups), {}
+        for layer in self._registry.layers:
+            if not layer.statistics.bound:
+                continue
+            group = groups[id(layer.weight)]
+            for param in layer.params():
+                made: dict[str, Tensor] = {}
+                _complete(made, torch.empty(0, dtype=param.dtype, device="meta"), group)
+                found[id(param)] = {key: part.dtype for key, part in made.items()}
+            made = self._layer_state(layer, group)
+            found[id(layer.weight)] |= {k.split(".")[0]: part.dtype for k, part in made.items()}
+        for other in self._registry.others:
+            like = torch.empty(0, dtype=other.param.dtype, device="meta")
+            made = fallback.init_state(like, groups[id(other.param)])
+            found[id(other.param)] = {key: part.dtype for key, part in made.items()}
+        return found
 
 
 def _complete(state: dict[str, Tensor], param: Tensor, group: Group) -> None:

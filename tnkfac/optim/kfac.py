@@ -375,9 +375,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer; without decompositions in groups with ``compact_state``."""
-        saved = super().state_dict()
+    def _saved(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Without decompositions in groups with ``compact_state``."""
+        saved = super()._saved(saved)
         for group in saved["param_groups"]:
             if group["compact_state"]:
                 for index in group["params"]:
@@ -385,14 +385,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
                     saved["state"][index] = {k: v for k, v in state.items() if not _is_derived(k)}
         return saved
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; missing decompositions are made anew.
-
-        Args:
-            state_dict: A saved state.
-        """
-        super().load_state_dict(state_dict)
+    def _restore(self, saved: dict[str, Any], before: list[Group]) -> None:
+        """Decompositions that are missing are made anew."""
+        super()._restore(saved, before)
         groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
             state, group = self.state.get(layer.weight), groups[id(layer.weight)]

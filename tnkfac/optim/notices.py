@@ -41,8 +41,8 @@ class Notices:
         if any(is_distributed(param) for param in registry.params()):
             return  # of these another warning tells
         warn(
-            "There are several processes, but neither DistributedDataParallel nor fully_shard "
-            "holds these parameters, so factors are those of this process alone. If gradients are "
+            "There are several processes, but these parameters are in no DistributedDataParallel "
+            "and not fully sharded, so factors are those of this process alone. If gradients are "
             "averaged by hand, replicas will drift apart: pass process_group="
             "torch.distributed.group.WORLD, or wrap the model. If this process trains a model of "
             "its own, pass process_group=None.",

@@ -24,12 +24,12 @@ def roomy(dtype: torch.dtype) -> torch.dtype:
 def share_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether numbers lie in memory in the same order and without gaps.
 
-    Fused kernels walk through the memory of parameter, gradient and state in step; strides that
-    differ are not looked at on the CPU.
+    Fused kernels walk through the memory of parameter, gradient and state in step; on the CPU they
+    look neither at strides nor at a sign that is yet to be applied.
     """
     first = tensors[0]
     strides = first.stride()
-    if any(tensor.stride() != strides for tensor in tensors):
+    if any(tensor.stride() != strides or tensor.is_neg() for tensor in tensors):
         return False
     return first.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(first))
 
