@@ -238,7 +238,8 @@ def _refusal(
         return f"it is the {supported[0].attribute} of {type(supported[0].module).__name__}"
     others = [owner for owner in found if owner.refusal is not None and owner.runs]
     if others and not group.get("capture_tied", False):
-        names = [f"{type(o.module).__name__} {o.name}" for o in (others[0], supported[0])]
+        pair = others[0], supported[0]
+        names = [f"{type(o.module).__name__} {o.name}".rstrip() for o in pair]
         return f"it is shared by {' and '.join(names)} (capture_tied is False)"
     if is_distributed(weight) and id(weight) not in sharded:
         return "it is distributed, also in the forward pass"
