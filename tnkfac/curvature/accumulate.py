@@ -67,6 +67,7 @@ class Statistics:
     _kept: list[Tensor] | None
     _drawn: float
     _draws: float
+    _trained: bool
     _passes: int
     _first: int
 
@@ -204,6 +205,7 @@ class Statistics:
         """
         if draws is not None:
             if not self._heard:
+                self._trained = True
                 return None
             if self._counting:
                 self._count(draws, x.numel())
@@ -319,6 +321,11 @@ class Statistics:
             return bool(self._kept)
         return bool(self._leaves) and self._leaves[-1].grad is not None  # every pass has counts
 
+    @property
+    def followed(self) -> bool:
+        """Whether there is a gradient of training that belongs to what has been collected."""
+        return self.pending and (self._trained or not self.chosen_passes)
+
     def sums(self) -> list[Tensor]:
         """What has been collected: un-normalised sums and counts."""
         if self.chosen_passes:
@@ -397,6 +404,7 @@ class Statistics:
         self._kept = None
         self._drawn = 0.0  # terms of the loss
         self._draws = 1.0  # passes through each call, in the mean
+        self._trained = False
         self._passes = self._first = 0  # sizes of the calls, of every pass and of their first ones
         self.told = None
 

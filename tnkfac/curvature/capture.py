@@ -103,7 +103,7 @@ class Tap:
             return _Identity.apply(output, x, measure, False, *statistics.leaves(output))
         if not _is_plain(module, output):
             return None
-        if weight.grad is None and statistics.pending and id(weight) == self._weight_id:
+        if weight.grad is None and statistics.followed and id(weight) == self._weight_id:
             statistics.clear()  # left over from a pass whose gradients were dropped
         leaves = statistics.leaves(weight)
         base = output._base

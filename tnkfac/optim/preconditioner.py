@@ -23,14 +23,23 @@ FRACTIONS = {"comm_opt": 1.0, "hybrid_opt": 0.5, "mem_opt": 0.0}
 METHODS = {"eigen": ("eigen", "tikhonov"), "inverse": ("cholesky", "factor")}
 """What each method of kfac-pytorch is called here."""
 SHOWN = (
+    "accumulation_steps",
+    "compute_method",
     "damping",
     "factor_decay",
-    "kl_clip",
-    "lr",
     "factor_update_steps",
+    "grad_worker_fraction",
+    "inv_dtype",
     "inv_update_steps",
+    "kl_clip",
+    "layers",
+    "lr",
+    "normalization",
+    "skip_layers",
+    "steps",
+    "structures",
 )
-"""Hyper-parameters that can be asked for."""
+"""What a preconditioner shows of itself."""
 _KINDS = {
     "A": "a_factors",
     "B": "g_factors",
@@ -51,6 +60,13 @@ class _Rewriter(KFAC):
             for param, new in ((layer.weight, weight), (layer.bias, bias)):
                 if param is not None and new is not None and param.grad is not None:
                     local(param.grad).copy_(part_of(new, param))
+
+
+def _current(name: str, what: str) -> property:
+    def value(self: KFACPreconditioner) -> Any:
+        return self._now(name)
+
+    return property(value, doc=what)
 
 
 class KFACPreconditioner:
@@ -148,6 +164,7 @@ class KFACPreconditioner:
             fraction = FRACTIONS[fraction.lower()]
         arguments.whole("accumulation_steps", accumulation_steps, least=1)
         given = {"damping": damping, "factor_decay": factor_decay, "kl_clip": kl_clip, "lr": lr}
+        self._shown = {"accumulation_steps": accumulation_steps, "compute_method": method}
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         now: dict[str, Any] = {k: v(0) if callable(v) else v for k, v in given.items()}
         self._kfac = _Rewriter(
@@ -208,12 +225,23 @@ class KFACPreconditioner:
         steps: int = self._kfac.param_groups[0]["step"]
         return steps
 
-    def __getattr__(self, name: str) -> Any:
-        """Current values of ``damping``, ``lr`` and the other hyper-parameters."""
-        if name in SHOWN and "_kfac" in self.__dict__:
-            value = self._kfac.param_groups[0][name]
-            return value(self.steps) if callable(value) else value
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    damping = _current("damping", "Added to the curvature at the next step.")
+    factor_decay = _current("factor_decay", "Decay of the moving averages at the next step.")
+    factor_update_steps = _current("factor_update_steps", "Steps between updates of the factors.")
+    inv_update_steps = _current("inv_update_steps", "Steps between decompositions.")
+    kl_clip = _current("kl_clip", "Bound on the change of the loss at the next step, or None.")
+    lr = _current("lr", "Learning rate of the optimizer that follows, at the next step.")
+
+    def _now(self, name: str) -> Any:
+        """A hyper-parameter, or what its schedule says of the next step."""
+        value = self._schedules.get(name, self._kfac.param_groups[0][name])
+        return value(self.steps) if callable(value) else value
+
+    def __repr__(self) -> str:
+        """Hyper-parameters as of the next step, in the form of torch's optimizers."""
+        own = {**self._shown, "layers": len(self._kfac._registry.layers), "steps": self.steps}
+        lines = (f"    {name}: {own[name] if name in own else self._now(name)}" for name in SHOWN)
+        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes of factors and decompositions of inputs and output gradients, and in all.
