@@ -1,6 +1,7 @@
 """KFAC that only rewrites gradients, in front of any optimizer."""
 
 import enum
+import inspect
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from oracles.loops import weights
 from oracles.zoo import Everyday, Mixed, everyday_batch, fixed_weights, mixed_batch, mlp
-from tnkfac import KFAC, KFACPreconditioner
+from tnkfac import KFAC, SINGD, KFACPreconditioner
 
 
 def network() -> Any:
@@ -91,11 +92,98 @@ def test_schedules_follow_the_step() -> None:
         loss_of(model, seed).backward()
         preconditioner.step()
         updates.append({row.last_update for row in preconditioner.report() if row.structure})
-        assert preconditioner.damping == 0.1 / (seed + 1)
-        assert preconditioner.lr == 0.5**seed
-        assert preconditioner.factor_update_steps == (1 if seed + 1 < 2 else 4)
     assert updates == [{0}, {1}, {1}, {1}, {4}, {4}]
-    assert seen[-1] == 5
+    assert seen == [0, *range(6)]
+
+
+SCHEDULES: dict[str, Any] = {
+    "damping": lambda step: 0.1 / (step + 1),
+    "factor_decay": lambda step: 1 - 1 / (step + 2),
+    "kl_clip": lambda step: 0.01 * (step + 1),
+    "lr": lambda step: 0.5**step,
+    "factor_update_steps": lambda step: 1 if step < 2 else 4,
+    "inv_update_steps": lambda step: 1 if step < 1 else 2,
+}
+CONSTANTS: dict[str, Any] = {
+    "damping": 0.02,
+    "factor_decay": 0.9,
+    "kl_clip": None,
+    "lr": 0.3,
+    "factor_update_steps": 2,
+    "inv_update_steps": 4,
+}
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_attributes_show_what_the_next_step_takes(name: str, scheduled: bool) -> None:
+    """Before the first step, after every one, and in an unpickled state; they cannot be set."""
+    given = SCHEDULES[name] if scheduled else CONSTANTS[name]
+    model = network()
+    preconditioner = KFACPreconditioner(model, **{name: given})
+
+    def expected() -> Any:
+        return given(preconditioner.steps) if scheduled else given
+
+    for step in range(4):
+        assert preconditioner.steps == step
+        assert getattr(preconditioner, name) == expected()
+        for value in (0.5, None, given):
+            with pytest.raises(AttributeError, match=name):
+                setattr(preconditioner, name, value)
+        assert getattr(preconditioner, name) == expected()
+        assert f"    {name}: {expected()}\n" in repr(preconditioner)
+        model.zero_grad()
+        loss_of(model, step).backward()
+        preconditioner.step()
+        if name not in ("factor_update_steps", "inv_update_steps"):
+            taken = given(step) if scheduled else given
+            assert preconditioner._kfac.param_groups[0][name] == taken
+    other = KFACPreconditioner(network(), **({name: given} if scheduled else {}))
+    other.load_state_dict(preconditioner.state_dict())
+    assert getattr(other, name) == expected()
+
+
+def test_unknown_attributes() -> None:
+    preconditioner = KFACPreconditioner(mlp(3, 2))
+    with pytest.raises(AttributeError, match="momentum"):
+        _ = preconditioner.momentum  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="steps"):
+        preconditioner.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", ["eigen", "inverse"])
+def test_representation(method: str) -> None:
+    """One line for each hyper-parameter, under the name that the constructor has for it."""
+    preconditioner = KFACPreconditioner(
+        network(), compute_method=method, damping=lambda step: 0.5, accumulation_steps=3
+    )
+    first, *lines, last = repr(preconditioner).splitlines()
+    assert (first, last) == ("KFACPreconditioner (", ")")
+    shown = dict(line.strip().split(": ", 1) for line in lines)
+    assert shown["compute_method"] == method
+    assert shown["damping"] == "0.5"
+    assert shown["kl_clip"] == "0.001"
+    assert shown["accumulation_steps"] == "3"
+    assert shown["structures"] == "('dense', 'dense')"
+    assert (shown["layers"], shown["steps"]) == ("5", "0")
+    constructor = inspect.signature(KFACPreconditioner).parameters
+    assert set(shown) - {"layers", "steps"} <= set(constructor)
+    assert list(shown) == sorted(shown)
+
+
+@pytest.mark.parametrize("optimizer", [SINGD, KFAC])
+def test_representation_of_optimizers(optimizer: Any) -> None:
+    """As of torch's: a line for each hyper-parameter of each group, and no parameters."""
+    model = network()
+    made = optimizer([{"params": model.conv.parameters(), "lr": 0.25}, {"params": model.up.weight}])
+    text = repr(made)
+    assert text.startswith(f"{optimizer.__name__} (\nParameter Group 0\n")
+    assert "    lr: 0.25\n" in text
+    assert "    lr: 0.001\n" in text
+    assert "tensor" not in text
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
+    assert len(lines) == sum(len(group) - 1 for group in made.param_groups)
 
 
 @pytest.mark.parametrize("as_function", [False, True])
