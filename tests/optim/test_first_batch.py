@@ -230,6 +230,26 @@ def test_a_late_layer_starts_at_its_own_first_batch() -> None:
     assert_stationary(dense_factor(state, "K"), dense_factor(state, "C"), A, B, 0.01)
 
 
+@pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical2_1", "triutopleftdiag"])
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_rough_start_is_followed_by_frequent_updates(start: int, structure: str) -> None:
+    """Of the layer, whenever that is: the first ``T`` steps update its factors."""
+    model = fixed_weights(Late())
+    model.on = True
+    optimizer = SINGD(model.parameters(), T=4, structures=structure)
+    model.late.requires_grad_(False)
+    updates = []
+    for step in range(start + 9):
+        model.late.requires_grad_(step >= start)
+        fit(model, optimizer, [(torch.randn(8, 3).double(), torch.randn(8, 3).double())])
+        (row,) = (row for row in optimizer.report() if row.name == "late.weight")
+        updates.append(row.last_update)
+    assert updates[:start] == [None] * start
+    first = list(range(start, start + 4))
+    assert updates[start : start + 4] == first
+    assert len(set(updates[start + 4 :])) <= 3
+
+
 # --- degenerate factors -------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tnkfac.optim.layers import CapturedLayer
 
 State = dict[str, Any]
-ON_HOST = ("last_update", "last_inverse", "failures")
+ON_HOST = ("first_update", "last_update", "last_inverse", "failures")
 """Numbers that the host reads."""
 
 

@@ -15,6 +15,7 @@ from tnkfac.optim.damping import damped, divided
 from tnkfac.optim.diagnostics import Spectra, inverse_squares
 from tnkfac.optim.guard import loss_scale
 from tnkfac.optim.layers import CapturedLayer
+from tnkfac.optim.marks import mark, set_mark
 from tnkfac.optim.parts import load, overwrite, read, store
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.scaling import Scaling
@@ -210,11 +211,18 @@ class SINGD(CurvatureOptimizer):
         """A start that is but a multiple of the identity is followed by frequent updates."""
         step: int = group["step"]
         T = group["T"](step) if callable(group["T"]) else group["T"]
-        if step < T and self._last_update(layer) >= 0 and group["init"] == "first_batch":
-            statistics = layer.statistics
-            if not (statistics.k.has_eigenbasis and statistics.c.has_eigenbasis):
+        if self._last_update(layer) >= 0 and _starts_roughly(layer, group):
+            start = max(0, mark(self.state, layer, "first_update"))  # older files lack it
+            if step < start + T:
                 return step
         return super()._due_since(layer, group)
+
+    def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
+        for layer in updated:
+            group = groups[id(layer.weight)]
+            if self._last_update(layer) < 0 and "first_update" in self.state[layer.weight]:
+                set_mark(self.state, layer, "first_update", group["step"])
+        super()._advance(updated, groups)
 
     def _share_state(self, layer: CapturedLayer, group: Group) -> None:
         statistics = layer.statistics
@@ -236,6 +244,8 @@ class SINGD(CurvatureOptimizer):
             store(state, name, eye)
             if momentum:
                 store(state, f"m_{name}", tuple(torch.zeros_like(part) for part in eye))
+        if _starts_roughly(layer, group):
+            state["first_update"] = torch.tensor(-1, device="cpu")
         return state
 
     def _update_layers(
@@ -363,6 +373,13 @@ class SINGD(CurvatureOptimizer):
         pairs = [load(layer, self.state[layer.weight], ("K", "C")) for layer in layers]
         K, C = (joined([pair[side] for pair in pairs]) for side in (0, 1))
         return Preconditioner(statistics.k, statistics.c, K, C).apply(gradients)
+
+
+def _starts_roughly(layer: CapturedLayer, group: Group) -> bool:
+    """Whether the first batch only gives a multiple of the identity."""
+    statistics = layer.statistics
+    exact = statistics.bound and statistics.k.has_eigenbasis and statistics.c.has_eigenbasis
+    return group["init"] == "first_batch" and not exact
 
 
 def _at(lr_cov: float | Callable[[int], float], step: int) -> float:
