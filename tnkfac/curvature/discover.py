@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature.layers import layer_type
+from tnkfac.curvature.layers import REPLACED_FORWARD, STOCK, layer_type
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Owner:
             layer_type_name in {c.__name__ for c in type(self.module).__mro__}
             for layer_type_name in ("Linear", "_ConvNd")
         ):
-            return f"{kind} overrides forward"
+            overrides = getattr(type(self.module), "forward", None) not in STOCK.values()
+            return f"{kind} overrides forward" if overrides else REPLACED_FORWARD
         return f"{kind} is not a supported layer"
 
 

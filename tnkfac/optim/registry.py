@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature import find_owners, root_of
+from tnkfac.curvature import Statistics, find_owners, root_of
 from tnkfac.optim.layers import CapturedLayer, Uncaptured, sort
 from tnkfac.optim.report import Report, Row
 
@@ -73,6 +73,21 @@ class Registry:
         layers, self.others = sort(owner, params, owners, lambda p: group_of[id(p)], taken)
         self.layers += layers
         return bool(owners)
+
+    def release(self, released: list[CapturedLayer]) -> None:
+        """Leave layers to the fallback from now on.
+
+        Args:
+            released: Some of the layers; their statistics say why.
+        """
+        gone = {id(layer) for layer in released}
+        self.layers = [layer for layer in self.layers if id(layer) not in gone]
+        for layer in released:
+            layer.close()
+            self.others += [
+                Uncaptured(name, layer.kind, param, layer.statistics.refused)
+                for name, param in layer.named()
+            ]
 
     def clear(self) -> None:
         """Drop pending statistics."""
@@ -138,9 +153,15 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
             dims,
             _bytes(state.get(param, {})),
             layer.last_update if updated else None,
-            "" if updated else "no statistics yet",
+            "" if updated else _waits(statistics),
             int(state.get(layer.weight, {}).get("failures", 0)),
         )
+
+
+def _waits(statistics: Statistics) -> str:
+    """Why the factors of a layer wait."""
+    why = statistics.refused or statistics.seen
+    return f"no statistics yet: {why}" if why else "no statistics yet"
 
 
 def _bytes(state: dict[str, Any]) -> int:
