@@ -81,7 +81,20 @@ def is_product(output: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -
         node = _behind(node.next_functions[0][0])
     if _kind(node) not in _PRODUCTS or not _reaches(node, _node(weight)):
         return False
-    return not x.requires_grad or _reaches(node, _node(x))
+    return _reaches(node, _node(x)) if x.requires_grad else _may_have_kept(node, x)
+
+
+def _may_have_kept(node: Any, x: Tensor) -> bool:
+    """Whether a product may have taken an input that is nowhere in the graph.
+
+    Said to be so where it has kept no tensor of the same kind, or hooks would be called to see it.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return True
+    kept = getattr(node, _PRODUCTS[_kind(node)], None)
+    if kept is None or (kept.dtype, kept.numel()) != (x.dtype, x.numel()) or not x.is_contiguous():
+        return True
+    return bool(kept.data_ptr() == x.data_ptr())
 
 
 def is_compiled(output: Tensor) -> bool:

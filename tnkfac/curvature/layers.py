@@ -60,9 +60,13 @@ class Layer:
     prepad: tuple[int, ...] = ()
 
     def called(self, found: tuple[Any, ...]) -> Layer:
-        """This convolution with another :data:`geometry`."""
+        """This convolution with another :func:`geometry`."""
         channels = self.in_channels, self.out_channels, self.bias
-        return convolution(self.kind, channels, self.kernel_size, found)
+        if not torch.compiler.is_compiling():
+            return convolution(self.kind, channels, self.kernel_size, found)
+        name = traced_name(self.kind, channels, self.kernel_size, found)
+        layer: Layer = getattr(traced_layers, name)
+        return layer
 
     @property
     def dims(self) -> int:
@@ -247,15 +251,43 @@ def geometry(module: Any) -> tuple[Any, ...]:
 
 
 def snapshot(module: nn.Module) -> tuple[Any, ...]:
-    """The :data:`geometry` with copies of lists, which do not change with the module."""
+    """The :func:`geometry` with copies of lists, which do not change with the module."""
     return tuple(list(part) if isinstance(part, list) else part for part in geometry(module))
 
 
 def hashable(found: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same :data:`geometry` with tuples in the place of lists."""
+    """The same :func:`geometry` with tuples in the place of lists."""
     return tuple(tuple(part) if isinstance(part, list) else part for part in found)
 
 
+class _Traced:
+    """Layers that compiled graphs refer to, as attributes."""
+
+
+traced_layers = _Traced()
+
+
+def traced_name(
+    kind: Kind,
+    channels: tuple[int, int, bool],
+    kernel_size: tuple[int, ...],
+    found: tuple[Any, ...],
+) -> str:
+    """Name of a :func:`convolution` among the :data:`traced_layers`."""
+    layer = convolution(kind, channels, kernel_size, found)
+    known = vars(traced_layers)
+    for name, other in known.items():
+        if other == layer:
+            return name
+    known[f"layer{len(known)}"] = layer
+    return f"layer{len(known) - 1}"
+
+
+# What `torch.compiler.assume_constant_result` sets; the decorator itself would import the compiler.
+traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=4096)
 def convolution(
     kind: Kind,
     channels: tuple[int, int, bool],
@@ -268,23 +300,8 @@ def convolution(
         kind: ``"conv"`` or ``"conv_transpose"``.
         channels: ``C_in``, ``C_out``, and whether there is a bias.
         kernel_size: Taps per spatial dimension.
-        found: Its :data:`geometry`.
+        found: Its :func:`geometry`.
     """
-    return _convolution_of(kind, channels, kernel_size, found)
-
-
-# What `torch.compiler.assume_constant_result` sets: a compiled call with another geometry is traced
-# anew, and takes the layer from here. The decorator itself would import the compiler.
-convolution._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@lru_cache(maxsize=4096)
-def _convolution_of(
-    kind: Kind,
-    channels: tuple[int, int, bool],
-    kernel_size: tuple[int, ...],
-    found: tuple[Any, ...],
-) -> Layer:
     groups, stride, padding, dilation, output_padding, mode, pads = found
     each = partial(_per_dimension, dims=len(kernel_size))
     stride, dilation = each(stride), each(dilation)
