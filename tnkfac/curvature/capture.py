@@ -266,14 +266,14 @@ class Tap:
                 return f"called, but it returned a {type(output).__name__}"
             if _has_own_dispatch(output):
                 return _opaque("output", output)
+        if torch._C._are_functorch_transforms_active():  # a batched output hides its gradient
+            return TRANSFORMED
         if not output.requires_grad:
             return ""
         if not isinstance(weight, nn.Parameter):
             return REPLACED_WEIGHT
         if not module.training:
             return EVALUATION
-        if torch._C._are_functorch_transforms_active():
-            return TRANSFORMED
         if torch.autograd.forward_ad._current_level >= 0:
             return FORWARD_MODE
         if "_is_replica" in module.__dict__:  # faster than to ask a module for what it lacks
@@ -477,6 +477,22 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
     ]
 
 
+def _edge(output: Tensor, reshaped: bool) -> GradientEdge:
+    """Where gradients of an output arrive, also once it is changed in place.
+
+    Of a view they arrive at its base then, and no more at the view.
+
+    Args:
+        output: What a module returned.
+        reshaped: Whether a view of everything is a reshape for sure, as those of layers are.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return get_gradient_edge(output)
+    reshaped = reshaped or (base.is_contiguous() and output.is_contiguous())
+    return get_gradient_edge(base if reshaped else output)
+
+
 def _ran(module: nn.Module, x: Tensor, output: Tensor) -> Layer | None:
     """The layer that a call was, if a supported one ran its own ``forward``."""
     if layer_type(module) is None:
@@ -503,8 +519,10 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Cal
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad:
-            edge, layer = get_gradient_edge(output), _ran(module, x, output)
-            calls[module].append(Call(_plain(x), edge, output.shape, layer, x._version))
+            with torch._C.DisableTorchFunctionSubclass():
+                layer = _ran(module, x, output)
+                edge = _edge(output, layer is not None)
+                calls[module].append(Call(_plain(x), edge, output.shape, layer, x._version))
 
     handles = [m.register_forward_hook(record, with_kwargs=True, prepend=True) for m in calls]
     try:

@@ -53,6 +53,8 @@ def kept_input(node: Any, layer: Layer, shape: torch.Size) -> tuple[Layer, Tenso
         The layer that takes what was kept, and this; None where nothing was.
     """
     node = _behind(node)
+    if _kind(node) == "AddBackward":  # of the bias
+        node = _behind(node.next_functions[0][0])
     try:
         x = getattr(node, _PRODUCTS.get(_kind(node), ""), None)
     except RuntimeError:  # changed as well, as torch itself is about to say
