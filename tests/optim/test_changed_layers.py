@@ -251,7 +251,7 @@ SAME: dict[str, Callable[[Any], Any]] = {
     "wraps, twice": lambda la: functools.wraps(la.forward)(wrapped(la, lambda f, x: f(x))),
     "autocast": lambda la: torch.autocast("cpu", enabled=False)(la.forward),
     "compiled": lambda la: torch.compile(la.forward, backend="aot_eager"),
-    "no wrapper of torch's": lambda la: types.MethodType(type(la).forward, la),
+    "method": lambda la: types.MethodType(type(la).forward, la),
 }
 
 
@@ -342,6 +342,31 @@ def test_wrappers_that_call_the_original_stay_captured(name: str, kind: str, whe
     train(optimizer, lambda: model(x).square().mean())
     train(other, lambda: twin(x).square().mean())
     assert_same_training(model, optimizer, twin, other)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "name", ["lambda", "method", "wraps, scaled behind", "wraps, scaled before"]
+)
+def test_another_forward_inside_of_a_compiled_model(name: str, when: str) -> None:
+    """Nothing is measured, and a warning or the report says why."""
+    torch._dynamo.reset()
+    model, x = net(), rows()
+    if when == "before":
+        model[2].forward = OTHERS[name](model[2])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = SINGD(model.parameters(), T=1, structures="dense")
+        if when == "after":
+            model[2].forward = OTHERS[name](model[2])
+        compiled = torch.compile(model, backend="aot_eager")
+        train(optimizer, lambda: compiled(x).square().mean(), 2)
+    rows_of = {row.name: row for row in optimizer.report()}
+    row, first = rows_of["2.weight"], rows_of["0.weight"]
+    assert row.last_update is None
+    assert first.last_update == 1
+    said = [str(w.message) for w in caught if "2.weight (run compiled" in str(w.message)]
+    assert "forward was replaced" in row.reason or ("cannot look into" in row.reason and said)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

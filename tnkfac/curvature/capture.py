@@ -27,6 +27,7 @@ from tnkfac.curvature.layers import (
     describe,
     forward_of,
     geometry,
+    has_known_wrappers,
     hashable,
     is_wrapped,
     layer_type,
@@ -149,6 +150,7 @@ TRANSFORMED = "called inside of torch.func"
 FORWARD_MODE = "called inside of torch.autograd.forward_ad"
 REPLICA = "run as a replica of DataParallel"
 EMPTY = "called with an empty batch"
+UNKNOWN_FORWARD = "run compiled, by a forward or a wrapper that the optimizer cannot look into"
 TAPPED = "called, but no backward pass came through the output"
 DOUBLE_BACKWARD = (
     "called, but only backward passes with create_graph=True came through the output; what reaches "
@@ -192,6 +194,7 @@ class Tap:
         self._weight_id = id(weight)
         self._forward: Any = None
         self._wrapped = False
+        self._known = True
         self._geometry: tuple[Any, ...] = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -219,7 +222,10 @@ class Tap:
         if torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active():
             return None
         x = args[0] if args else kwargs["input"]
-        if x.numel() == 0 or forward_of(module) is not self._forward:
+        if x.numel() == 0:
+            return None
+        if forward_of(module) is not self._forward or not self._known:
+            self.statistics.seen = UNKNOWN_FORWARD
             return None
         layer = self._called(module, weight)
         if layer is None:
@@ -290,8 +296,12 @@ class Tap:
         if layer_type(module) is None:
             self.statistics.refuse(REPLACED_FORWARD)
             return False
-        self._forward, self._wrapped = forward_of(module), is_wrapped(module)
+        self._look(module)
         return True
+
+    def _look(self, module: nn.Module) -> None:
+        self._forward, self._wrapped = forward_of(module), is_wrapped(module)
+        self._known = not self._wrapped or has_known_wrappers(module)
 
     def _hands_on(self, module: nn.Module, weight: Tensor, x: Tensor, output: Tensor) -> bool:
         """Whether a wrapper returns what the stock ``forward`` does."""
@@ -318,7 +328,7 @@ class Tap:
     def describe(self, module: nn.Module) -> Layer:
         """Take up what the module is now; its shape must be known."""
         self.layer = self.statistics.bind(module)
-        self._forward, self._wrapped = forward_of(module), is_wrapped(module)
+        self._look(module)
         if self.layer.kind != "linear":
             self._geometry = snapshot(module)
         return self.layer

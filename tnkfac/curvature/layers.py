@@ -365,6 +365,19 @@ def is_wrapped(module: nn.Module) -> bool:
     return kind is not None and forward_of(module) is not STOCK[kind]
 
 
+def has_known_wrappers(module: nn.Module) -> bool:
+    """Whether all wrappers are by libraries that hand input and output on."""
+    forward = forward_of(module)
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        function = forward.func if isinstance(forward, partial) else forward
+        function = getattr(function, "__func__", function)
+        by = getattr(function, "__globals__", {}).get("__name__", "")  # `wraps` copies __module__
+        if by.split(".")[0] not in ("torch", "accelerate"):
+            return False
+        forward = inner
+    return True
+
+
 def _leads_to(forward: Any, module: nn.Module, stock: Any) -> bool:
     """Whether wrappers end in the stock ``forward`` of this module and of no other."""
     for _ in range(_DEPTH):
