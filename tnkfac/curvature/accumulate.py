@@ -15,6 +15,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 
 from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
 from tnkfac.curvature.layers import Layer, describe
@@ -27,6 +28,7 @@ from tnkfac.curvature.switch import fast
 LossTerms = Callable[..., float]
 LossAverage = str | None | LossTerms
 LOSS_AVERAGES = ("batch", "batch+sequence", None)
+NOT_SAMPLED = "called, but neither sample_fisher() nor fisher_pass() was"
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,13 @@ class Statistics:
         on: Whether taps measure at all.
         live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them.
         told: What a callable ``loss_average`` said of the last call since the last step.
+        seen: What became of the last call or backward pass, where nothing was measured; empty
+            before the first call.
+        refused: Why nothing can be measured any more, or empty.
         layer: The layer, once its shape is known; its ``bias`` tells whether the bias is trained.
         k: Structure of the input side, once the shape is known.
         c: Structure of the output side, likewise.
+        sink: Node of the graph that collects the counts of every pass.
     """
 
     layer: Layer
@@ -70,6 +76,7 @@ class Statistics:
     _trained: bool
     _passes: int
     _first: int
+    sink: Node
 
     def __init__(
         self,
@@ -100,6 +107,9 @@ class Statistics:
         self.approx: Approx = approx
         self.loss_average = loss_average
         self.on = True
+        self.seen = ""
+        self.refused = ""
+        self._spoiled = False
         self.live: tuple[Parts | None, Parts | None] = (None, None)
         self._used = False
         self._structures = structures
@@ -159,6 +169,7 @@ class Statistics:
             shapes = [shape for shape in self._shapes() if 0 not in shape]
             zero = torch.zeros((), dtype=dtype, device=like.device)
             self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
+            self.sink = get_gradient_edge(self._leaves[-1]).node
             if not self._used:
                 self.live = self._identities(zero)
         return self._leaves
@@ -205,7 +216,7 @@ class Statistics:
         """
         if draws is not None:
             if not self._heard:
-                self._trained = True
+                self._trained, self.seen = True, NOT_SAMPLED
                 return None
             if self._counting:
                 self._count(draws, x.numel())
@@ -309,6 +320,19 @@ class Statistics:
         """How many of the sums belong to the input factor; they are the first."""
         return sum(0 not in shape for shape in self.k.statistic_shapes)
 
+    def add(self, measured: Sequence[Tensor]) -> None:
+        """Collect what a pass has measured that does not reach the leaves."""
+        for leaf, part in zip(self._leaves, measured, strict=True):
+            leaf.grad = part if leaf.grad is None else leaf.grad + part
+
+    def spoil(self, why: str) -> None:
+        """Count nothing until :meth:`clear`, since a part of what was to be measured is lost."""
+        self._spoiled, self.seen = True, why
+
+    def refuse(self, why: str) -> None:
+        """Say that nothing can be measured any more; the step takes this up."""
+        self.refused = why
+
     @property
     def hidden_leaves(self) -> tuple[Tensor, ...]:
         """The leaves that there are so far."""
@@ -317,6 +341,8 @@ class Statistics:
     @property
     def pending(self) -> bool:
         """Whether any pass has contributed since the last :meth:`clear`."""
+        if self._spoiled:
+            return False
         if self.chosen_passes:
             return bool(self._kept)
         return bool(self._leaves) and self._leaves[-1].grad is not None  # every pass has counts
@@ -328,6 +354,8 @@ class Statistics:
 
     def sums(self) -> list[Tensor]:
         """What has been collected: un-normalised sums and counts."""
+        if self._spoiled:
+            return []
         if self.chosen_passes:
             return self._kept or []
         return [leaf.grad for leaf in self._leaves if leaf.grad is not None]
@@ -396,6 +424,7 @@ class Statistics:
         """Drop what has been collected."""
         if self.chosen_passes:
             self._forget()
+        self._spoiled = False
         for leaf in self._leaves:
             leaf.grad = None
 

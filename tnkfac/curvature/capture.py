@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature.accumulate import Statistics
-from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.graph import is_compiled, is_product, kept_input
+from tnkfac.curvature.layers import (
+    REPLACED_FORWARD,
+    Layer,
+    describe,
+    forward_of,
+    geometry,
+    has_known_wrappers,
+    hashable,
+    is_wrapped,
+    layer_type,
+    snapshot,
+)
 from tnkfac.curvature.precision import FullPrecision, without_autocast
 
 
@@ -28,9 +40,9 @@ class _Identity(torch.autograd.Function):
     """Identity on the output of a layer; statistics flow into the leaves."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, measure: Any, inplace: bool, *leaves: Any) -> Any:
+    def forward(ctx: Any, y: Tensor, x: Tensor, call: Any, inplace: bool, *leaves: Any) -> Any:
         ctx.save_for_backward(x)
-        ctx.measure = measure
+        ctx.call = call
         ctx.shapes = [leaf.shape for leaf in leaves]
         if not inplace:
             return y.clone()
@@ -40,11 +52,7 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
-        if torch.is_grad_enabled():  # create_graph=True: not a pass of training
-            return (g, None, None, None, *(None for _ in ctx.shapes))
-        exact = nullcontext() if torch.compiler.is_compiling() else FullPrecision(g.device)
-        with without_autocast(g.device.type), exact:
-            statistics = ctx.measure(ctx.saved_tensors[0].detach(), g.detach())
+        statistics = ctx.call.backward(ctx, g)
         if statistics is None:
             return (g, None, None, None, *(None for _ in ctx.shapes))
         for statistic, shape in zip(statistics, ctx.shapes, strict=True):
@@ -53,65 +61,290 @@ class _Identity(torch.autograd.Function):
         return (g, None, None, None, *statistics)
 
 
+class _TracedCall:
+    """One call of a layer inside of a compiled graph."""
+
+    def __init__(
+        self, statistics: Statistics, layer: Layer, shape: torch.Size, terms: float | None
+    ) -> None:
+        self.statistics, self.layer, self.shape, self.terms = statistics, layer, shape, terms
+        self.draws: list[int] | None = None
+
+    def backward(self, ctx: Any, g: Tensor) -> tuple[Tensor, ...] | None:
+        """Statistics of the call, if the pass counts."""
+        if torch.is_grad_enabled():
+            return None
+        with without_autocast(g.device.type):
+            return self.measure(self.layer, ctx.saved_tensors[0].detach(), g.detach())
+
+    def measure(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:
+        g = g.reshape(self.shape)  # it may be of the base
+        return self.statistics.measure(layer, x, g, self.terms, self.draws)
+
+
+class _EagerCall(_TracedCall):
+    """One call of a layer, whose backward pass finds out what it is part of."""
+
+    def __init__(
+        self,
+        tap: Tap,
+        layer: Layer,
+        shape: torch.Size,
+        terms: float | None,
+        weight: Tensor,
+        version: int,
+    ) -> None:
+        super().__init__(tap.statistics, layer, shape, terms)
+        self.tap, self.weight, self.version = tap, weight, version
+        self.draws = [0] if self.statistics.chosen_passes else None
+
+    def backward(self, ctx: Any, g: Tensor) -> tuple[Tensor, ...] | None:
+        statistics = self.statistics
+        if torch.is_grad_enabled():
+            statistics.seen = DOUBLE_BACKWARD
+            return None
+        found = self._input(ctx, g)
+        if found is None:
+            self.tap.copies = True
+            statistics.spoil(CHANGED_INPUT)
+            return None
+        with without_autocast(g.device.type), FullPrecision(g.device):
+            measured = self.measure(found[0], _plain(found[1]), _plain(g))
+        if measured is None or torch._C._will_engine_execute_node(statistics.sink):
+            return measured
+        if _accumulates(self.weight):  # .backward(inputs=...): the leaves are not among these
+            statistics.add(measured)
+        else:
+            statistics.seen = FUNCTIONAL_GRADIENT
+        return None
+
+    def _input(self, ctx: Any, g: Tensor) -> tuple[Layer, Tensor] | None:
+        """The input as it was, and the layer that took it."""
+        try:
+            (x,) = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            return kept_input(ctx.next_functions[0][0], self.layer, self.shape)
+        # with hooks of saved tensors, as activation checkpointing has them, torch does not look
+        return None if x._version > self.version else (self.layer, x)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Detached, dense, and of no subclass."""
+    if type(tensor) is not Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor = tensor.detach().as_subclass(Tensor)
+    return (tensor if tensor.layout is torch.strided else tensor.to_dense()).detach()
+
+
+def _accumulates(weight: Tensor) -> bool:
+    """Whether the backward pass that is running adds to the ``.grad`` of a weight."""
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # so says torch where torch.autograd.grad returns the gradient instead
+        return False
+
+
+EVALUATION = "called in eval() mode"
+REPLACED_WEIGHT = "called with another tensor in the place of the weight"
+TRANSFORMED = "called inside of torch.func"
+FORWARD_MODE = "called inside of torch.autograd.forward_ad"
+REPLICA = "run as a replica of DataParallel"
+EMPTY = "called with an empty batch"
+UNKNOWN_FORWARD = "run compiled, by a forward or a wrapper that the optimizer cannot look into"
+TAPPED = "called, but no backward pass came through the output"
+DOUBLE_BACKWARD = (
+    "called, but only backward passes with create_graph=True came through the output; what reaches "
+    "a weight by way of the derivative of a derivative has no Kronecker factors"
+)
+FUNCTIONAL_GRADIENT = "called, but differentiated by torch.autograd.grad instead of .backward()"
+CHANGED_INPUT = (
+    "called, but the input was changed in place before the backward pass; from now on a copy of it "
+    "is kept, and the next pass counts"
+)
+"""What may have become of the last call of a layer of which nothing was measured."""
+
+
+def _has_own_dispatch(tensor: Tensor) -> bool:
+    """Whether a subclass has no numbers of its own, or hides them."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _opaque(role: str, tensor: Tensor) -> str:
+    kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
+    return f"called, but the {role} is a {kind}, which only its own operations can read"
+
+
 class Tap:
     """Forward hook of one module.
 
     It keeps no reference to the optimizer, and copies and pickles as a hook that does nothing, so
     a copied model contributes no statistics.
+
+    Attributes:
+        statistics: Where it measures.
+        layer: The layer as it was called last, once its shape is known.
+        copies: Whether inputs are copied, because they are changed in place after the call.
     """
 
     def __init__(self, statistics: Statistics, weight: Tensor) -> None:
         """Measure into ``statistics`` while the module's weight is ``weight``."""
         self.statistics = statistics
         self.layer: Layer | None = None
+        self.copies = False
         self._weight_id = id(weight)
+        self._forward: Any = None
+        self._wrapped = False
+        self._known = True
+        self._geometry: tuple[Any, ...] = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap the output, or leave it alone where nothing may be measured."""
         statistics = self.statistics
         if self.layer is None:  # lazy modules know their shape only now
-            self.layer = statistics.bind(module)
-        if not (statistics.on and torch.is_grad_enabled() and module.training):
+            self.describe(module)
+        if not (statistics.on and torch.is_grad_enabled()):
             return None
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._is_tracing():  # before anything that a trace would record
             return None
         weight = module._parameters.get("weight")
-        if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
-            return None  # functional_call, or frozen
-        if not output.requires_grad or torch._C._are_functorch_transforms_active():
+        if isinstance(weight, nn.Parameter) and not weight.requires_grad:
+            return None
+        if compiling:
+            return self._trace(module, weight, args, kwargs, output)
+        if type(output) is Tensor:
+            return self._run(module, weight, args, kwargs, output)
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._run(module, weight, args, kwargs, output)
+
+    def _trace(self, module: nn.Module, weight: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """Tap an output inside of a graph that is being compiled."""
+        if not (module.training and isinstance(weight, nn.Parameter) and output.requires_grad):
+            return None
+        if torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active():
             return None
         x = args[0] if args else kwargs["input"]
         if not (x.numel() and output.numel()):
             return None
-        terms = None
-        if callable(statistics.loss_average):
-            terms = float(statistics.loss_average(module, output.shape))
-            if not compiling:
-                statistics.told = terms
-        layer, shape = self.layer, output.shape
-        draws = [0] if statistics.chosen_passes and not compiling else None
-
-        def measure(x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:
-            return statistics.measure(
-                layer, x, g.reshape(shape), terms, draws
-            )  # g may be of the base
-
-        if compiling:
-            if torch.compiler._is_exporting_flag:
-                return None
-            return _Identity.apply(output, x, measure, False, *statistics.leaves(output))
-        if not _is_plain(module, output):
+        if forward_of(module) is not self._forward or not self._known:
+            self.statistics.seen = UNKNOWN_FORWARD
             return None
+        layer = self._called(module, weight)
+        if layer is None:
+            return None
+        call = _TracedCall(self.statistics, layer, output.shape, self._terms(module, output))
+        return _Identity.apply(output, x, call, False, *self.statistics.leaves(output))
+
+    def _run(self, module: nn.Module, weight: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """Tap an output, in place."""
+        statistics = self.statistics
+        obstacle = self._obstacle(module, weight, output)
+        if obstacle is None:
+            x = args[0] if args else kwargs["input"]
+            if type(x) is not Tensor and _has_own_dispatch(x):
+                obstacle = _opaque("input", x)
+            elif x.numel() == 0:
+                obstacle = EMPTY
+        if obstacle is not None:
+            statistics.seen = obstacle or statistics.seen
+            return None
+        layer = self._called(module, weight)
+        if layer is None or (self._wrapped and not self._hands_on(module, weight, x, output)):
+            return None
+        statistics.seen = TAPPED
+        if self.copies:
+            x = x.detach().clone()
+        call = _EagerCall(
+            self, layer, output.shape, self._terms(module, output), weight, x._version
+        )
         if weight.grad is None and statistics.followed and id(weight) == self._weight_id:
             statistics.clear()  # left over from a pass whose gradients were dropped
         leaves = statistics.leaves(weight)
         base = output._base
         if base is None or base.numel() != output.numel():
-            return _Identity.apply(output, x, measure, True, *leaves)
-        tapped = _Identity.apply(base, x, measure, True, *leaves).view(output.shape)
+            return _Identity.apply(output, x, call, True, *leaves)
+        tapped = _Identity.apply(base, x, call, True, *leaves).view(output.shape)
         _ = output.grad_fn  # a stale view must be refreshed before anyone hooks it
-        return tapped
+        return tapped if type(output) is Tensor else output
+
+    def _obstacle(self, module: nn.Module, weight: Any, output: Any) -> str | None:
+        """Why a call cannot be measured, empty where no gradient of a weight comes from it."""
+        if type(output) is not Tensor:
+            if not isinstance(output, Tensor):
+                return f"called, but it returned a {type(output).__name__}"
+            if _has_own_dispatch(output):
+                return _opaque("output", output)
+        if torch._C._are_functorch_transforms_active():  # a batched output hides its gradient
+            return TRANSFORMED
+        if not output.requires_grad:
+            return ""
+        if not isinstance(weight, nn.Parameter):
+            return REPLACED_WEIGHT
+        if not module.training:
+            return EVALUATION
+        if torch.autograd.forward_ad._current_level >= 0:
+            return FORWARD_MODE
+        if "_is_replica" in module.__dict__:  # faster than to ask a module for what it lacks
+            return REPLICA
+        if output.is_nested:
+            return _opaque("output", output)
+        forward = forward_of(module)
+        if forward is not self._forward and not self._examine(module):
+            return ""
+        return None
+
+    def _examine(self, module: nn.Module) -> bool:
+        """Look at a ``forward`` that is new here."""
+        if layer_type(module) is None:
+            self.statistics.refuse(REPLACED_FORWARD)
+            return False
+        self._look(module)
+        return True
+
+    def _look(self, module: nn.Module) -> None:
+        self._forward, self._wrapped = forward_of(module), is_wrapped(module)
+        self._known = not self._wrapped or has_known_wrappers(module)
+
+    def _hands_on(self, module: nn.Module, weight: Tensor, x: Tensor, output: Tensor) -> bool:
+        """Whether a wrapper returns what the stock ``forward`` does."""
+        if is_compiled(output) or is_product(output, weight, module._parameters["bias"], x):
+            return True
+        self.statistics.refuse(f"{REPLACED_FORWARD} by a wrapper that changes the result")
+        return False
+
+    def _called(self, module: nn.Module, weight: Tensor) -> Layer | None:
+        """The layer as it is called now; None if its factors would have another shape."""
+        layer = self.layer
+        if layer is None:  # lazy modules know their shape only now
+            return self.describe(module)
+        if layer.kind != "linear" and (found := geometry(module)) != self._geometry:
+            layer = layer.called(hashable(found))
+        if id(weight) != self._weight_id and layer.weight_shape != tuple(weight.shape):
+            self.statistics.refuse(f"a weight of shape {tuple(weight.shape)} took its place")
+            return None
+        if layer.groups != self.statistics.layer.groups:
+            self.statistics.refuse(f"its groups became {layer.groups}")
+            return None
+        return layer
+
+    def describe(self, module: nn.Module) -> Layer:
+        """Take up what the module is now; its shape must be known."""
+        self.layer = self.statistics.bind(module)
+        self._look(module)
+        if self.layer.kind != "linear":
+            self._geometry = snapshot(module)
+        return self.layer
+
+    def _terms(self, module: nn.Module, output: Tensor) -> float | None:
+        average = self.statistics.loss_average
+        if not callable(average):
+            return None
+        terms = float(average(module, output.shape))
+        if not torch.compiler.is_compiling():
+            self.statistics.told = terms
+        return terms
 
     @staticmethod
     def weight_of(module: nn.Module) -> Tensor:
@@ -149,14 +382,6 @@ def _make_no_tap() -> _NoTap:
     return no_tap
 
 
-def _is_plain(module: nn.Module, output: Any) -> bool:
-    return (
-        type(output) is Tensor
-        and torch.autograd.forward_ad._current_level < 0
-        and "_is_replica" not in module.__dict__  # faster than to ask a module for what it lacks
-    )
-
-
 def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
     """Register a tap for as long as ``owner`` lives.
 
@@ -166,7 +391,7 @@ def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
     handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
     _forget_compiled_frames()
     if not any(is_lazy(p) for p in module._parameters.values() if p is not None):
-        tap.layer = tap.statistics.bind(module)
+        tap.describe(module)
         tap.statistics.leaves(tap.weight_of(module))  # a compiled graph cannot make them
     return weakref.finalize(owner, handle.remove)
 
@@ -223,11 +448,33 @@ class Call:
         edge: Where the gradient with respect to the output can be asked for, also after the output
             was changed in place.
         shape: Shape of the output.
+        layer: The layer as it was called, if it is a supported one that ran its own ``forward``.
+        version: How often the input had been changed in place.
     """
 
     x: Tensor
     edge: GradientEdge
     shape: torch.Size
+    layer: Layer | None
+    version: int
+
+    def taken(self) -> tuple[Layer | None, Tensor]:
+        """The input as it was at the call, and the layer that takes it.
+
+        Raises:
+            RuntimeError: If the input was changed in place since, and nobody has kept it.
+        """
+        if self.x._version == self.version:
+            return self.layer, self.x
+        found = None
+        if self.layer is not None:
+            found = kept_input(self.edge.node, self.layer, self.shape)
+        if found is None:
+            raise RuntimeError(
+                f"The input {tuple(self.x.shape)} of a module was changed in place after the call. "
+                "Supported: changes out of place."
+            )
+        return found[0], found[1].detach()
 
     def gradient(self, outputs: Tensor, vector: Tensor) -> Tensor:
         """Vector-Jacobian product of ``outputs`` with respect to the output of this call."""
@@ -251,6 +498,33 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
     ]
 
 
+def _edge(output: Tensor, reshaped: bool) -> GradientEdge:
+    """Where gradients of an output arrive, also once it is changed in place.
+
+    Of a view they arrive at its base then, and no more at the view.
+
+    Args:
+        output: What a module returned.
+        reshaped: Whether a view of everything is a reshape for sure, as those of layers are.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return get_gradient_edge(output)
+    reshaped = reshaped or (base.is_contiguous() and output.is_contiguous())
+    return get_gradient_edge(base if reshaped else output)
+
+
+def _ran(module: nn.Module, x: Tensor, output: Tensor) -> Layer | None:
+    """The layer that a call was, if a supported one ran its own ``forward``."""
+    if layer_type(module) is None:
+        return None
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    wrapped = is_wrapped(module) and not is_compiled(output)
+    if wrapped and (weight is None or not is_product(output, weight, bias, x)):
+        return None
+    return describe(module)
+
+
 @contextmanager
 def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
     """Record all calls of some modules, in training and in ``eval()`` mode.
@@ -266,7 +540,10 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Cal
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad:
-            calls[module].append(Call(x.detach(), get_gradient_edge(output), output.shape))
+            with torch._C.DisableTorchFunctionSubclass():
+                layer = _ran(module, x, output)
+                edge = _edge(output, layer is not None)
+                calls[module].append(Call(_plain(x), edge, output.shape, layer, x._version))
 
     handles = [m.register_forward_hook(record, with_kwargs=True, prepend=True) for m in calls]
     try:

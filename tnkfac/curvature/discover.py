@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature.layers import LAYERS, layer_type
+from tnkfac.curvature.layers import LAYERS, REPLACED_FORWARD, STOCK, layer_type
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Owner:
         if layer_type(self.module) is not None:
             return None
         if self.attribute in ("weight", "bias") and isinstance(self.module, tuple(LAYERS)):
-            return f"{kind} overrides forward"
+            overrides = getattr(type(self.module), "forward", None) not in STOCK.values()
+            return f"{kind} overrides forward" if overrides else REPLACED_FORWARD
         return f"{kind} is not a supported layer"
 
 

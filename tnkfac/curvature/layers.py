@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -57,6 +58,15 @@ class Layer:
     output_padding: tuple[int, ...] = ()
     padding_mode: str = "zeros"
     prepad: tuple[int, ...] = ()
+
+    def called(self, found: tuple[Any, ...]) -> Layer:
+        """This convolution with another :func:`geometry`."""
+        channels = self.in_channels, self.out_channels, self.bias
+        if not torch.compiler.is_compiling():
+            return convolution(self.kind, channels, self.kernel_size, found)
+        name = traced_name(self.kind, channels, self.kernel_size, found)
+        layer: Layer = getattr(traced_layers, name)
+        return layer
 
     @property
     def dims(self) -> int:
@@ -215,56 +225,101 @@ def _linear(module: Any) -> Layer:
 
 
 def _conv(module: Any) -> Layer:
-    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
-    return _conv_layer(
-        (module.in_channels, module.out_channels, module.bias is not None, module.groups),
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        padding,
-        tuple(module.dilation),
-        module.padding_mode,
-    )
-
-
-@lru_cache(maxsize=4096)
-def _conv_layer(
-    channels: tuple[int, int, bool, int],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    mode: str,
-) -> Layer:
-    pads = resolve_padding(padding, kernel_size, stride, dilation)
-    prepad: tuple[int, ...] = ()
-    if mode != "zeros":
-        prepad = tuple(p for pair in reversed(pads) for p in pair)
-        pads = ((0, 0),) * len(pads)
-    return Layer(
-        "conv",
-        *channels,
-        kernel_size,
-        stride,
-        pads,
-        dilation,
-        padding_mode=mode,
-        prepad=prepad if any(prepad) else (),
-    )
+    return _convolution("conv", module)
 
 
 def _conv_transpose(module: Any) -> Layer:
-    return Layer(
-        "conv_transpose",
-        module.in_channels,
-        module.out_channels,
-        module.bias is not None,
+    return _convolution("conv_transpose", module)
+
+
+def _convolution(kind: Kind, module: Any) -> Layer:
+    channels = module.in_channels, module.out_channels, module.bias is not None
+    return convolution(kind, channels, tuple(module.kernel_size), hashable(geometry(module)))
+
+
+def geometry(module: Any) -> tuple[Any, ...]:
+    """What the ``forward`` of a convolution reads of its module, beside the parameters."""
+    return (  # torch.compile traces this, but no operator.attrgetter
         module.groups,
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        tuple((p, p) for p in module.padding),
-        tuple(module.dilation),
-        tuple(module.output_padding),
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.output_padding,
+        module.padding_mode,
+        module._reversed_padding_repeated_twice,
     )
+
+
+def snapshot(module: nn.Module) -> tuple[Any, ...]:
+    """The :func:`geometry` with copies of lists, which do not change with the module."""
+    return tuple(list(part) if isinstance(part, list) else part for part in geometry(module))
+
+
+def hashable(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same :func:`geometry` with tuples in the place of lists."""
+    return tuple(tuple(part) if isinstance(part, list) else part for part in found)
+
+
+class _Traced:
+    """Layers that compiled graphs refer to, as attributes."""
+
+
+traced_layers = _Traced()
+
+
+def traced_name(
+    kind: Kind,
+    channels: tuple[int, int, bool],
+    kernel_size: tuple[int, ...],
+    found: tuple[Any, ...],
+) -> str:
+    """Name of a :func:`convolution` among the :data:`traced_layers`."""
+    layer = convolution(kind, channels, kernel_size, found)
+    known = vars(traced_layers)
+    for name, other in known.items():
+        if other == layer:
+            return name
+    known[f"layer{len(known)}"] = layer
+    return f"layer{len(known) - 1}"
+
+
+# What `torch.compiler.assume_constant_result` sets; the decorator itself would import the compiler.
+traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=4096)
+def convolution(
+    kind: Kind,
+    channels: tuple[int, int, bool],
+    kernel_size: tuple[int, ...],
+    found: tuple[Any, ...],
+) -> Layer:
+    """A convolution as its ``forward`` computes it.
+
+    Args:
+        kind: ``"conv"`` or ``"conv_transpose"``.
+        channels: ``C_in``, ``C_out``, and whether there is a bias.
+        kernel_size: Taps per spatial dimension.
+        found: Its :func:`geometry`.
+    """
+    groups, stride, padding, dilation, output_padding, mode, pads = found
+    each = partial(_per_dimension, dims=len(kernel_size))
+    stride, dilation = each(stride), each(dilation)
+    layer = partial(Layer, kind, *channels, groups, kernel_size, stride, dilation=dilation)
+    if kind == "conv_transpose":
+        zeros = tuple((p, p) for p in each(padding))
+        return layer(padding=zeros, output_padding=each(output_padding))
+    if mode != "zeros":  # `forward` pads by what the constructor derived from `padding`
+        none = ((0, 0),) * len(kernel_size)
+        return layer(padding=none, padding_mode=mode, prepad=pads if any(pads) else ())
+    padding = padding if isinstance(padding, str) else each(padding)
+    return layer(padding=resolve_padding(padding, kernel_size, stride, dilation))
+
+
+def _per_dimension(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """One number stands for all dimensions, as in torch's functionals."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * dims if len(numbers) == 1 else numbers
 
 
 LAYERS: dict[type[nn.Module], Callable[[Any], Layer]] = {
@@ -279,16 +334,67 @@ LAYERS: dict[type[nn.Module], Callable[[Any], Layer]] = {
 """Module type -> how to describe it. A new layer type is one function and one row."""
 
 
+STOCK = {kind: kind.forward for kind in LAYERS}
+"""The ``forward`` of the supported types as torch defines it, whoever replaces it later."""
+
+
+REPLACED_FORWARD = "its forward was replaced"
+
+
+def forward_of(module: nn.Module) -> Any:
+    """What a call of the module runs: its own ``forward``, or that of its class."""
+    return module.__dict__.get("forward") or type(module).forward
+
+
 def layer_type(module: nn.Module) -> type[nn.Module] | None:
     """The row of :data:`LAYERS` whose ``forward`` the module runs, or None.
 
-    Subclasses count while they keep the stock ``forward``; with another one, what multiplies the
+    Subclasses count while they keep the stock ``forward``, and so do modules and classes whose
+    ``forward`` is a wrapper that names it (``__wrapped__``); with another one, what multiplies the
     weight is unknown.
     """
     for kind in type(module).__mro__:
         if kind in LAYERS:
-            return kind if type(module).forward is kind.forward else None
+            return kind if _leads_to(forward_of(module), module, STOCK[kind]) else None
     return None
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a supported module runs its stock ``forward`` through somebody's wrapper."""
+    kind = layer_type(module)
+    return kind is not None and forward_of(module) is not STOCK[kind]
+
+
+def has_known_wrappers(module: nn.Module) -> bool:
+    """Whether all wrappers are by libraries that hand input and output on."""
+    forward = forward_of(module)
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        function = forward.func if isinstance(forward, partial) else forward
+        function = getattr(function, "__func__", function)
+        by = getattr(function, "__globals__", {}).get("__name__", "")  # `wraps` copies __module__
+        if by.split(".")[0] not in ("torch", "accelerate"):
+            return False
+        forward = inner
+    return True
+
+
+def _leads_to(forward: Any, module: nn.Module, stock: Any) -> bool:
+    """Whether wrappers end in the stock ``forward`` of this module and of no other."""
+    for _ in range(_DEPTH):
+        if isinstance(forward, MethodType):
+            if forward.__self__ is not module:
+                return False
+            forward = forward.__func__
+        if forward is stock:
+            return True
+        if isinstance(forward, partial) and forward.func is stock:
+            return len(forward.args) == 1 and forward.args[0] is module and not forward.keywords
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+_DEPTH = 32
+"""Wrappers around wrappers."""
 
 
 def describe(module: nn.Module) -> Layer:

@@ -220,6 +220,8 @@ class CurvatureOptimizer(Keeping):
         several = self._processes.count > 1
         self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
         groups = by_parameter(self.param_groups)
+        if any(layer.statistics.refused for layer in self._registry.layers):
+            due = self._release(due, groups)
         self._place(groups)
         self._notices.check_gradients(self._registry)
         self._ensure_state(groups)
@@ -240,6 +242,29 @@ class CurvatureOptimizer(Keeping):
         if isinstance(skip, Tensor):
             self._verdicts.send(skip, undo)
         return loss
+
+    def _release(self, due: list[CapturedLayer], groups: dict[int, Group]) -> list[CapturedLayer]:
+        """Leave layers to the fallback whose statistics have refused; return the others.
+
+        Several processes go on without: they hold the same layers, and one alone may have refused.
+        """
+        released = [layer for layer in self._registry.layers if layer.statistics.refused]
+        for layer in released:
+            if groups[id(layer.weight)]["fallback"] == "error":
+                raise ValueError(
+                    f"params: {layer.named()[0][0]} cannot be measured any more "
+                    f"({layer.statistics.refused}) and fallback is 'error'. Supported: "
+                    "fallback='adamw', fallback='sgd'."
+                )
+        if self._processes.count > 1:
+            return due
+        self._verdicts.receive(wait=True)  # they look at the state that is dropped
+        self._registry.release(released)
+        for layer in released:
+            for param in layer.params():
+                self.state.pop(param, None)
+        self._notices.tell_released(released)
+        return [layer for layer in due if not layer.statistics.refused]
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]

@@ -22,7 +22,7 @@ class Notices:
     def __init__(self) -> None:
         """Nothing was said yet."""
         self._gradients = False
-        self._statistics = False
+        self._silent: set[int] = set()
         self._processes = False
 
     def check_processes(
@@ -78,31 +78,50 @@ class Notices:
     def check_statistics(
         self, due: Sequence[CapturedLayer], state: Mapping[Tensor, dict[str, Any]]
     ) -> None:
-        """Warn of layers that have a gradient, but never had statistics.
+        """Warn of layers that have a gradient, but never had statistics; of each once.
 
         Args:
             due: Layers whose taps were on during the passes of this step.
             state: State of the optimizer.
         """
-        if self._statistics:
-            return
-        silent = [
-            layer.named()[0][0]
-            for layer in due
-            if mark(state, layer, "last_update") < 0
-            and not layer.statistics.pending
-            and layer.weight.grad is not None
-        ]
-        if silent:
-            self._statistics = True
-            sampled = any(layer.statistics.chosen_passes for layer in due)
+        causes: dict[str, list[str]] = {}
+        for layer in due:
+            if (
+                mark(state, layer, "last_update") < 0
+                and not layer.statistics.pending
+                and layer.weight.grad is not None
+                and id(layer.weight) not in self._silent
+            ):
+                self._silent.add(id(layer.weight))
+                cause = layer.statistics.refused or layer.statistics.seen or _unseen()
+                causes.setdefault(cause, []).append(layer.named()[0][0])
+        if causes:
+            found = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
             warn(
-                f"No statistics reached {_some(silent)}, which have gradients: their modules were "
-                "not called in training mode (but, for example, their weights were used directly), "
-                "or ran compiled without their hooks"
-                + (", or sample_fisher() was not called" if sampled else "")
-                + ". Until that changes they are trained without curvature; see report().",
+                f"No statistics reached {found}, which have gradients. Until that changes they are "
+                "trained without curvature; see report().",
             )
+
+    def tell_released(self, released: Sequence[CapturedLayer]) -> None:
+        """Warn of layers that the fallback trains from now on."""
+        found = "; ".join(
+            f"{layer.named()[0][0]}: {layer.statistics.refused}" for layer in released
+        )
+        warn(
+            f"The fallback trains layers whose curvature cannot be measured any more. {found}.",
+        )
+
+
+def _unseen() -> str:
+    """Why no call of a layer was seen."""
+    direct = "its module was not called (but, for example, the weight used directly)"
+    dynamo = getattr(torch, "_dynamo", None)
+    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
+        direct += (
+            ", or ran compiled: in eval() mode, without its hook, or in a backward pass that was "
+            "told its inputs"
+        )
+    return direct
 
 
 def _some(names: list[str]) -> str:

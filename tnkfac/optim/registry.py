@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature import find_owners, root_of
+from tnkfac.curvature import Statistics, find_owners, root_of
 from tnkfac.optim.layers import CapturedLayer, Uncaptured, sort
 from tnkfac.optim.marks import mark
 from tnkfac.optim.report import Report, Row
@@ -99,6 +99,21 @@ class Registry:
             layer.close()
         self.layers = [layer for layer in self.layers if layer not in gone]
 
+    def release(self, released: list[CapturedLayer]) -> None:
+        """Leave layers to the fallback from now on.
+
+        Args:
+            released: Some of the layers; their statistics say why.
+        """
+        gone = {id(layer) for layer in released}
+        self.layers = [layer for layer in self.layers if id(layer) not in gone]
+        for layer in released:
+            layer.close()
+            self.others += [
+                Uncaptured(name, layer.kind, param, layer.statistics.refused)
+                for name, param in layer.named()
+            ]
+
     def clear(self) -> None:
         """Drop pending statistics."""
         for layer in self.layers:
@@ -169,7 +184,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
         dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
     last_update = mark(state, layer, "last_update")
     updated = last_update >= 0
-    waits = "" if updated else "no statistics yet"
+    waits = "" if updated else _waits(statistics)
     for name, param in layer.named():
         yield Row(
             name,
@@ -183,6 +198,12 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
             waits if param.requires_grad else FROZEN,
             int(state.get(layer.weight, {}).get("failures", 0)),
         )
+
+
+def _waits(statistics: Statistics) -> str:
+    """Why the factors of a layer wait."""
+    why = statistics.refused or statistics.seen
+    return f"no statistics yet: {why}" if why else "no statistics yet"
 
 
 def _bytes(state: dict[str, Any]) -> int:

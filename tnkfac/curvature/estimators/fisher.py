@@ -117,8 +117,9 @@ def kfac(
             _add(sums, calls, outputs, propagated)
     found = {}
     for module, (name, _) in layers.items():
-        if terms and sums[module].A is None:
-            warn(f"kfac: layer {name!r} did not run and is left out.")
+        if terms and (sums[module].A is None or sums[module].lost):
+            why = "ran another forward" if sums[module].lost else "did not run"
+            warn(f"kfac: layer {name!r} {why} and is left out.")
             continue
         weight = _weight(loss, fisher_type, terms, samples)
         found[name] = sums[module].kronecker(weight, like=module.get_parameter("weight"))
@@ -144,6 +145,14 @@ class _Sums:
     A: Tensor | None = None
     B: Tensor | None = None
     rows: int = 0
+    lost: bool = False
+
+    def called(self, call: Call) -> Layer | None:
+        """The layer as it was called, if its factors have the same shape."""
+        layer = call.layer
+        if layer is None or layer.weight_shape != self.layer.weight_shape:
+            return None
+        return layer
 
     def add_input(self, gram: Gram) -> None:
         self.A = _plus(self.A, gram)
@@ -179,14 +188,22 @@ def _add(
 ) -> None:
     """Add the statistics of one batch."""
     flat = [(sums[module], call) for module, recorded in calls.items() for call in recorded]
-    for total, call in flat:
-        x = call.x.to(accumulation_dtype(call.x.dtype))
-        total.add_input(input_gram(total.layer, x, call.shape, total.approx))
+    layers = [total.called(call) for total, call in flat]
+    for (total, call), layer in zip(flat, layers, strict=True):
+        taken, x = call.taken()
+        if layer is None or taken is None:
+            total.lost = True
+            continue
+        layer = replace(taken, bias=total.layer.bias)
+        total.add_input(
+            input_gram(layer, x.to(accumulation_dtype(x.dtype)), call.shape, total.approx)
+        )
     for vector in propagated:
         found = gradients([call for _, call in flat], outputs, vector)
-        for (total, _), g in zip(flat, found, strict=True):
-            g = g.to(accumulation_dtype(g.dtype))
-            total.add_gradient(output_gram(total.layer, g, total.approx))
+        for (total, _), layer, g in zip(flat, layers, found, strict=True):
+            if layer is not None:
+                g = g.to(accumulation_dtype(g.dtype))
+                total.add_gradient(output_gram(layer, g, total.approx))
 
 
 def _trainable_layers(model: nn.Module) -> dict[nn.Module, tuple[str, Layer]]:

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tnkfac.curvature.capture import Call, gradients
 from tnkfac.curvature.estimators.evaluation import check_dependence
 from tnkfac.curvature.grams import accumulation_dtype
-from tnkfac.curvature.layers import describe, layer_type
 from tnkfac.curvature.routes.folding import (
     output_slice,
     sample_bias_gradients,
@@ -63,21 +62,22 @@ class _Use:
     @property
     def layered(self) -> bool:
         """Whether this is the weight or bias of a supported layer."""
-        return layer_type(self.module) is not None and self.name in ("weight", "bias")
+        return self.call.layer is not None and self.name in ("weight", "bias")
 
     @property
     def sliceable(self) -> bool:
         """Whether the rows of some output channels are those of a smaller layer."""
-        return self.layered and self.name == "weight" and describe(self.module).groups == 1
+        layer = self.call.layer
+        return layer is not None and self.name == "weight" and layer.groups == 1
 
     def rows(self, g: Tensor, samples: slice, channels: slice | None) -> Tensor:
         """``[n, *parameter.shape]`` for some samples (and output channels of a weight)."""
-        x, g = self.call.x[samples], g[samples]
+        layer, x = self.call.taken()
+        x, g = x[samples], g[samples]
         dtype = accumulation_dtype(g.dtype)
         g = g.to(dtype)
-        if not self.layered:
+        if layer is None or not self.layered:
             return self._mapped(x, g)
-        layer = describe(self.module)
         g = layer.standard_output(g)
         if self.name == "bias":
             return sample_bias_gradients(layer, g)
@@ -87,10 +87,11 @@ class _Use:
 
     def squares(self, g: Tensor) -> Tensor | None:
         """Sum of the squares of all rows, where it needs none of them; else None."""
-        if not self.layered or self.name != "weight":
+        layer, x = self.call.taken()
+        if layer is None or self.name != "weight":
             return None
-        layer, dtype = describe(self.module), accumulation_dtype(g.dtype)
-        x = layer.standard_input(self.call.x.to(dtype))
+        dtype = accumulation_dtype(g.dtype)
+        x = layer.standard_input(x.to(dtype))
         return sample_weight_squares(layer, x, layer.standard_output(g.to(dtype)))
 
     def _mapped(self, x: Tensor, g: Tensor) -> Tensor:
@@ -182,7 +183,9 @@ class SampleRows:
 
     def channels(self, name: str) -> int:
         """Output channels of the layer of a weight."""
-        return describe(self._uses[name][0][1].module).out_channels
+        layer = self._uses[name][0][1].call.layer
+        assert layer is not None
+        return layer.out_channels
 
     def rows(
         self, name: str, found: Sequence[Tensor], samples: slice, channels: slice | None = None
