@@ -345,6 +345,7 @@ class Statistics:
     def take(self, sums: Sequence[Tensor]) -> None:
         """Replace what has been collected by the sums over processes of :meth:`exchanged`."""
         *parts, counts = sums
+        self._spoiled = False  # others may have measured what was lost here
         if self.loss_average is not None:  # what normalises multiplies with the terms of all
             inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
             by = 1 / torch.where(counts[2] > 0, counts[2], 1.0)
