@@ -410,6 +410,7 @@ class Statistics:
     def take(self, sums: Sequence[Tensor]) -> None:
         """Replace what has been collected by the sums over processes of :meth:`exchanged`."""
         *parts, counts = sums
+        self._spoiled = False  # others may have measured what was lost here
         if self.loss_average is not None:  # what normalises multiplies with the terms of all
             inputs = self._inputs
             by = 1 / torch.where(counts[2] > 0, counts[2], 1.0)
