@@ -151,7 +151,7 @@ REPLACED_WEIGHT = "called with another tensor in the place of the weight"
 TRANSFORMED = "called inside of torch.func"
 FORWARD_MODE = "called inside of torch.autograd.forward_ad"
 REPLICA = "run as a replica of DataParallel"
-EMPTY = "called with an empty batch"
+EMPTY = "called with an empty batch, or without outputs"
 UNKNOWN_FORWARD = "run compiled, by a forward or a wrapper that the optimizer cannot look into"
 TAPPED = "called, but no backward pass came through the output"
 DOUBLE_BACKWARD = (
@@ -245,7 +245,7 @@ class Tap:
             x = args[0] if args else kwargs["input"]
             if type(x) is not Tensor and _has_own_dispatch(x):
                 obstacle = _opaque("input", x)
-            elif x.numel() == 0:
+            elif not (x.numel() and output.numel()):
                 obstacle = EMPTY
         if obstacle is not None:
             statistics.seen = obstacle or statistics.seen
