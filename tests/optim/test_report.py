@@ -1,6 +1,12 @@
 """What ``report()`` says beside its rows: which guards acted."""
 
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,3 +66,66 @@ def test_the_report_as_a_picture(steps: int, tmp_path: Path) -> None:
         optimizer.step()
     path = optimizer.report().draw(tmp_path / "report.png")
     assert path.stat().st_size > 10_000
+
+
+def trained() -> tuple[nn.Module, Any]:
+    """A model whose weights alone are more than half a megabyte, after a step."""
+    model = mlp(300, 300, 2)
+    optimizer = Optimizer(model, T=1)
+    x, y = mlp_batch(0, 300, 2)
+    squares(model(x), y).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+RETURNED: dict[str, Callable[[Any], Any]] = {
+    "report": lambda optimizer: optimizer.report(),
+    "diagnostics": lambda optimizer: optimizer.diagnostics(),
+    "placement": lambda optimizer: optimizer.placement(),
+}
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{
+        f"pickle {protocol}": lambda found, protocol=protocol: pickle.loads(
+            pickle.dumps(found, protocol)
+        )
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    },
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_returned_is_copied_without_the_optimizer(name: str, way: str) -> None:
+    """The same rows, numbers and text, after the optimizer is gone."""
+    _, optimizer = trained()
+    found = RETURNED[name](optimizer)
+    size = len(pickle.dumps(found))
+    copied = COPIES[way](found)
+    expected = [vars(row) for row in found], str(found), len(vars(found))
+    reference = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert reference() is None  # nothing that was returned or copied keeps it
+    assert type(copied) is type(found)
+    assert ([vars(row) for row in copied], str(copied)) == expected[:2]
+    spectra = sum(t.nbytes for pair in getattr(found, "spectra", {}).values() for t in pair)
+    assert size < 2_000 + 2 * spectra
+    for key, value in vars(found).items():
+        if key not in ("diagnose", "spectra"):
+            assert getattr(copied, key) == value
+
+
+def test_a_report_is_drawn_while_its_optimizer_lives(tmp_path: Path) -> None:
+    _, optimizer = trained()
+    report = optimizer.report()
+    path = report.draw(tmp_path / "report.png")
+    assert path.stat().st_size > 10_000
+    for copied in (copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
+        with pytest.raises(RuntimeError, match="optimizer"):
+            copied.draw(path)
+    del optimizer
+    gc.collect()
+    with pytest.raises(RuntimeError, match="optimizer"):
+        report.draw(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -342,7 +343,13 @@ class CurvatureOptimizer(Keeping):
         report = self._registry.report(self.state)
         report.skipped_updates = self.skipped_updates
         report.trust_region = None if self._trust is None else float(self._trust)
-        report.diagnose = self.diagnostics
+        owner = weakref.ref(self)
+
+        def diagnose() -> Diagnostics | None:
+            found = owner()
+            return None if found is None else found.diagnostics()
+
+        report.diagnose = diagnose
         return report
 
     def diagnostics(self) -> Diagnostics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from tnkfac.optim.diagnostics import Diagnostics
 from tnkfac.optim.pictures import draw_report
@@ -43,16 +44,18 @@ class Row:
 class Report(list[Row]):
     """List of :class:`Row`; prints as a table.
 
+    It does not keep the optimizer alive; copies and pickles are of the rows and numbers alone.
+
     Attributes:
         skipped_updates: Batches that were skipped for non-finite gradients or statistics.
         trust_region: By what ``kl_clip`` scaled the last updates of all layers, at most 1; None
             without it, or before the first step.
-        diagnose: Looks at the curvature of the layers.
+        diagnose: Looks at the curvature of the layers; None where no optimizer can be asked.
     """
 
     skipped_updates: int = 0
     trust_region: float | None = None
-    diagnose: Callable[[], Diagnostics] = Diagnostics
+    diagnose: Callable[[], Diagnostics | None] | None = None
 
     def draw(self, path: str | Path) -> Path:
         """Draw spectra of the factors, sizes of the updates and bytes of the state by layer.
@@ -65,8 +68,19 @@ class Report(list[Row]):
 
         Raises:
             ImportError: Without matplotlib.
+            RuntimeError: If the optimizer is gone, or the report is a copy or was unpickled.
         """
-        return draw_report(self, self.diagnose(), path)
+        diagnostics = None if self.diagnose is None else self.diagnose()
+        if diagnostics is None:
+            raise RuntimeError(
+                "draw: the optimizer that this report is of cannot be asked for its factors. "
+                "Supported: while it lives, by what its report() has returned, not by a copy."
+            )
+        return draw_report(self, diagnostics, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled beside the rows."""
+        return {key: value for key, value in self.__dict__.items() if key != "diagnose"}
 
     def __str__(self) -> str:
         """One line per parameter, and one for each guard that acted."""
