@@ -4,6 +4,8 @@ A module of tests with ``BOTH_OPTIMIZERS = True`` runs once with each; there ``O
 one whose turn it is, from options of SINGD.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from tnkfac import KFAC, SINGD
 
 __all__ = [
+    "EVERY_CURVATURE",
     "KINDS",
     "Optimizer",
     "factor_key",
@@ -68,6 +71,17 @@ def translated(options: dict[str, Any]) -> dict[str, Any]:
         T = options.pop("T")
         options |= {"factor_update_steps": T, "inv_update_steps": T}
     return options
+
+
+EVERY_CURVATURE: dict[str, Callable[..., Any]] = {
+    "SINGD diagonal": partial(SINGD, structures="diagonal"),
+    "SINGD dense": partial(SINGD, structures="dense"),
+    "SINGD auto": partial(SINGD, structures="auto"),
+    "KFAC eigen": partial(KFAC, compute_method="eigen"),
+    "KFAC ekfac": partial(KFAC, compute_method="ekfac"),
+    "KFAC cholesky": partial(KFAC, compute_method="cholesky"),
+}
+"""Both optimizers with each of their ways to keep and to invert factors."""
 
 
 def Optimizer(params: Any, lr: float | Tensor = 1e-3, **options: Any) -> Any:

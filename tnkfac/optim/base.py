@@ -23,6 +23,7 @@ from tnkfac.optim.placement import Plan
 from tnkfac.optim.registry import Group, Registry, by_parameter
 from tnkfac.optim.report import Report
 from tnkfac.optim.scaling import Scaling
+from tnkfac.optim.uncompiled import uncompiled
 from tnkfac.optim.unread import Unread
 from tnkfac.optim.updates import step_layers, step_others
 
@@ -158,6 +159,7 @@ class CurvatureOptimizer(Keeping):
 
     # ---------------------------------------------------------------- the step
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -284,6 +286,7 @@ class CurvatureOptimizer(Keeping):
 
     # ---------------------------------------------------------------- statistics
 
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and drop statistics that no step has taken.
 
@@ -338,6 +341,7 @@ class CurvatureOptimizer(Keeping):
         """Number of batches skipped for non-finite gradients or statistics; waits for them."""
         return self._skipped.total
 
+    @uncompiled
     def report(self) -> Report:
         """How every parameter is trained: a list of rows that prints as a table."""
         report = self._registry.report(self.state)
@@ -352,6 +356,7 @@ class CurvatureOptimizer(Keeping):
         report.diagnose = diagnose
         return report
 
+    @uncompiled
     def diagnostics(self) -> Diagnostics:
         """Condition of the factors and size of the last update, of every layer.
 

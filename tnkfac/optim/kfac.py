@@ -20,6 +20,7 @@ from tnkfac.optim.refresh import DERIVED, Refreshing, damping_of, decomposer_of,
 from tnkfac.optim.registry import Group, by_parameter
 from tnkfac.optim.stacks import joined
 from tnkfac.optim.step import roomy
+from tnkfac.optim.uncompiled import uncompiled
 
 ALIASES = {
     "stat_decay": "factor_decay",
@@ -219,6 +220,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
     # ---------------------------------------------------------------- the step
 
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tnkfac.optim import arguments, sampling
 from tnkfac.optim.layers import CapturedLayer
 from tnkfac.optim.registry import Registry, by_parameter
+from tnkfac.optim.uncompiled import uncompiled
 
 
 class FisherPasses:
@@ -21,6 +22,7 @@ class FisherPasses:
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
 
+    @uncompiled
     def sample_fisher(
         self,
         output: Tensor,

@@ -14,6 +14,7 @@ from tnkfac.optim.kfac import KFAC
 from tnkfac.optim.registry import Group
 from tnkfac.optim.report import Report
 from tnkfac.optim.shards import local, part_of
+from tnkfac.optim.uncompiled import uncompiled
 from tnkfac.optim.updates import natural_gradients
 
 FRACTIONS = {"comm_opt": 1.0, "hybrid_opt": 0.5, "mem_opt": 0.0}
@@ -159,6 +160,7 @@ class KFACPreconditioner:
         if not self._kfac._registry.layers:
             raise ValueError("model: got no supported layer. Supported: Linear, Conv1d/2d/3d, ...")
 
+    @uncompiled
     @torch.no_grad()
     def step(self) -> None:
         """Update the factors where it is time, and replace the gradients of all layers."""
