@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
 from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.resets import Resets, handing
 from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
 from tnkfac.curvature.scales import projected_squares
 from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
@@ -72,6 +73,7 @@ class Statistics:
         outputs: bool = True,
         squares: bool = False,
         chosen_passes: bool = False,
+        params: Sequence[Tensor] = (),
     ) -> None:
         """Nothing is allocated before the first pass.
 
@@ -83,6 +85,7 @@ class Statistics:
             outputs: Whether output gradients are measured, too.
             squares: Whether per-sample gradients are squared in an eigenbasis.
             chosen_passes: Whether only backward passes inside of :meth:`listening` count.
+            params: The weight, and the bias that is trained with it.
         """
         self.outputs, self.squares, self.chosen_passes = outputs, squares, chosen_passes
         self._heard = False
@@ -96,6 +99,9 @@ class Statistics:
         self._structures = structures
         self._bias = bias
         self._leaves: tuple[Tensor, ...] = ()
+        self._graph_leaves: tuple[Tensor, ...] = ()
+        self._resets = Resets(params)
+        self._doubtful: Tensor | None = None
         self.bound = False
 
     def bind(self, module: nn.Module) -> Layer:
@@ -147,9 +153,15 @@ class Statistics:
             shapes = [shape for shape in self._shapes() if 0 not in shape]
             zero = torch.zeros((), dtype=dtype, device=like.device)
             self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
+            self._graph_leaves = handing(self, self._leaves)
             if not self._used:
                 self.live = self._identities(zero)
         return self._leaves
+
+    def graph_leaves(self, like: Tensor) -> tuple[Tensor, ...]:
+        """What stands for the leaves in a compiled graph."""
+        self.leaves(like)
+        return self._graph_leaves
 
     def use(self, factors: tuple[Parts, Parts] | None) -> None:
         """Measure with these factors ``K`` and ``C`` from now on, or with the identity."""
@@ -185,6 +197,8 @@ class Statistics:
             g: Gradient with respect to its output.
             terms: Loss terms of this call if a callable told them.
         """
+        if not torch.compiler.is_compiling():
+            self._begins()
         if self.chosen_passes and not self._heard and not torch.compiler.is_compiling():
             return None
         dtype = self._leaves[0].dtype
@@ -234,6 +248,7 @@ class Statistics:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Backward passes inside count; what others have left behind is dropped."""
+        self.drop_stale()
         for leaf in self._leaves:
             leaf.grad = None
         self._heard = True
@@ -241,12 +256,73 @@ class Statistics:
             yield
         finally:
             self._heard = False
+            self._resets.mark()
             found = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
             if found and self._kept:
                 found = torch._foreach_add(found, self._kept)  # type: ignore[assignment]
             self._kept = found or self._kept
             for leaf in self._leaves:
                 leaf.grad = None
+
+    def _begins(self) -> None:
+        """A backward pass is about to add to what was collected."""
+        if self.chosen_passes:
+            if not self._heard:
+                self._resets.mark_after_pass()
+            return
+        self.drop_stale()
+        self._resets.mark()  # as they are at all calls of this pass
+        self._resets.mark_after_pass()
+
+    def arrives(self) -> None:
+        """A compiled backward pass has ended, and is about to add to what was collected."""
+        if not self.chosen_passes and self.pending and self._resets.changed_before_pass:
+            self.clear()  # whether anything was left of the gradients cannot be known any more
+        self._resets.mark_after_pass()
+
+    def drop_stale(self) -> None:
+        """Drop what was collected if the gradients of the same passes were reset since."""
+        if not self.pending or not self._resets.changed:
+            return
+        if self._resets.gone or (self._resets.on_host and self._resets.all_zero()):
+            self.clear()
+        elif not self._resets.on_host:
+            self._drop_on_device()
+        self._resets.mark()
+
+    def _drop_on_device(self) -> None:
+        """The same where gradients cannot be read without waiting."""
+        if self.chosen_passes:
+            self.clear()
+            return
+        stale = self._resets.all_zero_flag()
+        for leaf in self._leaves:
+            if leaf.grad is not None:
+                leaf.grad = leaf.grad.masked_fill(stale, 0)
+        self._doubtful = self._leaves[-1].grad
+
+    def settle(self) -> bool:
+        """Whether a step can take what was collected; what is stale is dropped.
+
+        Gradients may be zero here because they were clipped, and were so before: that they were
+        reset is certain only if inputs and output gradients were not zero.
+        """
+        if not self.pending:
+            return False
+        counts, resets = self.sums()[-1], self._resets
+        unsure = counts is self._doubtful and counts._version == 0  # nothing came since
+        if unsure or resets.gone or (resets.on_host and resets.changed and self._is_contradicted()):
+            self.clear()
+            return False
+        return True
+
+    def _is_contradicted(self) -> bool:
+        """Whether gradients are all zero that should not be."""
+        if not self.outputs or not self._resets.all_zero():
+            return False
+        inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
+        *parts, _ = self.sums()
+        return any(p.any() for p in parts[:inputs]) and any(p.any() for p in parts[inputs:])
 
     @property
     def hidden_leaves(self) -> tuple[Tensor, ...]:
@@ -329,6 +405,7 @@ class Statistics:
     def clear(self) -> None:
         """Drop what has been collected."""
         self._kept = None
+        self._doubtful = None
         for leaf in self._leaves:
             leaf.grad = None
 

@@ -60,11 +60,10 @@ class Tap:
     a copied model contributes no statistics.
     """
 
-    def __init__(self, statistics: Statistics, weight: Tensor) -> None:
-        """Measure into ``statistics`` while the module's weight is ``weight``."""
+    def __init__(self, statistics: Statistics) -> None:
+        """Measure into ``statistics``."""
         self.statistics = statistics
         self.layer: Layer | None = None
-        self._weight_id = id(weight)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap the output, or leave it alone where nothing may be measured."""
@@ -97,11 +96,10 @@ class Tap:
         if compiling:
             if torch.compiler._is_exporting_flag:
                 return None
-            return _Identity.apply(output, x, measure, False, *statistics.leaves(output))
+            return _Identity.apply(output, x, measure, False, *statistics.graph_leaves(output))
         if not _is_plain(module, output):
             return None
-        if weight.grad is None and statistics.pending and id(weight) == self._weight_id:
-            statistics.clear()  # left over from a pass whose gradients were dropped
+        statistics.drop_stale()
         leaves = statistics.leaves(weight)
         base = output._base
         if base is None or base.numel() != output.numel():

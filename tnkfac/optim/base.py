@@ -186,11 +186,12 @@ class CurvatureOptimizer(Keeping):
         self._notices.check_gradients(self._registry)
         self._ensure_state(groups)
         seen: Tensor | bool | None = None
+        pending = [layer for layer in self._registry.layers if layer.statistics.settle()]
         if several and due:
             receive = self._processes.send(due)
             seen = non_finite(self._gradients())  # while messages travel
             receive()
-        pending = [layer for layer in self._registry.layers if layer.statistics.pending]
+            pending = [layer for layer in self._registry.layers if layer.statistics.pending]
         if not pending and self._rests():
             return loss
         if not self._excluded:

@@ -160,12 +160,13 @@ def _capture(
         outputs=fisher != "forward-only",
         squares=group.get("compute_method") == "ekfac",
         chosen_passes=fisher == "mc",
+        params=[weight] if bias is None else [weight, bias],
     )
     first = next(entry for entry in found if entry.refusal is None)
     layer = CapturedLayer(first.name, type(first.module).__name__, weight, bias, statistics)
     for entry in found:
         if entry.attribute == "weight" and entry.refusal is None:
-            layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))
+            layer.removers.append(attach(owner, entry.module, Tap(statistics)))
     return layer
 
 
