@@ -151,9 +151,10 @@ class Statistics:
             or (self._leaves[0].dtype != dtype)
         ):
             shapes = [shape for shape in self._shapes() if 0 not in shape]
-            zero = torch.zeros((), dtype=dtype, device=like.device)
-            self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
-            self._graph_leaves = handing(self, self._leaves)
+            with torch.inference_mode(False):
+                zero = torch.zeros((), dtype=dtype, device=like.device)
+                self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
+                self._graph_leaves = handing(self, self._leaves)
             if not self._used:
                 self.live = self._identities(zero)
         return self._leaves

@@ -147,6 +147,7 @@ def _make_no_tap() -> _NoTap:
 def _is_plain(module: nn.Module, output: Any) -> bool:
     return (
         type(output) is Tensor
+        and not output.is_meta
         and torch.autograd.forward_ad._current_level < 0
         and "_is_replica" not in module.__dict__  # faster than to ask a module for what it lacks
     )

@@ -160,6 +160,7 @@ class CurvatureOptimizer(Keeping):
     # ---------------------------------------------------------------- the step
 
     @uncompiled
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.

@@ -221,6 +221,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
     # ---------------------------------------------------------------- the step
 
     @uncompiled
+    @torch.inference_mode(False)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -367,6 +368,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
                     saved["state"][index] = {k: v for k, v in state.items() if not _is_derived(k)}
         return saved
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; missing decompositions are made anew.
