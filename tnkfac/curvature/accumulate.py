@@ -15,6 +15,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
 from tnkfac.curvature.layers import Layer, describe
@@ -54,6 +55,7 @@ class Statistics:
         approx: ``"expand"`` or ``"reduce"``.
         loss_average: What the loss is averaged over.
         on: Whether taps measure at all.
+        hooks: Handles of the taps.
         live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them.
         layer: The layer, once its shape is known; its ``bias`` tells whether the bias is trained.
         k: Structure of the input side, once the shape is known.
@@ -98,6 +100,7 @@ class Statistics:
         self._used = False
         self._structures = structures
         self._bias = bias
+        self.hooks: list[RemovableHandle] = []
         self._leaves: tuple[Tensor, ...] = ()
         self._graph_leaves: tuple[Tensor, ...] = ()
         self._resets = Resets(params)
@@ -324,6 +327,11 @@ class Statistics:
         inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
         *parts, _ = self.sums()
         return any(p.any() for p in parts[:inputs]) and any(p.any() for p in parts[inputs:])
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a tap is still on its module, where others may have removed it."""
+        return any(hook.id in (hook.hooks_dict_ref() or ()) for hook in self.hooks)
 
     @property
     def hidden_leaves(self) -> tuple[Tensor, ...]:

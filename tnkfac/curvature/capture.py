@@ -160,6 +160,7 @@ def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
         A callable that removes the hook.
     """
     handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
+    tap.statistics.hooks.append(handle)
     _forget_compiled_frames()
     if not any(is_lazy(p) for p in module._parameters.values() if p is not None):
         tap.layer = tap.statistics.bind(module)

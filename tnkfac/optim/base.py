@@ -197,6 +197,7 @@ class CurvatureOptimizer(Keeping):
             return loss
         if not self._excluded:
             self._notices.check_statistics(due)
+            self._notices.check_stale(due, groups)
         skip = self._guarded(pending, groups, seen)
         self._skipped.add(skip)
         self._advance(pending if skip is not True else [], groups)
