@@ -16,9 +16,11 @@ from math import prod
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
 from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.resets import Resets, handing
 from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
 from tnkfac.curvature.scales import projected_squares
 from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
@@ -55,6 +57,7 @@ class Statistics:
         approx: ``"expand"`` or ``"reduce"``.
         loss_average: What the loss is averaged over.
         on: Whether taps measure at all.
+        hooks: Handles of the taps.
         live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them.
         told: What a callable ``loss_average`` said of the last call since the last step.
         seen: What became of the last call or backward pass, where nothing was measured; empty
@@ -73,7 +76,6 @@ class Statistics:
     _kept: list[Tensor] | None
     _drawn: float
     _draws: float
-    _trained: bool
     _passes: int
     _first: int
     sink: Node
@@ -87,6 +89,7 @@ class Statistics:
         outputs: bool = True,
         squares: bool = False,
         chosen_passes: bool = False,
+        params: Sequence[Tensor] = (),
     ) -> None:
         """Nothing is allocated before the first pass.
 
@@ -98,6 +101,7 @@ class Statistics:
             outputs: Whether output gradients are measured, too.
             squares: Whether per-sample gradients are squared in an eigenbasis.
             chosen_passes: Whether only backward passes inside of :meth:`listening` count.
+            params: The weight, and the bias that is trained with it.
         """
         self.outputs, self.squares, self.chosen_passes = outputs, squares, chosen_passes
         self._heard = False
@@ -114,7 +118,11 @@ class Statistics:
         self._used = False
         self._structures = structures
         self._bias = bias
+        self.hooks: list[RemovableHandle] = []
         self._leaves: tuple[Tensor, ...] = ()
+        self._graph_leaves: tuple[Tensor, ...] = ()
+        self._resets = Resets(params)
+        self._doubtful: Tensor | None = None
         self.bound = False
 
     def bind(self, module: nn.Module) -> Layer:
@@ -167,12 +175,19 @@ class Statistics:
             or (self._leaves[0].dtype != dtype)
         ):
             shapes = [shape for shape in self._shapes() if 0 not in shape]
-            zero = torch.zeros((), dtype=dtype, device=like.device)
-            self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
+            with torch.inference_mode(False):
+                zero = torch.zeros((), dtype=dtype, device=like.device)
+                self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
+                self._graph_leaves = handing(self, self._leaves)
             self.sink = get_gradient_edge(self._leaves[-1]).node
             if not self._used:
                 self.live = self._identities(zero)
         return self._leaves
+
+    def graph_leaves(self, like: Tensor) -> tuple[Tensor, ...]:
+        """What stands for the leaves in a compiled graph."""
+        self.leaves(like)
+        return self._graph_leaves
 
     def use(self, factors: tuple[Parts, Parts] | None) -> None:
         """Measure with these factors ``K`` and ``C`` from now on, or with the identity."""
@@ -214,9 +229,11 @@ class Statistics:
             terms: Loss terms of this call if a callable told them.
             draws: Number of passes through this call that have counted; None for all to count.
         """
+        if not torch.compiler.is_compiling():
+            self._begins()
         if draws is not None:
             if not self._heard:
-                self._trained, self.seen = True, NOT_SAMPLED
+                self.seen = NOT_SAMPLED
                 return None
             if self._counting:
                 self._count(draws, x.numel())
@@ -274,6 +291,7 @@ class Statistics:
             terms: Loss terms that these passes are the sum of; None for a loss that is averaged,
                 or not, like that of training.
         """
+        self.drop_stale()
         for leaf in self._leaves:
             leaf.grad = None
         self._heard, self._counting = True, draws is None
@@ -281,6 +299,7 @@ class Statistics:
             yield
         finally:
             self._heard = False
+            self._resets.mark()
             found = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
             if found:
                 self._keep(found, draws, terms)
@@ -333,6 +352,71 @@ class Statistics:
         """Say that nothing can be measured any more; the step takes this up."""
         self.refused = why
 
+    def _begins(self) -> None:
+        """A backward pass is about to add to what was collected."""
+        if self.chosen_passes:
+            if not self._heard:
+                self._resets.mark_after_pass()
+            return
+        self.drop_stale()
+        self._resets.mark()  # as they are at all calls of this pass
+        self._resets.mark_after_pass()
+
+    def arrives(self) -> None:
+        """A compiled backward pass has ended, and is about to add to what was collected."""
+        if not self.chosen_passes and self.pending and self._resets.changed_before_pass:
+            self.clear()  # whether anything was left of the gradients cannot be known any more
+        self._resets.mark_after_pass()
+
+    def drop_stale(self) -> None:
+        """Drop what was collected if the gradients of the same passes were reset since."""
+        if not self.pending or not self._resets.changed:
+            return
+        if self._resets.gone or (self._resets.on_host and self._resets.all_zero()):
+            self.clear()
+        elif not self._resets.on_host:
+            self._drop_on_device()
+        self._resets.mark()
+
+    def _drop_on_device(self) -> None:
+        """The same where gradients cannot be read without waiting."""
+        if self.chosen_passes:
+            self.clear()
+            return
+        stale = self._resets.all_zero_flag()
+        for leaf in self._leaves:
+            if leaf.grad is not None:
+                leaf.grad = leaf.grad.masked_fill(stale, 0)
+        self._doubtful = self._leaves[-1].grad
+
+    def settle(self) -> bool:
+        """Whether a step can take what was collected; what is stale is dropped.
+
+        Gradients may be zero here because they were clipped, and were so before: that they were
+        reset is certain only if inputs and output gradients were not zero.
+        """
+        if not self.pending:
+            return False
+        counts, resets = self.sums()[-1], self._resets
+        unsure = counts is self._doubtful and counts._version == 0  # nothing came since
+        if unsure or resets.gone or (resets.on_host and resets.changed and self._is_contradicted()):
+            self.clear()
+            return False
+        return True
+
+    def _is_contradicted(self) -> bool:
+        """Whether gradients are all zero that should not be."""
+        if not self.outputs or not self._resets.all_zero():
+            return False
+        inputs = sum(0 not in shape for shape in self.k.statistic_shapes)
+        *parts, _ = self.sums()
+        return any(p.any() for p in parts[:inputs]) and any(p.any() for p in parts[inputs:])
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a tap is still on its module, where others may have removed it."""
+        return any(hook.id in (hook.hooks_dict_ref() or ()) for hook in self.hooks)
+
     @property
     def hidden_leaves(self) -> tuple[Tensor, ...]:
         """The leaves that there are so far."""
@@ -346,11 +430,6 @@ class Statistics:
         if self.chosen_passes:
             return bool(self._kept)
         return bool(self._leaves) and self._leaves[-1].grad is not None  # every pass has counts
-
-    @property
-    def followed(self) -> bool:
-        """Whether there is a gradient of training that belongs to what has been collected."""
-        return self.pending and (self._trained or not self.chosen_passes)
 
     def sums(self) -> list[Tensor]:
         """What has been collected: un-normalised sums and counts."""
@@ -426,6 +505,7 @@ class Statistics:
         if self.chosen_passes:
             self._forget()
         self._spoiled = False
+        self._doubtful = None
         for leaf in self._leaves:
             leaf.grad = None
 
@@ -434,7 +514,6 @@ class Statistics:
         self._kept = None
         self._drawn = 0.0  # terms of the loss
         self._draws = 1.0  # passes through each call, in the mean
-        self._trained = False
         self._passes = self._first = 0  # sizes of the calls, of every pass and of their first ones
         self.told = None
 

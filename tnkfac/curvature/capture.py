@@ -235,7 +235,7 @@ class Tap:
         if layer is None:
             return None
         call = _TracedCall(self.statistics, layer, output.shape, self._terms(module, output))
-        return _Identity.apply(output, x, call, False, *self.statistics.leaves(output))
+        return _Identity.apply(output, x, call, False, *self.statistics.graph_leaves(output))
 
     def _run(self, module: nn.Module, weight: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap an output, in place."""
@@ -259,8 +259,7 @@ class Tap:
         call = _EagerCall(
             self, layer, output.shape, self._terms(module, output), weight, x._version
         )
-        if weight.grad is None and statistics.followed and id(weight) == self._weight_id:
-            statistics.clear()  # left over from a pass whose gradients were dropped
+        statistics.drop_stale()
         leaves = statistics.leaves(weight)
         base = output._base
         if base is None or base.numel() != output.numel():
@@ -278,7 +277,7 @@ class Tap:
                 return _opaque("output", output)
         if torch._C._are_functorch_transforms_active():  # a batched output hides its gradient
             return TRANSFORMED
-        if not output.requires_grad:
+        if not output.requires_grad or output.is_meta:
             return ""
         if not isinstance(weight, nn.Parameter):
             return REPLACED_WEIGHT
@@ -389,6 +388,7 @@ def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
         A callable that removes the hook.
     """
     handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
+    tap.statistics.hooks.append(handle)
     _forget_compiled_frames()
     if not any(is_lazy(p) for p in module._parameters.values() if p is not None):
         tap.describe(module)

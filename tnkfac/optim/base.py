@@ -196,6 +196,7 @@ class CurvatureOptimizer(Keeping):
     # ---------------------------------------------------------------- the step
 
     @uncompiled
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -226,15 +227,17 @@ class CurvatureOptimizer(Keeping):
         self._notices.check_gradients(self._registry)
         self._ensure_state(groups)
         seen: Tensor | bool | None = None
+        pending = [layer for layer in self._registry.layers if layer.statistics.settle()]
         if several and due:
             receive = self._processes.send(due)
             seen = non_finite(self._gradients())  # while messages travel
             receive()
-        pending = [layer for layer in self._registry.layers if layer.statistics.pending]
+            pending = [layer for layer in self._registry.layers if layer.statistics.pending]
         if not pending and self._rests(due):
             return loss
         if not self._excluded:
             self._notices.check_statistics(due, self.state)
+            self._notices.check_stale(due, groups, self.state)
         skip = self._guarded(pending, groups, seen)
         self._skipped.add(skip)
         undo = self._undo(pending, groups) if isinstance(skip, Tensor) else None

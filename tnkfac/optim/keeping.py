@@ -272,6 +272,7 @@ class Keeping(Stacking, Optimizer):
         groups = checkpoint.without_callables(saved["param_groups"])
         return {**saved, "state": state, "param_groups": groups}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; the argument is neither changed nor kept.

@@ -231,6 +231,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
     # ---------------------------------------------------------------- the step
 
     @uncompiled
+    @torch.inference_mode(False)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 

@@ -171,6 +171,7 @@ def _capture(
         outputs=fisher != "forward-only",
         squares=group.get("compute_method") == "ekfac",
         chosen_passes=fisher == "mc",
+        params=[weight] if bias is None else [weight, bias],
     )
     first = next(entry for entry in found if entry.refusal is None)
     layer = CapturedLayer(first.name, type(first.module).__name__, weight, bias, statistics)

@@ -11,9 +11,12 @@ from torch import Tensor
 from tnkfac.curvature import warn
 from tnkfac.optim.distributed import Processes
 from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.marks import mark
-from tnkfac.optim.registry import Registry
+from tnkfac.optim.marks import State, mark
+from tnkfac.optim.registry import Group, Registry
 from tnkfac.optim.shards import is_distributed
+
+PATIENCE = 3
+"""Updates in a row that a layer may miss."""
 
 
 class Notices:
@@ -23,7 +26,8 @@ class Notices:
         """Nothing was said yet."""
         self._gradients = False
         self._silent: set[int] = set()
-        self._processes = False
+        self._processes = self._stale = False
+        self._missed: dict[int, tuple[int, int]] = {}
 
     def check_processes(
         self, processes: Processes, registry: Registry, due: Sequence[CapturedLayer]
@@ -110,6 +114,53 @@ class Notices:
         warn(
             f"The fallback trains layers whose curvature cannot be measured any more. {found}.",
         )
+
+    def check_stale(
+        self, due: Sequence[CapturedLayer], groups: Mapping[int, Group], state: State
+    ) -> None:
+        """Warn of layers that had statistics, and have missed several updates in a row.
+
+        Args:
+            due: Layers whose taps were on during the passes of this step.
+            groups: Parameter groups by ``id`` of the parameter.
+            state: State of the optimizer.
+        """
+        if self._stale:
+            return
+        stale = [layer for layer in due if self._misses(layer, groups, state) >= PATIENCE]
+        if stale:
+            self._stale = True
+            unhooked = [layer for layer in stale if not layer.statistics.hooked]
+            sampled = any(layer.statistics.chosen_passes for layer in stale)
+            cause = (
+                f"the forward hooks of {_some(_names(unhooked))} were removed; build the optimizer "
+                "anew, or load its state into a new one"
+                if unhooked
+                else "their modules are not called in training mode any more (model.train()), or "
+                "run compiled without their hooks"
+                + (", or sample_fisher() is not called" if sampled else "")
+            )
+            warn(
+                f"No statistics have reached {_some(_names(stale))} for {PATIENCE} updates of the "
+                f"factors in a row, though there were gradients: {cause}. Until that changes they "
+                "are trained with the curvature of their last update; see report().",
+            )
+
+    def _misses(self, layer: CapturedLayer, groups: Mapping[int, Group], state: State) -> int:
+        """How many updates in a row a layer has missed; each counts once, at its first step."""
+        if layer.statistics.pending or mark(state, layer, "last_update") < 0:
+            self._missed.pop(id(layer), None)
+            return 0
+        count, counted = self._missed.get(id(layer), (0, -1))
+        date = groups[id(layer.weight)]["last_due"]
+        if date != counted and layer.weight.grad is not None and layer.removers:
+            count += 1
+            self._missed[id(layer)] = count, date
+        return count
+
+
+def _names(layers: Sequence[CapturedLayer]) -> list[str]:
+    return [layer.named()[0][0] for layer in layers]
 
 
 def _unseen() -> str:

@@ -189,6 +189,7 @@ class KFACPreconditioner:
             raise ValueError("model: got no supported layer. Supported: Linear, Conv1d/2d/3d, ...")
 
     @uncompiled
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self) -> None:
         """Update the factors where it is time, and replace the gradients of all layers."""

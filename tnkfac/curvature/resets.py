@@ -1,0 +1,131 @@
+"""Finding out that gradients were reset between backward passes, in whatever way.
+
+``zero_grad`` of an optimizer drops statistics with the gradients, but others reset gradients, too,
+and tell nobody: by None or in place. The version of a gradient, which every change in place counts
+up, tells where to look: a gradient as a backward pass has left it was not reset. One that was
+changed since (clipped, unscaled, reduced) was reset if nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Version = tuple[int, int] | None
+
+
+class Resets:
+    """The gradients of a layer from one backward pass to the next."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        """No pass was seen.
+
+        Args:
+            params: The weight, and the bias that is trained with it.
+        """
+        self._params = tuple(params)
+        self._seen: Version = None
+        self._task = -1
+
+    def mark(self) -> None:
+        """Take gradients as they are for what passes have left."""
+        self._seen = _version(self._params[0].grad)
+
+    def mark_after_pass(self) -> None:
+        """The same as soon as the backward pass that is running has ended."""
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._task):
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.mark)
+
+    @property
+    def gone(self) -> bool:
+        """Whether gradients were set to None."""
+        return self._seen is not None and self._params[0].grad is None
+
+    @property
+    def changed(self) -> bool:
+        """Whether gradients are not what passes have left."""
+        return _version(self._params[0].grad) != self._seen
+
+    @property
+    def changed_before_pass(self) -> bool:
+        """The same at the end of a backward pass, which has added to them once."""
+        now = _version(self._params[0].grad)
+        return self._seen is not None and now not in (
+            self._seen,
+            (self._seen[0], self._seen[1] + 1),
+        )
+
+    @property
+    def on_host(self) -> bool:
+        """Whether gradients can be read without waiting."""
+        return self._params[0].device.type == "cpu"
+
+    def all_zero(self) -> bool:
+        """Whether all gradients are zero; most often the first number tells."""
+        found = self._gradients()
+        if any(bool(grad[(0,) * grad.ndim]) for grad in found):
+            return False
+        return bool(found) and not any(bool(grad.any()) for grad in found)
+
+    def all_zero_flag(self) -> Tensor:
+        """The same as a scalar on the device, without waiting for it."""
+        found = self._gradients()
+        if not found:
+            return torch.zeros((), dtype=torch.bool, device=self._params[0].device)
+        return ~torch.stack([grad.any() for grad in found]).any()
+
+    def _gradients(self) -> list[Tensor]:
+        grads = (_local(p.grad) for p in self._params if p.grad is not None)
+        return [grad for grad in grads if grad.numel()]
+
+
+class _Handing(torch.autograd.Function):
+    """Hands statistics of a compiled graph on to the leaves.
+
+    Its node is older than those of any pass, so that it runs when these have run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, owner: weakref.ref[Any], *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.owner = owner
+        return tuple(leaf.new_zeros(()).expand(leaf.shape) for leaf in leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor) -> Any:
+        statistics = ctx.owner()
+        if statistics is not None:
+            statistics.arrives()
+        return (None, *parts)
+
+
+def handing(owner: object, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors for compiled graphs whose gradients go to some leaves.
+
+    Args:
+        owner: Its ``arrives()`` is called before; held weakly.
+        leaves: The leaves.
+    """
+    with torch.enable_grad():
+        found: tuple[Tensor, ...] = _Handing.apply(weakref.ref(owner), *leaves)
+    return found
+
+
+def _version(grad: Tensor | None) -> Version:
+    if grad is None:
+        return None
+    grad = _local(grad)
+    return id(grad), 0 if grad.is_inference() else grad._version
+
+
+def _local(grad: Tensor) -> Tensor:
+    """Of a distributed gradient, what is here."""
+    if type(grad) is Tensor:
+        return grad
+    local: Tensor = getattr(grad, "_local_tensor", grad)
+    return local
