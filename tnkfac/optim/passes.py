@@ -32,7 +32,8 @@ class FisherPasses:
         """Draw targets from the model's own distribution and back-propagate for the factors only.
 
         To be called between forward and backward pass, for every micro-batch; every ``.grad`` stays
-        as it is. On steps without a factor update it does nothing.
+        as it is. On steps without a factor update it does nothing. ``B`` is the mean over draws;
+        every call counts as further samples.
 
         Args:
             output: Output of the model that the loss is computed from: logits ``[N, C, ..]``, or
@@ -66,7 +67,8 @@ class FisherPasses:
         """Backward passes inside count for the factors, and leave every ``.grad`` as it is.
 
         For targets drawn by oneself: the loss has to be averaged like that of training, and not
-        scaled. Keep the graph (``retain_graph=True``) if the training loss follows on it.
+        scaled. Keep the graph (``retain_graph=True``) if the training loss follows on it. Passes
+        through the same outputs are draws, over which ``B`` is the mean, here and in later blocks.
 
         Raises:
             ValueError: If ``fisher_type`` is not ``"mc"``.
