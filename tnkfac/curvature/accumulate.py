@@ -179,7 +179,7 @@ class Statistics:
                 zero = torch.zeros((), dtype=dtype, device=like.device)
                 self._leaves = tuple(zero.expand(s).requires_grad_() for s in (*shapes, (3,)))
                 self._graph_leaves = handing(self, self._leaves)
-            self.sink = get_gradient_edge(self._leaves[-1]).node
+                self.sink = get_gradient_edge(self._leaves[-1]).node
             if not self._used:
                 self.live = self._identities(zero)
         return self._leaves
