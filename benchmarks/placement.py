@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac import KFAC, SINGD
-from tnkfac.optim import distributed
-from tnkfac.optim.checkpoint import ON_HOST
-from tnkfac.optim.messages import BUCKET
-from tnkfac.optim.placement import Plan, update_cost
+from tnkfac.optim.distributed import reduction
+from tnkfac.optim.distributed.assignment import Plan, update_cost
+from tnkfac.optim.distributed.buckets import BUCKET
+from tnkfac.optim.params.checkpoint import ON_HOST
 from tnkfac.optim.refresh import DERIVED
 
 RESULTS = Path(__file__).parent / "results"
@@ -256,11 +256,11 @@ def counted(rank: int, store: str, world: int, found: Any) -> None:
             for _ in range(4):
                 model(torch.randn(4, 3, 16, 16)).square().mean().backward()
                 sums[0] = copies[0] = 0
-                distributed.dist.all_reduce, distributed.dist.broadcast = all_reduce, one_to_all
+                reduction.dist.all_reduce, reduction.dist.broadcast = all_reduce, one_to_all
                 if cls is KFAC:  # decompose at every update of the factors
                     optimizer.param_groups[0]["inv_update_steps"] = 2
                 optimizer.step()
-                distributed.dist.all_reduce, distributed.dist.broadcast = reduce, broadcast
+                reduction.dist.all_reduce, reduction.dist.broadcast = reduce, broadcast
                 optimizer.zero_grad()
                 seen.append((sums[0], copies[0]))
             kept = sum(

@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tnkfac
 from tnkfac import curvature
 from tnkfac.curvature.routes import squares
-from tnkfac.optim import base, updates
+from tnkfac.optim import base
+from tnkfac.optim.step import pipeline
 
 CLASSES = 100
 PARTS = (
@@ -76,15 +77,15 @@ def parts_named() -> Iterator[None]:
         _named(curvature.Statistics, "measure", PARTS[3]),
         _named(base, "non_finite", PARTS[4]),
         _named(tnkfac.SINGD, "_update_factors", PARTS[5]),
-        _named(updates, "scaled_gradients", PARTS[6]),
-        _named(updates.fused, "sized_gradients", PARTS[6]),
+        _named(pipeline, "scaled_gradients", PARTS[6]),
+        _named(pipeline.triton_step, "sized_gradients", PARTS[6]),
         _named(tnkfac.SINGD, "_scalings", PARTS[6]),
         _named(tnkfac.SINGD, "_naturals", PARTS[6]),
-        _named(updates.multi, "step_many", PARTS[7]),
-        _named(updates.multi, "step_sized", PARTS[7]),
-        _named(updates.blocks, "norm", PARTS[6]),
-        _named(updates.blocks, "step_large", PARTS[7]),
-        _named(updates, "_step_layer", PARTS[7]),
+        _named(pipeline.multi, "step_many", PARTS[7]),
+        _named(pipeline.multi, "step_sized", PARTS[7]),
+        _named(pipeline.row_chunks, "norm", PARTS[6]),
+        _named(pipeline.row_chunks, "step_large", PARTS[7]),
+        _named(pipeline, "_step_layer", PARTS[7]),
         _named(base, "step_others", PARTS[7]),
     ]
     try:

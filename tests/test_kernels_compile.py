@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from tnkfac.curvature.routes.kernels import _squares_of_sums
-from tnkfac.optim.kernels import _keep_old, _means, _squares, _to_size, _updates
+from tnkfac.optim.step.triton_kernels import _keep_old, _means, _squares, _to_size, _updates
 
 FLOATS, NUMBERS = "*fp32", "*i64"
 FACTORS = dict.fromkeys(("X", "F", "M", "weights", "found", "new", "keep"), FLOATS)

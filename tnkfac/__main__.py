@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tnkfac import SINGD, __version__
 from tnkfac.curvature import explain
 from tnkfac.einsum import networks
-from tnkfac.optim.estimates import estimated
+from tnkfac.optim.report.cost import estimated
 
 EXAMPLES = """\
 examples:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac import KFAC, SINGD
-from tnkfac.optim import base, checkpoint, distributed, keeping, messages
+from tnkfac.optim import base, keeping
+from tnkfac.optim.distributed import buckets, reduction
+from tnkfac.optim.params import checkpoint
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SINGD": (SINGD, {"T": 2}),
@@ -285,7 +287,7 @@ def what_is_sent_is_what_the_formula_says() -> None:
     for name in ("SINGD", "SINGD diagonal"):
         model, optimizer = built(name)
         train(model, optimizer, name, 0, even(8), 1)
-        distributed.dist.all_reduce = counted
+        reduction.dist.all_reduce = counted
         for step, due in ((1, False), (2, True)):
             sent.clear()
             train(model, optimizer, name, step, even(8), 1)
@@ -297,7 +299,7 @@ def what_is_sent_is_what_the_formula_says() -> None:
                 expected += 3
             assert sum(sent) == expected, (name, sent, expected)
             assert len(sent) == due  # everything fits into one bucket
-        distributed.dist.all_reduce = known
+        reduction.dist.all_reduce = known
         optimizer.close()
 
 
@@ -436,7 +438,7 @@ def what_placements_send_is_what_the_formula_says() -> None:
         options = {"grad_worker_fraction": workers / world}
         model, optimizer = built("SINGD", options=options)
         train(model, optimizer, "SINGD", 0, even(8), 1)
-        distributed.dist.broadcast = counted
+        reduction.dist.broadcast = counted
         for step, due in ((1, False), (2, True)):
             sent.clear()
             train(model, optimizer, "SINGD", step, even(8), 1)
@@ -449,7 +451,7 @@ def what_placements_send_is_what_the_formula_says() -> None:
                 if workers < world and plan.source(layer) == dist.get_rank():
                     expected += own.layer.groups * own.k.dim * own.c.dim
             assert sum(sent) == expected, (workers, step, sent, expected)
-        distributed.dist.broadcast = known
+        reduction.dist.broadcast = known
         optimizer.close()
 
 
@@ -458,13 +460,13 @@ def buckets_do_not_matter() -> None:
     """Nor does it matter that a layer is larger than a bucket."""
     found = []
     for size in (25 * 2**20, 700):
-        messages.BUCKET = size
+        buckets.BUCKET = size
         model, optimizer = built("SINGD")
         for step in range(3):
             train(model, optimizer, "SINGD", step, even(8), 1)
         found.append([t.clone() for t in state_of(model.module, optimizer)])
         optimizer.close()
-    messages.BUCKET = 25 * 2**20
+    buckets.BUCKET = 25 * 2**20
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)  # sums in another order
 
@@ -472,7 +474,7 @@ def buckets_do_not_matter() -> None:
 @scenario
 def messages_travel_while_others_are_packed_and_gradients_are_read() -> None:
     """In a trace: each one is on its way during operations of the process that has sent it."""
-    messages.BUCKET = 1 << 20
+    buckets.BUCKET = 1 << 20
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(*(nn.Linear(300, 300) for _ in range(4))))
     optimizer = SINGD(model.parameters(), T=1, structures="dense")
@@ -497,7 +499,7 @@ def messages_travel_while_others_are_packed_and_gradients_are_read() -> None:
     }
     assert found
     assert len(travels) >= 10  # at least two in each of the steps
-    messages.BUCKET = 25 * 2**20
+    buckets.BUCKET = 25 * 2**20
     optimizer.close()
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tnkfac import KFAC, SINGD
-from tnkfac.optim.shards import local
+from tnkfac.optim.params.sharding import local
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SINGD": (SINGD, {"T": 2, "weight_decay": 0.1}),

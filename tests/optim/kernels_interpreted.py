@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import tnkfac
 from oracles.flags import Delayed, flag
 from tnkfac.curvature import plain_path
-from tnkfac.optim import base, diagonals, fused, kernels
+from tnkfac.optim import base
+from tnkfac.optim.step import diagonals, triton_kernels, triton_step
 
 calls = {"factors": 0, "gradients": 0}
 
@@ -24,11 +25,11 @@ def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def use_kernels() -> None:
-    kernels.BLOCK = 32  # several tiles to a layer, several rounds to a segment
-    kernels.updated = counted("factors", kernels.updated)
-    kernels.scaled = counted("gradients", kernels.scaled)
-    for module in (diagonals, fused):
-        module.triton_kernels = lambda like: kernels
+    triton_kernels.BLOCK = 32  # several tiles to a layer, several rounds to a segment
+    triton_kernels.updated = counted("factors", triton_kernels.updated)
+    triton_kernels.scaled = counted("gradients", triton_kernels.scaled)
+    for module in (diagonals, triton_step):
+        module.triton_kernels = lambda like: triton_kernels
 
 
 def convolutions() -> nn.Sequential:
@@ -135,14 +136,14 @@ if __name__ == "__main__":
         assert calls["gradients"] >= before["gradients"] + 8, name
         assert calls["factors"] > before["factors"], name
         print(name, "agrees")
-    kernels.check(torch.device("cpu"))
+    triton_kernels.check(torch.device("cpu"))
     for name in ("scaled", "updated"):
-        right = getattr(kernels, name)
-        setattr(kernels, name, lambda *args, f=right: spoiled(f(*args)))
+        right = getattr(triton_kernels, name)
+        setattr(triton_kernels, name, lambda *args, f=right: spoiled(f(*args)))
         try:
-            kernels.check(torch.device("cpu"))
+            triton_kernels.check(torch.device("cpu"))
         except AssertionError:
-            setattr(kernels, name, right)
+            setattr(triton_kernels, name, right)
         else:
             sys.exit(f"A trial passes kernels of which {name} is wrong by a thousandth.")
     sys.exit(0)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from oracles.loops import assert_same_state, assert_same_weights, fit, mlp_batch, squares, weights
 from oracles.zoo import Everyday, everyday_batch, fixed_weights, mlp
 from tnkfac import KFAC
-from tnkfac.optim.adaptation import FACTOR
+from tnkfac.optim.rules.levenberg_marquardt import FACTOR
 
 METHODS = ("eigen", "cholesky", "ekfac")
 each_method = pytest.mark.parametrize("method", METHODS)

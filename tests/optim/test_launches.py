@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 import tnkfac
 from profile_step import VIEWS
 from tnkfac.curvature.routes import squares
-from tnkfac.optim import base, diagonals, fused, multi
-from tnkfac.optim.registry import by_parameter
+from tnkfac.optim import base
+from tnkfac.optim.params.registry import by_parameter
+from tnkfac.optim.step import apply, diagonals, triton_step
 
 FREE = (*VIEWS, "device", "new_empty", "scalar_tensor", "promote_types")
 """What launches nothing."""
@@ -84,20 +85,20 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     launches = Launches()
     kernels = Kernels(launches.seen)
     monkeypatch.setattr(diagonals, "triton_kernels", lambda like: kernels)
-    monkeypatch.setattr(fused, "triton_kernels", lambda like: kernels)
+    monkeypatch.setattr(triton_step, "triton_kernels", lambda like: kernels)
     monkeypatch.setattr(squares, "_kernels", lambda tensor: kernels)
-    monkeypatch.setattr(multi, "_PLAIN", (*multi._PLAIN, FakeTensor))
+    monkeypatch.setattr(apply, "_PLAIN", (*apply._PLAIN, FakeTensor))
     monkeypatch.setattr(base, "Verdicts", Flags)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)
 
     def sent(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(torch.tensor(numbers).shape, dtype=dtype, device=device)
 
-    monkeypatch.setattr(fused, "_sent", sent)
-    for cached in (fused._tiles, diagonals._segments, multi._kept):
+    monkeypatch.setattr(triton_step, "_sent", sent)
+    for cached in (triton_step._tiles, diagonals._segments, apply._kept):
         cached.cache_clear()
     yield launches
-    for cached in (fused._tiles, diagonals._segments, multi._kept):
+    for cached in (triton_step._tiles, diagonals._segments, apply._kept):
         cached.cache_clear()
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from oracles.loops import fit, squares
 from oracles.optimizers import OPTIMIZERS
-from tnkfac.optim import fallback
-from tnkfac.optim.step import share_layout
+from tnkfac.optim.step import fallback
+from tnkfac.optim.step.grafting import share_layout
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),

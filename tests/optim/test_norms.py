@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnkfac.optim.norms import MOST, scaled_norm
+from tnkfac.optim.step.norms import MOST, scaled_norm
 
 CASES: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
     "linear": ((7, 5), torch.contiguous_format),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tnkfac import KFAC, SINGD, KFACPreconditioner
-from tnkfac.optim.checkpoint import ON_HOST
-from tnkfac.optim.placement import Place, Plan, assign, workers
+from tnkfac.optim.distributed.assignment import Place, Plan, assign, workers
+from tnkfac.optim.params.checkpoint import ON_HOST
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from oracles.loops import dense_factor, fit, squares
 from oracles.zoo import mlp
 from tnkfac import KFAC, KFACPreconditioner
 from tnkfac.curvature import Decomposable, resolve_structure
-from tnkfac.optim.decompositions import METHODS, Decomposer
-from tnkfac.optim.parts import store
+from tnkfac.optim.params.parts import store
+from tnkfac.optim.rules.decompositions import METHODS, Decomposer
 
 WAYS = [(method, damping) for method, types in METHODS.items() for damping in types]
 each_way = pytest.mark.parametrize(("method", "damping_type"), WAYS)

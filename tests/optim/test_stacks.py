@@ -10,7 +10,7 @@ from oracles.loops import fit, state_by_name, weights
 from oracles.zoo import STRUCTURES
 from tnkfac import KFAC, SINGD
 from tnkfac.curvature import plain_path
-from tnkfac.optim import stacks
+from tnkfac.optim.params import batches as params_batches
 
 
 def twins() -> nn.Sequential:
@@ -82,19 +82,19 @@ def test_what_goes_together(cls: Any) -> None:
     """So the comparison above compares something."""
     _, optimizer = trained(cls, {"structures": "dense"})
     layers = optimizer._registry.layers
-    assert stacks.stacked(layers, lambda layer: None) == [[0, 1], [2], [3, 4, 5]]
-    assert stacks.stacked(layers, id) == [[i] for i in range(6)]
+    assert params_batches.stacked(layers, lambda layer: None) == [[0, 1], [2], [3, 4, 5]]
+    assert params_batches.stacked(layers, id) == [[i] for i in range(6)]
     with plain_path():
-        assert stacks.stacked(layers, lambda layer: None) == [[i] for i in range(6)]
+        assert params_batches.stacked(layers, lambda layer: None) == [[i] for i in range(6)]
 
 
 def test_stacks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     _, optimizer = trained(SINGD, {"structures": "dense"})
     layers = optimizer._registry.layers[3:]
-    monkeypatch.setattr(stacks, "TOGETHER", 2 * (7 * 7 + 6 * 6))
-    assert stacks.stacked(layers, lambda layer: None) == [[0, 1], [2]]
-    monkeypatch.setattr(stacks, "SMALL", 80)
-    assert stacks.stacked(layers, lambda layer: None) == [[0], [1], [2]]
+    monkeypatch.setattr(params_batches, "TOGETHER", 2 * (7 * 7 + 6 * 6))
+    assert params_batches.stacked(layers, lambda layer: None) == [[0, 1], [2]]
+    monkeypatch.setattr(params_batches, "SMALL", 80)
+    assert params_batches.stacked(layers, lambda layer: None) == [[0], [1], [2]]
 
 
 @pytest.mark.filterwarnings("error")

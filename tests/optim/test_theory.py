@@ -12,7 +12,7 @@ from tnkfac.curvature import describe, preconditioner, stationary_points
 from tnkfac.curvature.grams import gram_pair
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.curvature.structures.diagonal import Diagonal
-from tnkfac.optim.singd_rule import singd_update
+from tnkfac.optim.rules.singd_rule import singd_update
 
 ARGUMENTS: dict[str, Any] = {"alpha1": 0.0, "kfac_like": False, "normalize": False}
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from tnkfac.optim.guard import non_finite
+from tnkfac.optim.finite import non_finite
 
 __all__ = ["Delayed", "flag"]
 

@@ -1,8 +1,8 @@
 """Optimizers."""
 
 from tnkfac.optim.kfac import KFAC
-from tnkfac.optim.preconditioner import KFACPreconditioner
-from tnkfac.optim.report import Report, Row
+from tnkfac.optim.kfac_pytorch import KFACPreconditioner
+from tnkfac.optim.report.summary import Report, Row
 from tnkfac.optim.singd import SINGD
 from tnkfac.optim.timm_names import register_timm
 

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from tnkfac.curvature import FirstForward, FullPrecision
-from tnkfac.optim import arguments
-from tnkfac.optim.diagnostics import Diagnostics, Spectra, diagnose
-from tnkfac.optim.distributed import Processes
-from tnkfac.optim.guard import SkippedUpdates, Verdicts, either, loss_scale, non_finite
+from tnkfac.optim import options
+from tnkfac.optim.distributed.assignment import Plan
+from tnkfac.optim.distributed.reduction import Processes
+from tnkfac.optim.finite import SkippedUpdates, Verdicts, either, loss_scale, non_finite
 from tnkfac.optim.keeping import Keeping
-from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.marks import mark, set_mark
-from tnkfac.optim.notices import Notices
-from tnkfac.optim.placement import Plan
-from tnkfac.optim.registry import Group, Registry, by_parameter
-from tnkfac.optim.report import Report
-from tnkfac.optim.scaling import Scaling
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.marks import mark, set_mark
+from tnkfac.optim.params.registry import Group, Registry, by_parameter
+from tnkfac.optim.report.diagnostics import Diagnostics, Spectra, diagnose
+from tnkfac.optim.report.notices import Notices
+from tnkfac.optim.report.summary import Report
+from tnkfac.optim.step.deferred_check import Unread
+from tnkfac.optim.step.elementwise import Scaling
+from tnkfac.optim.step.pipeline import step_layers, step_others
 from tnkfac.optim.uncompiled import uncompiled
-from tnkfac.optim.unread import Unread
-from tnkfac.optim.updates import step_layers, step_others
 
 
 class CurvatureOptimizer(Keeping):
@@ -90,7 +90,7 @@ class CurvatureOptimizer(Keeping):
             raise TypeError("params: got a set, but parameters must be ordered. Supported: a list.")
         params = [params] if isinstance(params, Tensor) else self._registry.spell_out(params)
         group["params"] = params
-        arguments.warn_near_misses(group, {*self.defaults, *_OTHER_KEYS})
+        options.warn_near_misses(group, {*self.defaults, *_OTHER_KEYS})
         self._check_group({**self.defaults, **group}, group)
         group.setdefault("base_lr", float(group.get("lr", self.defaults["lr"])))
         for counter in self._counters:

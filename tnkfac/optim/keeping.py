@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tnkfac.optim import checkpoint, fallback
-from tnkfac.optim.distributed import Copy, Processes
-from tnkfac.optim.guard import Verdicts
-from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.placement import Placement, PlacementRow, Plan, update_cost, workers
-from tnkfac.optim.registry import Group, Registry, by_parameter
-from tnkfac.optim.stacks import Stacking
-from tnkfac.optim.step import adam_state, roomy
+from tnkfac.optim.distributed.assignment import Placement, PlacementRow, Plan, update_cost, workers
+from tnkfac.optim.distributed.reduction import Copy, Processes
+from tnkfac.optim.finite import Verdicts
+from tnkfac.optim.params import checkpoint
+from tnkfac.optim.params.batches import Stacking
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.registry import Group, Registry, by_parameter
+from tnkfac.optim.step import fallback
+from tnkfac.optim.step.grafting import adam_state, roomy
 
 PATIENCE = timedelta(minutes=1)
 """How long ``state_dict`` waits for the other processes, if they keep parts of the state."""

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import Parts
-from tnkfac.optim import adaptation, arguments
+from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
-from tnkfac.optim.decompositions import METHODS
-from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.marks import mark, set_mark
-from tnkfac.optim.normalization import NORMALIZATIONS, normalized
-from tnkfac.optim.parts import overwrite, read, store
-from tnkfac.optim.passes import FisherPasses
+from tnkfac.optim.params.batches import joined
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.marks import mark, set_mark
+from tnkfac.optim.params.parts import overwrite, read, store
+from tnkfac.optim.params.registry import Group, by_parameter
 from tnkfac.optim.refresh import DERIVED, Refreshing, damping_of, decomposer_of, inverse_dtype
-from tnkfac.optim.registry import Group, by_parameter
-from tnkfac.optim.stacks import joined
-from tnkfac.optim.step import roomy
+from tnkfac.optim.rules import levenberg_marquardt
+from tnkfac.optim.rules.decompositions import METHODS
+from tnkfac.optim.rules.normalization import NORMALIZATIONS, normalized
+from tnkfac.optim.rules.sampled_fisher import FisherPasses
+from tnkfac.optim.step.grafting import roomy
 from tnkfac.optim.uncompiled import uncompiled
 
 ALIASES = {
@@ -187,9 +188,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             "normalization": normalization,
             "compact_state": compact_state,
             "grad_worker_fraction": grad_worker_fraction,
-            **arguments.fallback_settings(fallback, fallback_options),
+            **options.fallback_settings(fallback, fallback_options),
         }
-        arguments.take_aliases(defaults, aliases, ALIASES, KFAC.__init__)
+        options.take_aliases(defaults, aliases, ALIASES, KFAC.__init__)
         scaled = not all(given is None or isinstance(given, str) for given in (damping, kl_clip))
         classic = scaled or adaptive_damping or normalization == "kfac-pytorch"
         for name, value in (CLASSIC if classic else UNTUNED).items():
@@ -199,34 +200,34 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         super().__init__(params, defaults, grad_scaler, process_group)
 
     def _check_group(self, group: Group, given: Group) -> None:
-        arguments.shared(group, given)
-        arguments.number("factor_decay", group["factor_decay"], below=1.0)
-        arguments.interval("factor_update_steps", group["factor_update_steps"])
-        arguments.interval("inv_update_steps", group["inv_update_steps"])
-        arguments.choices("fisher_type", group["fisher_type"], FISHER_TYPES)
-        arguments.whole("mc_samples", group["mc_samples"], least=1)
-        arguments.whole("num_tolerated_failures", group["num_tolerated_failures"], least=0)
-        arguments.choices("compute_method", group["compute_method"], METHODS)
+        options.shared(group, given)
+        options.number("factor_decay", group["factor_decay"], below=1.0)
+        options.interval("factor_update_steps", group["factor_update_steps"])
+        options.interval("inv_update_steps", group["inv_update_steps"])
+        options.choices("fisher_type", group["fisher_type"], FISHER_TYPES)
+        options.whole("mc_samples", group["mc_samples"], least=1)
+        options.whole("num_tolerated_failures", group["num_tolerated_failures"], least=0)
+        options.choices("compute_method", group["compute_method"], METHODS)
         supported = METHODS[group["compute_method"]]
         if group["damping_type"] is not None:
-            arguments.choices(
+            options.choices(
                 f"damping_type of compute_method={group['compute_method']!r}",
                 group["damping_type"],
                 supported,
             )
         given["damping_type"] = group["damping_type"] or supported[0]
-        arguments.choices("normalization", group["normalization"], NORMALIZATIONS)
+        options.choices("normalization", group["normalization"], NORMALIZATIONS)
         if group["normalization"] == "kfac-pytorch" and group["kfac_approx"] != "expand":
             raise ValueError(
                 "kfac_approx: got 'reduce' with normalization='kfac-pytorch', which is for "
                 "'expand'. Supported: kfac_approx='expand', normalization='fisher'."
             )
         for name in ("nesterov", "adaptive_damping", "compact_state"):
-            arguments.flag(name, group[name])
+            options.flag(name, group[name])
         if group["adaptive_damping"] and group["damping"] is None:
             raise ValueError("damping: got None. Supported with adaptive_damping: a number.")
-        given["structures"] = arguments.structure_pair(group["structures"], factors=True)
-        given["inv_dtype"] = arguments.dtype_name("inv_dtype", group["inv_dtype"])
+        given["structures"] = options.structure_pair(group["structures"], factors=True)
+        given["inv_dtype"] = options.dtype_name("inv_dtype", group["inv_dtype"])
 
     # ---------------------------------------------------------------- the step
 
@@ -250,9 +251,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             return super().step(closure)
         if closure is None:
             raise ValueError("closure: got None. Supported with adaptive_damping: a closure.")
-        if (adaptive[0]["step"] + 1) % adaptation.EVERY:
+        if (adaptive[0]["step"] + 1) % levenberg_marquardt.EVERY:
             return super().step(closure)
-        trial = adaptation.Trial(p for group in self.param_groups for p in group["params"])
+        trial = levenberg_marquardt.Trial(p for group in self.param_groups for p in group["params"])
         loss = super().step(closure)
         with torch.no_grad():
             trial.moved()
@@ -265,7 +266,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             with self.no_stats():
                 change = trial.evaluate(closure) - float(loss)
             for group in adaptive:
-                group["damping"] = adaptation.adapted(group["damping"], change, predicted)
+                group["damping"] = levenberg_marquardt.adapted(group["damping"], change, predicted)
         self._excluded = False
         return loss
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import Decomposable, Parts, warn
-from tnkfac.optim.decompositions import Decomposer, saturated
-from tnkfac.optim.diagnostics import Spectra, eigenvalues
 from tnkfac.optim.keeping import Keeping
-from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.marks import set_mark
-from tnkfac.optim.parts import read
-from tnkfac.optim.registry import Group, by_parameter
-from tnkfac.optim.stacks import joined, parted
+from tnkfac.optim.params.batches import joined, parted
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.marks import set_mark
+from tnkfac.optim.params.parts import read
+from tnkfac.optim.params.registry import Group, by_parameter
+from tnkfac.optim.report.diagnostics import Spectra, eigenvalues
+from tnkfac.optim.rules.decompositions import Decomposer, saturated
 
 DERIVED = ("Q_A", "Q_B", "d_A", "d_B", "scales", "A_inv", "B_inv")
 """What of the state follows from the factors."""

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_points, warn
-from tnkfac.optim import arguments, budget, diagonals, scaling
+from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
-from tnkfac.optim.damping import damped, divided
-from tnkfac.optim.diagnostics import Spectra, inverse_squares
-from tnkfac.optim.guard import loss_scale
-from tnkfac.optim.layers import CapturedLayer
-from tnkfac.optim.marks import mark, set_mark
-from tnkfac.optim.parts import load, overwrite, read, store
-from tnkfac.optim.registry import Group, by_parameter
-from tnkfac.optim.scaling import Scaling
-from tnkfac.optim.singd_rule import singd_update
-from tnkfac.optim.stacks import joined, parted
-from tnkfac.optim.step import roomy
+from tnkfac.optim.finite import loss_scale
+from tnkfac.optim.params import budget
+from tnkfac.optim.params.batches import joined, parted
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.marks import mark, set_mark
+from tnkfac.optim.params.parts import load, overwrite, read, store
+from tnkfac.optim.params.registry import Group, by_parameter
+from tnkfac.optim.report.diagnostics import Spectra, inverse_squares
+from tnkfac.optim.rules.damping import damped, divided
+from tnkfac.optim.rules.singd_rule import singd_update
+from tnkfac.optim.step import diagonals, elementwise
+from tnkfac.optim.step.elementwise import Scaling
+from tnkfac.optim.step.grafting import roomy
 
 
 class SINGD(CurvatureOptimizer):
@@ -160,7 +162,7 @@ class SINGD(CurvatureOptimizer):
             "grafting": grafting,
             "decoupled_weight_decay": decoupled_weight_decay,
             "kl_clip": kl_clip,
-            **arguments.fallback_settings(fallback, fallback_options),
+            **options.fallback_settings(fallback, fallback_options),
             "grad_worker_fraction": grad_worker_fraction,
             "max_state_ratio": max_state_ratio,
             "max_step_ratio": max_step_ratio,
@@ -171,19 +173,19 @@ class SINGD(CurvatureOptimizer):
         super().__init__(params, defaults, grad_scaler, process_group)
 
     def _check_group(self, group: Group, given: Group) -> None:
-        arguments.shared(group, given)
-        arguments.number("alpha1", group["alpha1"], below=1.0)
-        arguments.interval("T", group["T"])
+        options.shared(group, given)
+        options.number("alpha1", group["alpha1"], below=1.0)
+        options.interval("T", group["T"])
         if not callable(group["lr_cov"]):
-            arguments.number("lr_cov", group["lr_cov"])
-        arguments.choices("init", group["init"], arguments.INIT)
+            options.number("lr_cov", group["lr_cov"])
+        options.choices("init", group["init"], options.INIT)
         for name in ("max_state_ratio", "max_step_ratio"):
             if group[name] is not None:
-                arguments.number(name, group[name])
+                options.number(name, group[name])
         for name in ("kfac_like", "normalize_lr_cov"):
-            arguments.flag(name, group[name])
-        given["structures"] = arguments.structure_pair(group["structures"])
-        given["preconditioner_dtype"] = arguments.dtype_pair(group["preconditioner_dtype"])
+            options.flag(name, group[name])
+        given["structures"] = options.structure_pair(group["structures"])
+        given["preconditioner_dtype"] = options.dtype_pair(group["preconditioner_dtype"])
 
     def _sort(self) -> None:
         known = {id(layer) for layer in self._registry.layers}
@@ -360,7 +362,7 @@ class SINGD(CurvatureOptimizer):
             (state["K"], state["C"]) if self._scales(layer) else None
             for layer, state in zip(layers, states, strict=True)
         ]
-        return scaling.read(layers, pairs)
+        return elementwise.read(layers, pairs)
 
     def _spectra(self, layer: CapturedLayer) -> Spectra | None:
         if not self._plan.keeps(layer):

@@ -1,0 +1,261 @@
+"""Sorting parameters into captured layers and those that the fallback trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
+from tnkfac.optim.params.sharding import fully_sharded, is_distributed
+from tnkfac.optim.params.skipping import skipped
+
+if TYPE_CHECKING:
+    from tnkfac.optim.step.elementwise import Scaling
+
+
+@dataclass
+class CapturedLayer:
+    """A weight, perhaps with its bias, whose curvature is captured.
+
+    Attributes:
+        name: Qualified name of the first module that owns the weight.
+        kind: Type name of that module.
+        weight: The weight.
+        bias: The bias, if it is trained with the weight.
+        statistics: What the taps of its modules measure.
+        scaling: What an optimizer has derived from the state to precondition with, if anything.
+        removers: Callables that remove the taps.
+        seen: What was read of its state, see :mod:`tnkfac.optim.params.marks`.
+    """
+
+    name: str
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    statistics: Statistics
+    scaling: Scaling | None = None
+    removers: list[Callable[[], Any]] = field(default_factory=list)
+    seen: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
+
+    def params(self) -> list[Tensor]:
+        """Weight, and bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Its parameters with their qualified names."""
+        prefix = f"{self.name}." if self.name else ""
+        return [
+            (prefix + name, p) for name, p in zip(("weight", "bias"), self.params(), strict=False)
+        ]
+
+    def close(self) -> None:
+        """Remove the taps and what they have collected."""
+        for remove in self.removers:
+            remove()
+        self.removers.clear()
+        self.statistics.clear()
+
+
+@dataclass
+class Uncaptured:
+    """A parameter that the fallback trains.
+
+    Attributes:
+        name: Qualified name, or ``param_<i>``.
+        kind: Type name of the module that owns it, or empty.
+        param: The parameter.
+        reason: Why it has no Kronecker-factored curvature.
+    """
+
+    name: str
+    kind: str
+    param: Tensor
+    reason: str
+
+
+def sort(
+    owner: object,
+    params: list[Tensor],
+    owners: dict[int, list[Owner]],
+    group_of: Callable[[Tensor], dict[str, Any]],
+    state: Mapping[Tensor, Any],
+    known: Iterable[int] = (),
+    before: Mapping[int, str] = MappingProxyType({}),
+) -> tuple[list[CapturedLayer], list[Uncaptured]]:
+    """Find the layers among parameters, and put taps on their modules.
+
+    Args:
+        owner: The taps live as long as this object.
+        params: All parameters, in the order of the parameter groups.
+        owners: Modules that own them, by ``id`` of the parameter, in module order.
+        group_of: The parameter group of a parameter.
+        state: State of the optimizer: what the fallback has begun to train, it goes on with.
+        known: ``id`` of parameters of layers that were captured before.
+        before: Reasons that all other parameters had before, by ``id``.
+
+    Returns:
+        Captured layers in module order, and the other parameters in the order of the groups.
+    """
+    by_id = {id(param): param for param in params}
+    done = set(known)
+    captured_before = set(known)
+    layers: list[CapturedLayer] = []
+    rest: list[Uncaptured] = []
+    reasons: dict[int, str] = {}
+    sharded = fully_sharded(params)
+    for key, found in owners.items():
+        weight = by_id.get(key)
+        if weight is None or key in done or all(o.attribute == "bias" for o in found):
+            continue
+        group = group_of(weight)
+        reason = _refusal(weight, found, sharded, group) or skipped(found, group)
+        begun = state.get(weight)
+        if reason is None and begun and "last_update" not in begun:
+            reason = _BEGUN
+        if reason is not None:
+            reasons[key] = reason
+            continue
+        bias, why = _joint_bias(weight, found, by_id, done, owners, group_of)
+        if bias is not None and "exp_avg" in state.get(bias, ()):
+            bias, why = None, _BEGUN
+        layers.append(_capture(owner, weight, bias, found, group))
+        done |= {id(param) for param in layers[-1].params()}
+        for entry in found:
+            other = entry.module._parameters.get("bias")
+            if other is not None and other is not bias:
+                reasons[id(other)] = why
+    for index, param in enumerate(params):
+        if id(param) in done:
+            continue
+        found = owners.get(id(param), [])
+        if not found:
+            reason = "no module that owns it was found"
+            rest.append(Uncaptured(f"param_{index}", "", param, reason))
+            continue
+        first = found[0]
+        if id(first.module._parameters.get("weight")) in captured_before:
+            reason = before.get(id(param), "it was added after its weight")
+        else:
+            reason = reasons.get(id(param)) or _lonely(first, by_id, reasons)
+        rest.append(Uncaptured(first.parameter_name, type(first.module).__name__, param, reason))
+    parallel = [u.name for u in rest if is_distributed(u.param) and id(u.param) not in sharded]
+    if parallel:
+        warn(
+            f"{', '.join(parallel)}: trained without curvature, because processes hold parts of "
+            "them in the forward pass, too (tensor parallelism). Supported: fully_shard."
+        )
+    return layers, rest
+
+
+_BEGUN = "the fallback had begun to train it before its layer was found"
+
+
+def _capture(
+    owner: object,
+    weight: Tensor,
+    bias: Tensor | None,
+    found: list[Owner],
+    group: dict[str, Any],
+) -> CapturedLayer:
+    fisher = group.get("fisher_type", "empirical")
+    statistics = Statistics(
+        group["kfac_approx"],
+        group["structures"],
+        bias is not None,
+        group["loss_average"],
+        outputs=fisher != "forward-only",
+        squares=group.get("compute_method") == "ekfac",
+        chosen_passes=fisher == "mc",
+        params=[weight] if bias is None else [weight, bias],
+    )
+    first = next(entry for entry in found if entry.refusal is None)
+    layer = CapturedLayer(first.name, type(first.module).__name__, weight, bias, statistics)
+    for entry in found:
+        if entry.attribute == "weight" and entry.refusal is None:
+            layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))
+    return layer
+
+
+def _joint_bias(
+    weight: Tensor,
+    found: list[Owner],
+    by_id: dict[int, Tensor],
+    done: set[int],
+    owners: dict[int, list[Owner]],
+    group_of: Callable[[Tensor], dict[str, Any]],
+) -> tuple[Tensor | None, str]:
+    """The bias that is trained together with the weight, or why there is none."""
+    biases = [o.module._parameters.get("bias") for o in found if o.refusal is None]
+    bias = biases[0]
+    if any(other is not bias for other in biases):
+        return None, "its weight is shared by layers with other biases"
+    if bias is None:
+        return None, ""
+    if not weight.requires_grad:
+        return None, "its weight was frozen when the optimizer was built"
+    if not bias.requires_grad:
+        return None, "it was frozen when the optimizer was built"
+    if id(bias) not in by_id or id(bias) in done:
+        return None, "it is not trained together with its weight"
+    why = skipped(owners[id(bias)], group_of(bias))
+    return (bias, "") if why is None else (None, why)
+
+
+def _lonely(owner: Owner, by_id: dict[int, Tensor], reasons: dict[int, str]) -> str:
+    """Why a parameter beside the weight of a module, such as its bias, has no curvature."""
+    weight = owner.module._parameters.get("weight")
+    if owner.refusal is not None:
+        return owner.refusal
+    if owner.attribute != "bias":
+        return f"it is the {owner.attribute} of {type(owner.module).__name__}"
+    if weight is None:
+        return "its weight is not a parameter"
+    if id(weight) not in by_id:
+        return "its weight is in no parameter group"
+    why = reasons.get(id(weight))
+    return "its weight is not captured" + (f": {why}" if why else "")
+
+
+def _refusal(
+    weight: Tensor, found: list[Owner], sharded: set[int], group: dict[str, Any]
+) -> str | None:
+    """Why a parameter with these owners is not the weight of a captured layer, if so.
+
+    Args:
+        weight: The parameter.
+        found: Its owners.
+        sharded: ``id`` of the parameters that are cut, but whole in the forward pass.
+        group: Its group.
+    """
+    supported = [owner for owner in found if owner.refusal is None]
+    if not supported:
+        return found[0].refusal
+    if any(owner.attribute != "weight" for owner in supported):
+        return f"it is the {supported[0].attribute} of {type(supported[0].module).__name__}"
+    others = [owner for owner in found if owner.refusal is not None and owner.runs]
+    if others and not group.get("capture_tied", False):
+        pair = others[0], supported[0]
+        names = [f"{type(o.module).__name__} {o.name}".rstrip() for o in pair]
+        return f"it is shared by {' and '.join(names)} (capture_tied is False)"
+    if is_distributed(weight) and id(weight) not in sharded:
+        return "it is distributed, also in the forward pass"
+    if not weight.is_floating_point():
+        return f"{weight.dtype} is not supported"
+    if is_lazy(weight):
+        return None
+    if not weight.numel():
+        return "it has no entries"
+    first = describe(supported[0].module)
+    if first.weight_shape != tuple(weight.shape):
+        return f"its shape {tuple(weight.shape)} is not that of the layer"
+    for entry in supported[1:]:
+        other = describe(entry.module)
+        same = first.kind, first.groups, first.weight_shape
+        if same != (other.kind, other.groups, other.weight_shape):
+            return "layers of different kinds share it"
+    return None

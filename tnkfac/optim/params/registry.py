@@ -1,0 +1,215 @@
+"""Which parameters of an optimizer are trained how."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnkfac.curvature import Statistics, find_owners, root_of
+from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, sort
+from tnkfac.optim.params.marks import mark
+from tnkfac.optim.params.skipping import Unmatched
+from tnkfac.optim.report.summary import Report, Row
+
+Group = dict[str, Any]
+FROZEN = "frozen"
+"""Reason of a parameter that requires no gradient."""
+_SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
+
+
+class Registry:
+    """Captured layers, and the parameters that the fallback trains.
+
+    Attributes:
+        layers: Captured layers in module order.
+        others: All other parameters in the order of the groups.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self.layers: list[CapturedLayer] = []
+        self.others: list[Uncaptured] = []
+        self._roots: list[weakref.ref[nn.Module]] = []
+        self._unmatched = Unmatched()
+
+    def spell_out(self, params: Any) -> list[Any]:
+        """List what may hold parameters, remembering the module that it comes from.
+
+        Args:
+            params: Parameters, named parameters, parameter groups, or a module.
+
+        Raises:
+            TypeError: If it is nothing of that kind.
+        """
+        root = root_of(params)
+        if root is not None:
+            self.remember(root)
+        if isinstance(params, nn.Module):
+            params = (param for param in params.parameters() if param.requires_grad)
+        try:
+            if isinstance(params, Tensor):
+                raise TypeError
+            listed = list(params)
+        except TypeError:
+            kind = type(params).__name__
+            raise TypeError(f"params: got a {kind}. Supported: {_SPELLINGS}.") from None
+        return listed
+
+    def remember(self, root: nn.Module) -> None:
+        """Search this module first from now on."""
+        self._roots.append(weakref.ref(root))
+
+    def sort(self, owner: object, groups: list[Group], state: dict[Tensor, Any]) -> bool:
+        """Find the layers of all groups; tell whether any parameter's module was found.
+
+        Args:
+            owner: The optimizer; taps live as long as it does.
+            groups: Its parameter groups.
+            state: Its state.
+        """
+        group_of = by_parameter(groups)
+        params = [param for group in groups for param in group["params"]]
+        roots = [root for ref in self._roots if (root := ref()) is not None]
+        owners = find_owners(params, roots)
+        taken = {id(param) for layer in self.layers for param in layer.params()}
+        before = {id(other.param): other.reason for other in self.others}
+        layers, self.others = sort(
+            owner, params, owners, lambda p: group_of[id(p)], state, taken, before
+        )
+        self.layers += layers
+        if owners:
+            self._unmatched.check(groups, owners, roots)
+        return bool(owners)
+
+    def knows(self, groups: list[Group]) -> bool:
+        """Whether the parameters of all groups are still those that were sorted."""
+        return {id(param) for group in groups for param in group["params"]} == {
+            id(param) for param in self.params()
+        }
+
+    def drop_departed(self, groups: list[Group]) -> None:
+        """Let go of layers of which a parameter is in no group any more."""
+        left = by_parameter(groups)
+        gone = [la for la in self.layers if not all(id(param) in left for param in la.params())]
+        for layer in gone:
+            layer.close()
+        self.layers = [layer for layer in self.layers if layer not in gone]
+
+    def release(self, released: list[CapturedLayer]) -> None:
+        """Leave layers to the fallback from now on.
+
+        Args:
+            released: Some of the layers; their statistics say why.
+        """
+        gone = {id(layer) for layer in released}
+        self.layers = [layer for layer in self.layers if id(layer) not in gone]
+        for layer in released:
+            layer.close()
+            self.others += [
+                Uncaptured(name, layer.kind, param, layer.statistics.refused)
+                for name, param in layer.named()
+            ]
+
+    def clear(self) -> None:
+        """Drop pending statistics."""
+        for layer in self.layers:
+            layer.statistics.clear()
+
+    def forget(self) -> None:
+        """Remove all taps, and sort everything anew."""
+        self.close()
+        self.layers, self.others = [], []
+
+    def contradicts(self, state: dict[Tensor, Any]) -> bool:
+        """Whether a state is that of another choice of layers."""
+        trained = [(layer.weight, True) for layer in self.layers]
+        trained += [(other.param, False) for other in self.others]
+        return any(
+            state.get(param) and ("last_update" in state[param]) != captured
+            for param, captured in trained
+        )
+
+    def close(self) -> None:
+        """Remove all taps."""
+        for layer in self.layers:
+            layer.close()
+
+    def params(self) -> Iterator[Tensor]:
+        """All parameters."""
+        for layer in self.layers:
+            yield layer.weight
+            if layer.bias is not None:
+                yield layer.bias
+        for other in self.others:
+            yield other.param
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters with their qualified names."""
+        for layer in self.layers:
+            yield from layer.named()
+        for other in self.others:
+            yield other.name, other.param
+
+    def report(self, state: dict[Tensor, Any]) -> Report:
+        """How every parameter is trained.
+
+        Args:
+            state: State of the optimizer.
+        """
+        rows = Report()
+        for layer in self.layers:
+            rows += _layer_rows(layer, state)
+        for other in self.others:
+            size, shape = _bytes(state.get(other.param, {})), _shape(other.param)
+            reason = other.reason if other.param.requires_grad else FROZEN
+            rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, reason))
+        return rows
+
+
+def by_parameter(groups: list[Group]) -> dict[int, Group]:
+    """The group of every parameter, by ``id``."""
+    return {id(param): group for group in groups for param in group["params"]}
+
+
+def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]:
+    statistics = layer.statistics
+    structure = ""
+    dims: tuple[int, ...] = ()
+    if statistics.bound:
+        structure = f"{statistics.k.name}, {statistics.c.name}"
+        dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
+    last_update = mark(state, layer, "last_update")
+    updated = last_update >= 0
+    waits = "" if updated else _waits(statistics)
+    for name, param in layer.named():
+        yield Row(
+            name,
+            layer.kind,
+            _shape(param),
+            statistics.approx,
+            structure,
+            dims,
+            _bytes(state.get(param, {})),
+            last_update if updated else None,
+            waits if param.requires_grad else FROZEN,
+            int(state.get(layer.weight, {}).get("failures", 0)),
+        )
+
+
+def _waits(statistics: Statistics) -> str:
+    """Why the factors of a layer wait."""
+    why = statistics.refused or statistics.seen
+    return f"no statistics yet: {why}" if why else "no statistics yet"
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    return () if torch.nn.parameter.is_lazy(param) else tuple(param.shape)

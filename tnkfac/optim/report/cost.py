@@ -1,0 +1,61 @@
+"""What training a network with an optimizer costs, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnkfac.curvature import output_shapes
+from tnkfac.optim.params.ladders import Choice, base_work
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a step.
+
+    Attributes:
+        state_bytes: Bytes of the state of all parameters.
+        ratio: Multiply-adds of a step over those of a first-order optimizer.
+    """
+
+    state_bytes: int
+    ratio: float
+
+
+def estimated(optimizer: Any, model: nn.Module, shape: tuple[int, ...], every: int) -> Estimate:
+    """Estimate the cost of a step.
+
+    Args:
+        optimizer: :class:`~tnkfac.SINGD` of the parameters of the network.
+        model: The network, on the meta device.
+        shape: Shape of its input.
+        every: Steps between updates of the factors.
+    """
+    layers = optimizer._registry.layers
+    with torch.device("meta"):
+        known = output_shapes(model, torch.empty(shape, device="meta"))
+    outputs = {id(m.weight): found for m, found in known.items() if hasattr(m, "weight")}
+    work = base = 0.0
+    for layer in layers:
+        output = outputs.get(id(layer.weight))
+        if output is None:
+            continue
+        own = layer.statistics
+        described = own.layer
+        rows = prod(output) // (described.groups * described.out_dim)
+        names = own.k.name, own.c.name
+        base += base_work(described, rows)
+        work += Choice(names, own.k, own.c, described.groups).work(rows, every)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    size = 0
+    for layer in layers:
+        state = optimizer._init_layer(layer, groups[id(layer.weight)])
+        size += sum(part.numel() * part.element_size() for part in state.values())
+        size += sum(param.numel() * param.element_size() for param in layer.params())
+    others = optimizer._registry.others
+    size += sum(2 * other.param.numel() * other.param.element_size() for other in others)
+    return Estimate(size, 1 + work / base if base else 1.0)

@@ -1,0 +1,179 @@
+"""What a step tells the user about, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature import warn
+from tnkfac.optim.distributed.reduction import Processes
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.marks import State, mark
+from tnkfac.optim.params.registry import Group, Registry
+from tnkfac.optim.params.sharding import is_distributed
+
+PATIENCE = 3
+"""Updates in a row that a layer may miss."""
+
+
+class Notices:
+    """Warnings that an optimizer has given, so that none comes twice."""
+
+    def __init__(self) -> None:
+        """Nothing was said yet."""
+        self._gradients = False
+        self._silent: set[int] = set()
+        self._processes = self._stale = False
+        self._missed: dict[int, tuple[int, int]] = {}
+
+    def check_processes(
+        self, processes: Processes, registry: Registry, due: Sequence[CapturedLayer]
+    ) -> None:
+        """Warn where other processes may train the same parameters, but nothing tells of them.
+
+        Args:
+            processes: What was found of others.
+            registry: All parameters.
+            due: Layers whose factors are about to be updated.
+        """
+        if self._processes or not due or not processes.overlooked:
+            return
+        self._processes = True
+        if any(is_distributed(param) for param in registry.params()):
+            return  # of these another warning tells
+        warn(
+            "There are several processes, but these parameters are in no DistributedDataParallel "
+            "and not fully sharded, so factors are those of this process alone. If gradients are "
+            "averaged by hand, replicas will drift apart: pass process_group="
+            "torch.distributed.group.WORLD, or wrap the model. If this process trains a model of "
+            "its own, pass process_group=None.",
+        )
+
+    def check_gradients(self, registry: Registry) -> None:
+        """Warn of parameters without gradient.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+        """
+        if all(
+            param.grad is not None and param.grad.layout == torch.strided
+            for param in registry.params()
+        ):
+            return
+        missing = []
+        for name, param in registry.named():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise ValueError(
+                    f"{name}.grad: got layout {param.grad.layout}. Supported: dense gradients; "
+                    "an Embedding gives them with sparse=False."
+                )
+            if param.grad is None and param.requires_grad:
+                missing.append(name)
+        if missing and not self._gradients:
+            self._gradients = True
+            warn(
+                f"No gradient reached {_some(missing)}; a step leaves them as they are. This is "
+                "normal for a part of the model that did not run.",
+            )
+
+    def check_statistics(
+        self, due: Sequence[CapturedLayer], state: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        """Warn of layers that have a gradient, but never had statistics; of each once.
+
+        Args:
+            due: Layers whose taps were on during the passes of this step.
+            state: State of the optimizer.
+        """
+        causes: dict[str, list[str]] = {}
+        for layer in due:
+            if (
+                mark(state, layer, "last_update") < 0
+                and not layer.statistics.pending
+                and layer.weight.grad is not None
+                and id(layer.weight) not in self._silent
+            ):
+                self._silent.add(id(layer.weight))
+                cause = layer.statistics.refused or layer.statistics.seen or _unseen()
+                causes.setdefault(cause, []).append(layer.named()[0][0])
+        if causes:
+            found = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
+            warn(
+                f"No statistics reached {found}, which have gradients. Until that changes they are "
+                "trained without curvature; see report().",
+            )
+
+    def tell_released(self, released: Sequence[CapturedLayer]) -> None:
+        """Warn of layers that the fallback trains from now on."""
+        found = "; ".join(
+            f"{layer.named()[0][0]}: {layer.statistics.refused}" for layer in released
+        )
+        warn(
+            f"The fallback trains layers whose curvature cannot be measured any more. {found}.",
+        )
+
+    def check_stale(
+        self, due: Sequence[CapturedLayer], groups: Mapping[int, Group], state: State
+    ) -> None:
+        """Warn of layers that had statistics, and have missed several updates in a row.
+
+        Args:
+            due: Layers whose taps were on during the passes of this step.
+            groups: Parameter groups by ``id`` of the parameter.
+            state: State of the optimizer.
+        """
+        if self._stale:
+            return
+        stale = [layer for layer in due if self._misses(layer, groups, state) >= PATIENCE]
+        if stale:
+            self._stale = True
+            unhooked = [layer for layer in stale if not layer.statistics.hooked]
+            sampled = any(layer.statistics.chosen_passes for layer in stale)
+            cause = (
+                f"the forward hooks of {_some(_names(unhooked))} were removed; build the optimizer "
+                "anew, or load its state into a new one"
+                if unhooked
+                else "their modules are not called in training mode any more (model.train()), or "
+                "run compiled without their hooks"
+                + (", or sample_fisher() is not called" if sampled else "")
+            )
+            warn(
+                f"No statistics have reached {_some(_names(stale))} for {PATIENCE} updates of the "
+                f"factors in a row, though there were gradients: {cause}. Until that changes they "
+                "are trained with the curvature of their last update; see report().",
+            )
+
+    def _misses(self, layer: CapturedLayer, groups: Mapping[int, Group], state: State) -> int:
+        """How many updates in a row a layer has missed; each counts once, at its first step."""
+        if layer.statistics.pending or mark(state, layer, "last_update") < 0:
+            self._missed.pop(id(layer), None)
+            return 0
+        count, counted = self._missed.get(id(layer), (0, -1))
+        date = groups[id(layer.weight)]["last_due"]
+        if date != counted and layer.weight.grad is not None and layer.removers:
+            count += 1
+            self._missed[id(layer)] = count, date
+        return count
+
+
+def _names(layers: Sequence[CapturedLayer]) -> list[str]:
+    return [layer.named()[0][0] for layer in layers]
+
+
+def _unseen() -> str:
+    """Why no call of a layer was seen."""
+    direct = "its module was not called (but, for example, the weight used directly)"
+    dynamo = getattr(torch, "_dynamo", None)
+    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
+        direct += (
+            ", or ran compiled: in eval() mode, without its hook, or in a backward pass that was "
+            "told its inputs"
+        )
+    return direct
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,105 @@
+"""What an optimizer does with every parameter, as rows and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tnkfac.optim.report.diagnostics import Diagnostics
+from tnkfac.optim.report.plots import draw_report
+from tnkfac.optim.report.table import aligned
+
+
+@dataclass(frozen=True)
+class Row:
+    """Treatment of one parameter.
+
+    Attributes:
+        name: Qualified name of the parameter, or ``param_<i>``.
+        module: Type of the module that owns it; empty if none was found.
+        shape: Shape of the parameter.
+        approximation: ``expand`` or ``reduce``; empty for the fallback.
+        structure: Structures of input and output factor; empty for the fallback.
+        factor_dims: Groups and rows of both factors, as ``(G, D, C_out / G)``; empty likewise.
+        state_bytes: Bytes of the state of this parameter.
+        last_update: Step of the last factor update, ``None`` before the first.
+        reason: Why the fallback trains it, why its factors wait, or that it is frozen; empty
+            otherwise.
+        failures: Decompositions of its factors that failed in a row.
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    approximation: str
+    structure: str
+    factor_dims: tuple[int, ...]
+    state_bytes: int
+    last_update: int | None
+    reason: str
+    failures: int = 0
+
+
+class Report(list[Row]):
+    """List of :class:`Row`; prints as a table.
+
+    It does not keep the optimizer alive; copies and pickles are of the rows and numbers alone.
+
+    Attributes:
+        skipped_updates: Batches that were skipped for non-finite gradients or statistics.
+        trust_region: By what ``kl_clip`` scaled the last updates of all layers, at most 1; None
+            without it, or before the first step.
+        diagnose: Looks at the curvature of the layers; None where no optimizer can be asked.
+    """
+
+    skipped_updates: int = 0
+    trust_region: float | None = None
+    diagnose: Callable[[], Diagnostics | None] | None = None
+
+    def draw(self, path: str | Path) -> Path:
+        """Draw spectra of the factors, sizes of the updates and bytes of the state by layer.
+
+        Args:
+            path: The file; its ending says which format.
+
+        Returns:
+            The file.
+
+        Raises:
+            ImportError: Without matplotlib.
+            RuntimeError: If the optimizer is gone, or the report is a copy or was unpickled.
+        """
+        diagnostics = None if self.diagnose is None else self.diagnose()
+        if diagnostics is None:
+            raise RuntimeError(
+                "draw: the optimizer that this report is of cannot be asked for its factors. "
+                "Supported: while it lives, by what its report() has returned, not by a copy."
+            )
+        return draw_report(self, diagnostics, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled beside the rows."""
+        return {key: value for key, value in self.__dict__.items() if key != "diagnose"}
+
+    def __str__(self) -> str:
+        """One line per parameter, and one for each guard that acted."""
+        titles = [field.name.replace("_", " ") for field in fields(Row)]
+        lines = [[_cell(getattr(row, f.name)) for f in fields(Row)] for row in self]
+        guards = []
+        if self.trust_region is not None and self.trust_region < 1:
+            guards.append(f"kl_clip scaled the last updates by {self.trust_region:.3g}.")
+        if self.skipped_updates:
+            guards.append(
+                f"{self.skipped_updates} batches skipped for numbers that are not finite."
+            )
+        return "\n".join([*aligned(titles, lines), *guards])
+
+    __repr__ = __str__
+
+
+def _cell(value: object) -> str:
+    if value is None or value == "" or value == ():
+        return "-"
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,1 @@
+"""How curvature becomes a preconditioner: the update rules."""

@@ -1,0 +1,146 @@
+"""The optimizer of every parameter that has no Kronecker-factored curvature.
+
+The update itself is torch's own AdamW or SGD.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from tnkfac.curvature import fast
+from tnkfac.optim.params.sharding import local
+from tnkfac.optim.step.grafting import share_layout
+
+State = dict[str, Any]
+
+
+def init_state(param: Tensor, group: dict[str, Any]) -> State:
+    """State of one parameter; its keys depend on the group only.
+
+    Half-precision parameters have moments in float32: in bfloat16 a slow moving average would not
+    decay, and in float16 small squares are zero.
+    """
+    param = _single(param.detach())
+    if group["fallback"] == "adamw":
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+        }
+    return {"momentum_buffer": torch.zeros_like(param)}
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """In float32 if it is in half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def update(
+    params: list[Tensor], states: list[State], group: dict[str, Any], skip: Tensor | None = None
+) -> None:
+    """One step for parameters of one group whose gradients are all there.
+
+    Args:
+        params: Parameters.
+        states: Their states, from :func:`init_state`.
+        skip: On CUDA, a scalar tensor that turns the step into none where it is one.
+        group: Their group. Without ``fallback_lr`` the group's ``lr`` is used; with it, it is
+            scaled by what a scheduler has made of the group's ``lr``.
+    """
+    by_kind: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
+    for param, state in zip(params, states, strict=True):
+        whole, own = local(param.detach()), {key: local(value) for key, value in state.items()}
+        assert param.grad is not None
+        grad = _single(local(param.grad))
+        moments = [value for key, value in own.items() if key != "step"]
+        alike = share_layout([_single(whole), grad, *moments])
+        by_kind[alike, type(param), param.device, param.dtype].append((whole, grad, own))
+    for (alike, *_), entries in by_kind.items():
+        wholes = [whole for whole, _, _ in entries]
+        grads = [grad for _, grad, _ in entries]
+        owns = [own for _, _, own in entries]
+        single = [_single(whole) for whole in wholes]
+        if alike or skip is None:
+            _update(single, grads, owns, group, skip, alike)
+        else:  # only a fused kernel can skip a step without waiting for the device
+            single = [param.contiguous() for param in single]
+            grads = [grad.contiguous() for grad in grads]
+            compact = [{key: value.contiguous() for key, value in own.items()} for own in owns]
+            _update(single, grads, compact, group, skip, True)
+            for own, new in zip(owns, compact, strict=True):
+                torch._foreach_copy_(list(own.values()), list(new.values()))
+        changed = [i for i, whole in enumerate(wholes) if whole is not single[i]]
+        if changed:
+            torch._foreach_copy_([wholes[i] for i in changed], [single[i] for i in changed])
+
+
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+    skip: Tensor | None,
+    alike: bool,
+) -> None:
+    """As :func:`update`, for tensors of one kind; ``alike``: fused kernels may take them."""
+    decay = group["fallback_weight_decay"]
+    decay = group["weight_decay"] if decay is None else decay
+    lr = learning_rate(group)
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = float(lr)
+    fused = skip is not None or (fast() and params[0].device.type in ("cpu", "cuda"))
+    fused = fused and alike and params[0].is_floating_point()
+    kernel = {"fused": True, "found_inf": skip} if fused else {"foreach": True}
+    if group["fallback"] == "adamw":
+        beta1, beta2 = group["fallback_betas"]
+        adamw(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            **kernel,
+            capturable=params[0].is_cuda and not fused,
+            has_complex=params[0].is_complex(),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=group["fallback_eps"],
+            maximize=False,
+        )
+        return
+    sgd(
+        params,
+        grads,
+        [state["momentum_buffer"] for state in states],
+        **kernel,
+        weight_decay=decay,
+        momentum=_momentum(group),
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        has_sparse_grad=False,
+    )
+
+
+def learning_rate(group: dict[str, Any]) -> Any:
+    """Learning rate of the fallback at this step."""
+    own = group["fallback_lr"]
+    if own is None:
+        return group["lr"]
+    return own if group["base_lr"] == 0 else own * (group["lr"] / group["base_lr"])
+
+
+def _momentum(group: dict[str, Any]) -> float:
+    own = group["fallback_momentum"]
+    return float(group["momentum"] if own is None else own)
