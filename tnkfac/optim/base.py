@@ -22,11 +22,11 @@ from tnkfac.optim.keeping import Keeping
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.marks import mark, set_mark
 from tnkfac.optim.params.registry import Group, Registry, by_parameter
+from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.report.diagnostics import Diagnostics, Spectra, diagnose
 from tnkfac.optim.report.notices import Notices
-from tnkfac.optim.report.summary import Report
+from tnkfac.optim.report.summary import Report, summarize
 from tnkfac.optim.step.deferred_check import Unread
-from tnkfac.optim.step.elementwise import Scaling
 from tnkfac.optim.step.pipeline import step_layers, step_others
 from tnkfac.optim.uncompiled import uncompiled
 
@@ -217,7 +217,7 @@ class CurvatureOptimizer(Keeping):
         self._catch_up()
         due = [layer for layer in self._registry.layers if layer.statistics.on]
         self._processes.look(self._registry.params, bool(due))
-        self._notices.check_processes(self._processes, self._registry, due)
+        self._notices.check_processes(self._processes.overlooked, self._registry, due)
         several = self._processes.count > 1
         self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
         groups = by_parameter(self.param_groups)
@@ -420,7 +420,7 @@ class CurvatureOptimizer(Keeping):
     def report(self) -> Report:
         """How every parameter is trained: a list of rows that prints as a table."""
         self._catch_up()
-        report = self._registry.report(self.state)
+        report = summarize(self._registry, self.state)
         report.skipped_updates = self.skipped_updates
         report.trust_region = None if self._trust is None else float(self._trust)
         owner = weakref.ref(self)

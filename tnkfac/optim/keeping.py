@@ -17,10 +17,10 @@ from tnkfac.optim.distributed.reduction import Copy, Processes
 from tnkfac.optim.finite import Verdicts
 from tnkfac.optim.params import checkpoint
 from tnkfac.optim.params.batches import Stacking
-from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.registry import Group, Registry, by_parameter
 from tnkfac.optim.step import fallback
-from tnkfac.optim.step.grafting import adam_state, roomy
+from tnkfac.optim.step.grafting import adam_state
 
 PATIENCE = timedelta(minutes=1)
 """How long ``state_dict`` waits for the other processes, if they keep parts of the state."""
@@ -351,7 +351,7 @@ class Keeping(Stacking, Optimizer):
 def _complete(state: dict[str, Tensor], param: Tensor, group: Group) -> None:
     """Add to the state of a weight or bias what does not depend on the rule."""
     if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(param, dtype=roomy(param.dtype))
+        state["momentum_buffer"] = torch.zeros_like(param, dtype=update_dtype(param.dtype))
     if group["grafting"] == "adam" and "exp_avg_sq" not in state:
         state.update(adam_state(param))
 

@@ -12,7 +12,7 @@ from tnkfac.curvature import Parts
 from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.params.batches import joined
-from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.marks import mark, set_mark
 from tnkfac.optim.params.parts import overwrite, read, store
 from tnkfac.optim.params.registry import Group, by_parameter
@@ -21,7 +21,6 @@ from tnkfac.optim.rules import levenberg_marquardt
 from tnkfac.optim.rules.decompositions import METHODS
 from tnkfac.optim.rules.normalization import NORMALIZATIONS, normalized
 from tnkfac.optim.rules.sampled_fisher import FisherPasses
-from tnkfac.optim.step.grafting import roomy
 from tnkfac.optim.uncompiled import uncompiled
 
 ALIASES = {
@@ -365,7 +364,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             for name, count in decomposer.counts.items()
         }
         update = decomposer.precondition(kept, gradients.to(dtype), damping_of(group))
-        return update.to(roomy(gradients.dtype))
+        return update.to(update_dtype(gradients.dtype))
 
     def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
         for group in self.param_groups:

@@ -14,16 +14,15 @@ from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.finite import loss_scale
 from tnkfac.optim.params import budget
 from tnkfac.optim.params.batches import joined, parted
-from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.marks import mark, set_mark
 from tnkfac.optim.params.parts import load, overwrite, read, store
 from tnkfac.optim.params.registry import Group, by_parameter
+from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.report.diagnostics import Spectra, inverse_squares
 from tnkfac.optim.rules.damping import damped, divided
 from tnkfac.optim.rules.singd_rule import singd_update
 from tnkfac.optim.step import diagonals, elementwise
-from tnkfac.optim.step.elementwise import Scaling
-from tnkfac.optim.step.grafting import roomy
 
 
 class SINGD(CurvatureOptimizer):
@@ -241,7 +240,7 @@ class SINGD(CurvatureOptimizer):
         for name, structure, dtype in zip(
             ("K", "C"), (statistics.k, statistics.c), group["preconditioner_dtype"], strict=True
         ):
-            kept = roomy(weight.dtype) if dtype is None else getattr(torch, dtype)
+            kept = update_dtype(weight.dtype) if dtype is None else getattr(torch, dtype)
             eye = structure.identity(groups, kept, weight.device)
             store(state, name, eye)
             if momentum:

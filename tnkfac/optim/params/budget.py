@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import warn
-from tnkfac.optim.params.captured import CapturedLayer, Uncaptured
+from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, update_dtype
 from tnkfac.optim.params.ladders import Choice, Names, base_work, candidates, fitting, matching
 from tnkfac.optim.params.registry import Group
-from tnkfac.optim.step.grafting import roomy
 
 
 def limit_state(
@@ -141,7 +140,7 @@ def _smallest(names: Names) -> Names:
 
 def _number_bytes(layer: CapturedLayer, group: Group) -> tuple[int, int]:
     """Bytes of a number of ``K`` and of ``C``."""
-    kept = roomy(layer.weight.dtype)
+    kept = update_dtype(layer.weight.dtype)
     k, c = (
         (kept if name is None else getattr(torch, name)).itemsize
         for name in group["preconditioner_dtype"]

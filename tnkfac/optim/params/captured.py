@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
+from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.params.sharding import fully_sharded, is_distributed
 from tnkfac.optim.params.skipping import skipped
-
-if TYPE_CHECKING:
-    from tnkfac.optim.step.elementwise import Scaling
 
 
 @dataclass
@@ -259,3 +258,8 @@ def _refusal(
         if same != (other.kind, other.groups, other.weight_shape):
             return "layers of different kinds share it"
     return None
+
+
+def update_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A dtype in which natural gradients do not overflow: float32 in place of float16."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -6,18 +6,13 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature import Statistics, find_owners, root_of
+from tnkfac.curvature import find_owners, root_of
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, sort
-from tnkfac.optim.params.marks import mark
 from tnkfac.optim.params.skipping import Unmatched
-from tnkfac.optim.report.summary import Report, Row
 
 Group = dict[str, Any]
-FROZEN = "frozen"
-"""Reason of a parameter that requires no gradient."""
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
 
@@ -154,62 +149,7 @@ class Registry:
         for other in self.others:
             yield other.name, other.param
 
-    def report(self, state: dict[Tensor, Any]) -> Report:
-        """How every parameter is trained.
-
-        Args:
-            state: State of the optimizer.
-        """
-        rows = Report()
-        for layer in self.layers:
-            rows += _layer_rows(layer, state)
-        for other in self.others:
-            size, shape = _bytes(state.get(other.param, {})), _shape(other.param)
-            reason = other.reason if other.param.requires_grad else FROZEN
-            rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, reason))
-        return rows
-
 
 def by_parameter(groups: list[Group]) -> dict[int, Group]:
     """The group of every parameter, by ``id``."""
     return {id(param): group for group in groups for param in group["params"]}
-
-
-def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]:
-    statistics = layer.statistics
-    structure = ""
-    dims: tuple[int, ...] = ()
-    if statistics.bound:
-        structure = f"{statistics.k.name}, {statistics.c.name}"
-        dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
-    last_update = mark(state, layer, "last_update")
-    updated = last_update >= 0
-    waits = "" if updated else _waits(statistics)
-    for name, param in layer.named():
-        yield Row(
-            name,
-            layer.kind,
-            _shape(param),
-            statistics.approx,
-            structure,
-            dims,
-            _bytes(state.get(param, {})),
-            last_update if updated else None,
-            waits if param.requires_grad else FROZEN,
-            int(state.get(layer.weight, {}).get("failures", 0)),
-        )
-
-
-def _waits(statistics: Statistics) -> str:
-    """Why the factors of a layer wait."""
-    why = statistics.refused or statistics.seen
-    return f"no statistics yet: {why}" if why else "no statistics yet"
-
-
-def _bytes(state: dict[str, Any]) -> int:
-    tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _shape(param: Tensor) -> tuple[int, ...]:
-    return () if torch.nn.parameter.is_lazy(param) else tuple(param.shape)

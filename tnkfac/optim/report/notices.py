@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature import warn
-from tnkfac.optim.distributed.reduction import Processes
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.marks import State, mark
 from tnkfac.optim.params.registry import Group, Registry
@@ -30,16 +29,16 @@ class Notices:
         self._missed: dict[int, tuple[int, int]] = {}
 
     def check_processes(
-        self, processes: Processes, registry: Registry, due: Sequence[CapturedLayer]
+        self, overlooked: bool, registry: Registry, due: Sequence[CapturedLayer]
     ) -> None:
         """Warn where other processes may train the same parameters, but nothing tells of them.
 
         Args:
-            processes: What was found of others.
+            overlooked: Whether there are other processes that nothing ties these parameters to.
             registry: All parameters.
             due: Layers whose factors are about to be updated.
         """
-        if self._processes or not due or not processes.overlooked:
+        if self._processes or not due or not overlooked:
             return
         self._processes = True
         if any(is_distributed(param) for param in registry.params()):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from tnkfac.curvature import Statistics
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.marks import mark
+from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.report.diagnostics import Diagnostics
 from tnkfac.optim.report.plots import draw_report
 from tnkfac.optim.report.table import aligned
+
+FROZEN = "frozen"
+"""Reason of a parameter that requires no gradient."""
 
 
 @dataclass(frozen=True)
@@ -103,3 +113,60 @@ def _cell(value: object) -> str:
     if value is None or value == "" or value == ():
         return "-"
     return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def summarize(registry: Registry, state: dict[Tensor, Any]) -> Report:
+    """How every parameter is trained.
+
+    Args:
+        registry: The parameters.
+        state: State of the optimizer.
+    """
+    rows = Report()
+    for layer in registry.layers:
+        rows += _layer_rows(layer, state)
+    for other in registry.others:
+        size, shape = _bytes(state.get(other.param, {})), _shape(other.param)
+        reason = other.reason if other.param.requires_grad else FROZEN
+        rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, reason))
+    return rows
+
+
+def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]:
+    statistics = layer.statistics
+    structure = ""
+    dims: tuple[int, ...] = ()
+    if statistics.bound:
+        structure = f"{statistics.k.name}, {statistics.c.name}"
+        dims = (statistics.layer.groups, statistics.k.dim, statistics.c.dim)
+    last_update = mark(state, layer, "last_update")
+    updated = last_update >= 0
+    waits = "" if updated else _waits(statistics)
+    for name, param in layer.named():
+        yield Row(
+            name,
+            layer.kind,
+            _shape(param),
+            statistics.approx,
+            structure,
+            dims,
+            _bytes(state.get(param, {})),
+            last_update if updated else None,
+            waits if param.requires_grad else FROZEN,
+            int(state.get(layer.weight, {}).get("failures", 0)),
+        )
+
+
+def _waits(statistics: Statistics) -> str:
+    """Why the factors of a layer wait."""
+    why = statistics.refused or statistics.seen
+    return f"no statistics yet: {why}" if why else "no statistics yet"
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    return () if torch.nn.parameter.is_lazy(param) else tuple(param.shape)

@@ -14,8 +14,8 @@ from torch import Tensor
 from tnkfac.curvature import fast
 from tnkfac.optim.finite import finite_on_host
 from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.step import apply, row_chunks
-from tnkfac.optim.step.elementwise import Scaling
 
 State = Any
 Groups = dict[int, dict[str, Any]]

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from tnkfac.optim.distributed.reduction import whole
-from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 
 Group = dict[str, Any]
 RMS = 0.2
 """Root mean square of ``grafting="rms"``: that of a late AdamW update (arXiv 2502.16982)."""
-
-
-def roomy(dtype: torch.dtype) -> torch.dtype:
-    """A dtype in which natural gradients do not overflow: float32 in place of float16."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def share_layout(tensors: Sequence[Tensor]) -> bool:
@@ -45,7 +40,7 @@ def gradient_matrix(layer: CapturedLayer, keep: Tensor | None = None) -> Tensor:
     if layer.bias is not None:
         bias = _gradient(layer.bias).to(weight.dtype)
     matrix = layer.statistics.layer.to_matrix(weight, bias)
-    matrix = matrix.to(roomy(matrix.dtype))
+    matrix = matrix.to(update_dtype(matrix.dtype))
     return matrix if keep is None else torch.where(keep.to(matrix.device) > 0, matrix, 0)
 
 

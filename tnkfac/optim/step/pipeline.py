@@ -10,9 +10,10 @@ from torch import Tensor
 from tnkfac.curvature import fast
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured
 from tnkfac.optim.params.registry import Group
+from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.params.sharding import local, part_of
 from tnkfac.optim.step import apply, fallback, row_chunks, triton_step
-from tnkfac.optim.step.elementwise import Scaling, scaled_gradients
+from tnkfac.optim.step.elementwise import scaled_gradients
 from tnkfac.optim.step.grafting import apply_update_, clipped, gradient_matrix, graft
 
 State = Any

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.scaling import Scaling, Squares
 from tnkfac.optim.step import apply
-from tnkfac.optim.step.elementwise import Scaling, Squares, square
+from tnkfac.optim.step.elementwise import square
 from tnkfac.optim.step.norms import scaled_norm
 
 Group = dict[str, Any]

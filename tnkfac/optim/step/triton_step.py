@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.step import apply
 from tnkfac.optim.step.diagonals import triton_kernels
-from tnkfac.optim.step.elementwise import Scaling
 
 Chosen = Sequence[tuple[CapturedLayer, Scaling]]
 Groups = dict[int, apply.Group]
