@@ -97,7 +97,7 @@ def test_the_fast_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(len(chosen))
         known(chosen, *args)
 
-    monkeypatch.setattr(pipeline.multi, "step_many", counted)
+    monkeypatch.setattr(pipeline.apply, "step_many", counted)
     _, optimizer = trained(SINGD, {"structures": "diagonal"})
     assert seen == [len(optimizer._registry.layers)] * 7
     seen.clear()

@@ -15,7 +15,6 @@ import tnkfac
 from profile_step import VIEWS
 from tnkfac.curvature.routes import squares
 from tnkfac.optim import base
-from tnkfac.optim.params.registry import by_parameter
 from tnkfac.optim.step import apply, diagonals, triton_step
 
 FREE = (*VIEWS, "device", "new_empty", "scalar_tensor", "promote_types")
@@ -121,7 +120,7 @@ def test_a_step_of_resnet18(T: int, counting: Launches) -> None:
                 param.grad = torch.empty_like(param)
             layers = optimizer._registry.layers
             assert len(layers) == 21
-            optimizer._ensure_state(by_parameter(optimizer.param_groups))
+            optimizer._ensure_state()
             for layer in layers:
                 mark = optimizer.state[layer.weight]["last_update"]
                 mark.fill_(max(int(mark), step))  # not a start, which decomposes

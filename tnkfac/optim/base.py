@@ -19,9 +19,10 @@ from tnkfac.optim.distributed.assignment import Plan
 from tnkfac.optim.distributed.reduction import Processes
 from tnkfac.optim.finite import SkippedUpdates, Verdicts, either, loss_scale, non_finite
 from tnkfac.optim.keeping import Keeping
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.marks import mark, set_mark
-from tnkfac.optim.params.registry import Group, Registry, by_parameter
+from tnkfac.optim.params.registry import Registry, by_parameter
 from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.report.diagnostics import Diagnostics, Spectra, diagnose
 from tnkfac.optim.report.notices import Notices
@@ -104,9 +105,8 @@ class CurvatureOptimizer(Keeping):
         self._read_marks()
         if not found and self._search is None:
             self._search = FirstForward(self, "_search_module")
-        groups = by_parameter(self.param_groups)
         for other in self._registry.others:
-            group = groups[id(other.param)]
+            group = other.group
             if group["fallback"] == "error" and other.param.requires_grad:
                 self.close()
                 raise ValueError(
@@ -131,7 +131,7 @@ class CurvatureOptimizer(Keeping):
 
         Pruning, growing and resets replace parameters and move states; restarts empty them.
         """
-        if self._registry.knows(self.param_groups):
+        if self._registry.link(self.param_groups):
             layers = self._registry.layers
             rests = (la for la in layers if not la.statistics.on and not self._has_factors(la))
             if any(True for _ in rests):
@@ -220,12 +220,11 @@ class CurvatureOptimizer(Keeping):
         self._notices.check_processes(self._processes.overlooked, self._registry, due)
         several = self._processes.count > 1
         self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
-        groups = by_parameter(self.param_groups)
         if any(layer.statistics.refused for layer in self._registry.layers):
-            due = self._release(due, groups)
-        self._place(groups)
+            due = self._release(due)
+        self._place()
         self._notices.check_gradients(self._registry)
-        self._ensure_state(groups)
+        self._ensure_state()
         seen: Tensor | bool | None = None
         pending = [layer for layer in self._registry.layers if layer.statistics.settle()]
         if several and due:
@@ -237,23 +236,23 @@ class CurvatureOptimizer(Keeping):
             return loss
         if not self._excluded:
             self._notices.check_statistics(due, self.state)
-            self._notices.check_stale(due, groups, self.state)
-        skip = self._guarded(pending, groups, seen)
+            self._notices.check_stale(due, self.state)
+        skip = self._guarded(pending, seen)
         self._skipped.add(skip)
-        undo = self._undo(pending, groups) if isinstance(skip, Tensor) else None
-        self._advance(pending if skip is not True else [], groups)
+        undo = self._undo(pending) if isinstance(skip, Tensor) else None
+        self._advance(pending if skip is not True else [])
         if isinstance(skip, Tensor):
             self._verdicts.send(skip, undo)
         return loss
 
-    def _release(self, due: list[CapturedLayer], groups: dict[int, Group]) -> list[CapturedLayer]:
+    def _release(self, due: list[CapturedLayer]) -> list[CapturedLayer]:
         """Leave layers to the fallback whose statistics have refused; return the others.
 
         Several processes go on without: they hold the same layers, and one alone may have refused.
         """
         released = [layer for layer in self._registry.layers if layer.statistics.refused]
         for layer in released:
-            if groups[id(layer.weight)]["fallback"] == "error":
+            if layer.group["fallback"] == "error":
                 raise ValueError(
                     f"params: {layer.named()[0][0]} cannot be measured any more "
                     f"({layer.statistics.refused}) and fallback is 'error'. Supported: "
@@ -275,20 +274,18 @@ class CurvatureOptimizer(Keeping):
     def _guarded(
         self,
         pending: list[CapturedLayer],
-        groups: dict[int, Group],
         seen: Tensor | bool | None,
     ) -> Tensor | bool:
         """Update factors and step, unless a number is not finite; tell whether one is not.
 
         Args:
             pending: Layers with statistics.
-            groups: Parameter groups by ``id`` of the parameter.
             seen: Whether a gradient is not finite; None if they were not looked at.
         """
         unread, gradients = Unread(), self._gradients()
         if self._processes.count == 1:
             layers = self._registry.layers
-            unread = Unread.among(layers, pending, self.state, groups, self._scales)
+            unread = Unread.among(layers, pending, self.state, self._scales)
         measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
         if seen is None:
             skip = non_finite([*unread.others(gradients), *measured])
@@ -301,51 +298,47 @@ class CurvatureOptimizer(Keeping):
         device = gradients[0].device if gradients else torch.device("cpu")
         with FullPrecision(device):
             unread.remember(pending, self.state)
-            self._update_factors(pending, groups, keep)
+            self._update_factors(pending, keep)
             norms = unread.norms(self._scalings)
             if norms is None:
                 return True
-            self._move(groups, keep, norms)
+            self._move(keep, norms)
         return skip
 
-    def _update_factors(
-        self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
-    ) -> None:
+    def _update_factors(self, pending: list[CapturedLayer], keep: Tensor | None) -> None:
         scale = loss_scale(self._grad_scaler) if pending else 1.0
-        for places, group in self._stacks(pending, groups):
+        for places, group in self._stacks(pending):
             self._update_layers([pending[i] for i in places], group, scale, keep)
 
-    def _move(self, groups: dict[int, Group], keep: Tensor | None, norms: dict[int, float]) -> None:
+    def _move(self, keep: Tensor | None, norms: dict[int, float]) -> None:
         """Step every parameter that has a gradient."""
         layers, naturals, scalings = self._registry.layers, self._naturals, self._scalings
-        self._trust = step_layers(layers, naturals, scalings, self.state, groups, keep, norms)
+        self._trust = step_layers(layers, naturals, scalings, self.state, keep, norms)
         skip = None if keep is None else 1 - keep
-        step_others(self._registry.others, self.state, self.param_groups, groups, skip)
+        step_others(self._registry.others, self.state, self.param_groups, skip)
         # torch's fused kernels do not tell autograd that they have written
         increment_version([p for g in self.param_groups for p in g["params"] if p.grad is not None])
 
-    def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
+    def _advance(self, updated: list[CapturedLayer]) -> None:
         for layer in updated:
-            set_mark(self.state, layer, "last_update", groups[id(layer.weight)]["step"])
+            set_mark(self.state, layer, "last_update", layer.group["step"])
         self._registry.clear()
         self._excluded = False
         for group in self.param_groups:
             group["step"] += 1
             if self._is_due(group, group["step"]):
                 group["last_due"] = group["step"]
-        self._set_taps(groups)
+        self._set_taps()
 
-    def _undo(self, pending: list[CapturedLayer], groups: dict[int, Group]) -> Callable[[], None]:
+    def _undo(self, pending: list[CapturedLayer]) -> Callable[[], None]:
         """What to do once a step turns out to have been skipped on the device."""
-        before = [
-            (layer, groups[id(layer.weight)]["step"], self._last_update(layer)) for layer in pending
-        ]
+        before = [(layer, layer.group["step"], self._last_update(layer)) for layer in pending]
 
         def undo() -> None:
             for layer, step, last in before:
                 if self._last_update(layer) == step:  # due again
                     set_mark(self.state, layer, "last_update", last)
-            self._set_taps(by_parameter(self.param_groups))
+            self._set_taps()
 
         return undo
 
@@ -377,24 +370,24 @@ class CurvatureOptimizer(Keeping):
     def no_stats(self) -> Iterator[None]:
         """Passes inside this context contribute no statistics."""
         was_paused, self._paused = self._paused, True
-        self._set_taps(by_parameter(self.param_groups))
+        self._set_taps()
         try:
             yield
         finally:
             self._excluded, self._paused = True, was_paused
-            self._set_taps(by_parameter(self.param_groups))
+            self._set_taps()
 
     def _last_update(self, layer: CapturedLayer) -> int:
         """Step of the last update of its factors, or -1."""
         return mark(self.state, layer, "last_update")
 
     def _read_marks(self) -> None:
-        self._set_taps(by_parameter(self.param_groups))
+        self._set_taps()
 
-    def _set_taps(self, groups: dict[int, Group]) -> None:
+    def _set_taps(self) -> None:
         """Switch taps on where the next step is to update factors, and off elsewhere."""
         for layer in self._registry.layers:
-            group = groups.get(id(layer.weight))
+            group = layer.group
             if group is None or self._paused:
                 layer.statistics.on = False
                 continue
@@ -442,11 +435,8 @@ class CurvatureOptimizer(Keeping):
             A list of rows that prints as a table, writes for TensorBoard, and has all spectra.
         """
         self._catch_up()
-        groups = by_parameter(self.param_groups)
         layers = self._registry.layers
-        found = diagnose(
-            layers, self.state, lambda layer: groups[id(layer.weight)]["lr"], self._spectra
-        )
+        found = diagnose(layers, self.state, lambda layer: layer.group["lr"], self._spectra)
         found.trust_region = None if self._trust is None else float(self._trust)
         found.skipped_updates = self.skipped_updates
         return found

@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from tnkfac.optim.distributed.assignment import Placement, PlacementRow, Plan, update_cost, workers
 from tnkfac.optim.distributed.reduction import Copy, Processes
 from tnkfac.optim.finite import Verdicts
+from tnkfac.optim.options import Group
 from tnkfac.optim.params import checkpoint
 from tnkfac.optim.params.batches import Stacking
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
-from tnkfac.optim.params.registry import Group, Registry, by_parameter
+from tnkfac.optim.params.registry import Registry, by_parameter
 from tnkfac.optim.step import fallback
 from tnkfac.optim.step.grafting import adam_state
 
@@ -52,11 +53,11 @@ class Keeping(Stacking, Optimizer):
 
     # ---------------------------------------------------------------- making
 
-    def _ensure_state(self, groups: dict[int, Group]) -> None:
+    def _ensure_state(self) -> None:
         for layer in self._registry.layers:
             if not layer.statistics.bound:
                 continue
-            group, state = groups[id(layer.weight)], self.state.get(layer.weight, {})
+            group, state = layer.group, self.state.get(layer.weight, {})
             measured = layer.weight.grad is not None or layer.statistics.pending
             if measured and "last_update" not in state:
                 self.state[layer.weight].update(self._layer_state(layer, group))
@@ -65,7 +66,7 @@ class Keeping(Stacking, Optimizer):
                     _complete(self.state[param], param, group)
         for other in self._registry.others:
             if other.param.grad is not None and not self.state.get(other.param):
-                group = groups[id(other.param)]
+                group = other.group
                 self.state[other.param].update(fallback.init_state(other.param, group))
 
     def _layer_state(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
@@ -80,7 +81,7 @@ class Keeping(Stacking, Optimizer):
         state = self.state.get(layer.weight, {})
         if not self._has_factors(layer) or not layer.statistics.bound:
             return
-        fresh = self._init_layer(layer, by_parameter(self.param_groups)[id(layer.weight)])
+        fresh = self._init_layer(layer, layer.group)
         fits = [key in state and state[key].shape == part.shape for key, part in fresh.items()]
         if self._plan.keeps(layer) and not all(fits):
             for key in (*fresh, "last_update"):
@@ -89,7 +90,7 @@ class Keeping(Stacking, Optimizer):
 
     # ---------------------------------------------------------------- placing
 
-    def _place(self, groups: dict[int, Group]) -> None:
+    def _place(self) -> None:
         """Give layers their places among the processes, once these are known."""
         count = self._processes.count
         if count == 1:
@@ -104,25 +105,25 @@ class Keeping(Stacking, Optimizer):
         if not fresh:
             return
         costs = [_cost(layer) for layer in fresh]
-        own = [groups[id(layer.weight)] for layer in fresh]
+        own = [layer.group for layer in fresh]
         counts = [
             count if _is_read_by_taps(layer) else workers(_fraction(group), count)
             for layer, group in zip(fresh, own, strict=True)
         ]
         self._plan.extend(fresh, costs, counts)
-        self._drop(fresh, groups)
+        self._drop(fresh)
 
-    def _drop(self, layers: list[CapturedLayer], groups: dict[int, Group]) -> None:
+    def _drop(self, layers: list[CapturedLayer]) -> None:
         """Let go of what other processes keep."""
         for layer in layers:
             state = self.state.get(layer.weight)
             if state and not self._plan.keeps(layer):
-                for key in self._placed_keys(layer, groups):
+                for key in self._placed_keys(layer):
                     state.pop(key, None)
 
-    def _placed_keys(self, layer: CapturedLayer, groups: dict[int, Group]) -> list[str]:
+    def _placed_keys(self, layer: CapturedLayer) -> list[str]:
         """What of the state of a layer only its keepers have."""
-        found = self._init_layer(layer, groups[id(layer.weight)])
+        found = self._init_layer(layer, layer.group)
         return sorted(key for key in found if key not in checkpoint.ON_HOST)
 
     def _share(self, layers: list[CapturedLayer], keys: tuple[str, ...]) -> None:
@@ -142,12 +143,10 @@ class Keeping(Stacking, Optimizer):
             copies.append(Copy(layer.name, place.owner, place.keepers, chosen))
         self._processes.copy(copies)
 
-    def _naturals(
-        self, layers: list[CapturedLayer], groups: dict[int, Group], matrices: list[Tensor]
-    ) -> list[Tensor]:
+    def _naturals(self, layers: list[CapturedLayer], matrices: list[Tensor]) -> list[Tensor]:
         """Precondition the gradient matrices of several layers, in the processes that can."""
         kept = [i for i, la in enumerate(layers) if self._has_factors(la) and self._plan.keeps(la)]
-        mine = super()._naturals([layers[i] for i in kept], groups, [matrices[i] for i in kept])
+        mine = super()._naturals([layers[i] for i in kept], [matrices[i] for i in kept])
         known = dict(zip(kept, mine, strict=True))
         found, copies = [], []
         for i, layer in enumerate(layers):
@@ -190,16 +189,15 @@ class Keeping(Stacking, Optimizer):
             process 0  152   272
         """
         self._catch_up()
-        groups = by_parameter(self.param_groups)
         self._processes.find(list(self._registry.params()))
-        self._place(groups)
+        self._place()
         found, world = Placement(), self._plan.world
         costs, sizes = [0.0] * world, [0] * world
         for layer in self._registry.layers:
             if not layer.statistics.bound:
                 continue
             place, cost = self._plan.place(layer), _cost(layer)
-            parts = self._init_layer(layer, groups[id(layer.weight)])
+            parts = self._init_layer(layer, layer.group)
             size = sum(
                 part.numel() * part.element_size()
                 for key, part in parts.items()
@@ -220,15 +218,14 @@ class Keeping(Stacking, Optimizer):
     @contextmanager
     def _whole_state(self) -> Iterator[None]:
         """Have here what only other processes keep."""
-        groups = by_parameter(self.param_groups)
         copies, lacking = [], []
         for layer in self._registry.layers:
             row, state = self._plan.row(layer), self.state.get(layer.weight)
             if len(row) == 1 or not state:
                 continue
-            keys = self._placed_keys(layer, groups)
+            keys = self._placed_keys(layer)
             if not self._plan.keeps(layer):
-                fresh = self._init_layer(layer, groups[id(layer.weight)])
+                fresh = self._init_layer(layer, layer.group)
                 state.update({key: fresh[key] for key in keys})
                 lacking.append(layer)
             tensors = [state[key] for key in keys]
@@ -237,7 +234,7 @@ class Keeping(Stacking, Optimizer):
             self._processes.copy(copies, PATIENCE)
             yield
         finally:
-            self._drop(lacking, groups)
+            self._drop(lacking)
 
     @contextmanager
     def _without_strangers(self) -> Iterator[None]:
@@ -302,14 +299,14 @@ class Keeping(Stacking, Optimizer):
         """Complete what torch has loaded; hooks of the user come afterwards."""
         params = [param for group in self.param_groups for param in group["params"]]
         checkpoint.restore_groups(self.param_groups, before)
+        self._registry.link(self.param_groups)
         self._choose_layers(saved["param_groups"], before)
         checkpoint.restore_tensors(self.state, saved, params, self._dtypes())
         self._registry.clear()
-        groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
-            checkpoint.split_second_moments(layer, self.state, groups[id(layer.weight)]["step"])
+            checkpoint.split_second_moments(layer, self.state, layer.group["step"])
         self._read_marks()
-        self._drop(self._registry.layers, groups)
+        self._drop(self._registry.layers)
 
     def _choose_layers(self, saved: list[Group], before: list[Group]) -> None:
         """Go on with the layers that the saved optimizer had captured, if they are others.
@@ -330,11 +327,11 @@ class Keeping(Stacking, Optimizer):
 
     def _dtypes(self) -> dict[int, dict[str, torch.dtype]]:
         """In which dtypes a new state would be, by ``id`` of the parameter and name."""
-        groups, found = by_parameter(self.param_groups), {}
+        found = {}
         for layer in self._registry.layers:
             if not layer.statistics.bound:
                 continue
-            group = groups[id(layer.weight)]
+            group = layer.group
             for param in layer.params():
                 made: dict[str, Tensor] = {}
                 _complete(made, torch.empty(0, dtype=param.dtype, device="meta"), group)
@@ -343,7 +340,7 @@ class Keeping(Stacking, Optimizer):
             found[id(layer.weight)] |= {k.split(".")[0]: part.dtype for k, part in made.items()}
         for other in self._registry.others:
             like = torch.empty(0, dtype=other.param.dtype, device="meta")
-            made = fallback.init_state(like, groups[id(other.param)])
+            made = fallback.init_state(like, other.group)
             found[id(other.param)] = {key: part.dtype for key, part in made.items()}
         return found
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from tnkfac.curvature import Parts
 from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.batches import joined
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.marks import mark, set_mark
 from tnkfac.optim.params.parts import overwrite, read, store
-from tnkfac.optim.params.registry import Group, by_parameter
 from tnkfac.optim.refresh import DERIVED, Refreshing, damping_of, decomposer_of, inverse_dtype
 from tnkfac.optim.rules import levenberg_marquardt
 from tnkfac.optim.rules.decompositions import METHODS
@@ -257,10 +257,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         with torch.no_grad():
             trial.moved()
             layers = [layer for layer in self._registry.layers if self._last_update(layer) >= 0]
-            groups = by_parameter(self.param_groups)
-            curvature = [
-                (layer, *self._factors(layer, groups[id(layer.weight)])) for layer in layers
-            ]
+            curvature = [(layer, *self._factors(layer, layer.group)) for layer in layers]
             predicted = trial.predicted(curvature, adaptive[0]["damping"])
             with self.no_stats():
                 change = trial.evaluate(closure) - float(loss)
@@ -338,22 +335,20 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
     # ---------------------------------------------------------------- decompositions
 
-    def _update_factors(
-        self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
-    ) -> None:
+    def _update_factors(self, pending: list[CapturedLayer], keep: Tensor | None) -> None:
         self._restarted = ()
-        super()._update_factors(pending, groups, keep)
+        super()._update_factors(pending, keep)
         measured = {id(layer) for layer in pending}
         due = []
         for layer in self._registry.layers:
-            group = groups[id(layer.weight)]
+            group = layer.group
             if not self.state.get(layer.weight):
                 continue
             waits = self._last_inverse(layer) < group["last_inverse_due"]
             if waits and (id(layer) in measured or self._last_update(layer) >= 0):
                 due.append(layer)
         if due and (keep is None or bool(keep)):
-            self._decompose(due, groups)
+            self._decompose(due)
 
     def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
         decomposer = decomposer_of(layers[0], group)
@@ -366,13 +361,13 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         update = decomposer.precondition(kept, gradients.to(dtype), damping_of(group))
         return update.to(update_dtype(gradients.dtype))
 
-    def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
+    def _advance(self, updated: list[CapturedLayer]) -> None:
         for group in self.param_groups:
             step = group["step"] + 1
             if step % _interval(group["inv_update_steps"], step) == 0:
                 group["last_inverse_due"] = step
         restarted = set(map(id, self._restarted))  # what they had is gone with their factors
-        super()._advance([layer for layer in updated if id(layer) not in restarted], groups)
+        super()._advance([layer for layer in updated if id(layer) not in restarted])
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -389,9 +384,8 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
     def _restore(self, saved: dict[str, Any], before: list[Group]) -> None:
         """Decompositions that are missing are made anew."""
         super()._restore(saved, before)
-        groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
-            state, group = self.state.get(layer.weight), groups[id(layer.weight)]
+            state, group = self.state.get(layer.weight), layer.group
             if state and self._plan.keeps(layer) and not any(map(_is_derived, state)):
                 fresh = self._init_layer(layer, group)
                 state.update({key: value for key, value in fresh.items() if _is_derived(key)})

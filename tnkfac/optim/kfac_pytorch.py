@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tnkfac.curvature import warn
 from tnkfac.optim import options
 from tnkfac.optim.kfac import KFAC
-from tnkfac.optim.params.registry import Group
 from tnkfac.optim.params.sharding import local, part_of
 from tnkfac.optim.report.summary import Report
 from tnkfac.optim.step.pipeline import natural_gradients
@@ -52,9 +51,9 @@ Scheduled = float | Callable[[int], float]
 class _Rewriter(KFAC):
     """KFAC that replaces gradients by natural ones and leaves parameters alone."""
 
-    def _move(self, groups: dict[int, Group], keep: Tensor | None, norms: dict[int, float]) -> None:
+    def _move(self, keep: Tensor | None, norms: dict[int, float]) -> None:
         layers = self._registry.layers
-        updates, self._trust = natural_gradients(layers, self._naturals, groups, keep)
+        updates, self._trust = natural_gradients(layers, self._naturals, keep)
         for layer, _, update in updates:
             weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
             for param, new in ((layer.weight, weight), (layer.bias, bias)):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tnkfac.curvature import check_factor_structure, check_structure, warn
 
+Group = dict[str, Any]
+"""A parameter group, with its hyper-parameters."""
 GRAFTING = ("rms", "adam", "sgd", None)
 INIT = ("first_batch", "identity")
 FALLBACK = ("adamw", "sgd", "error")

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tnkfac.curvature import Decomposable, Parts, warn
 from tnkfac.optim.keeping import Keeping
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.batches import joined, parted
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.marks import set_mark
 from tnkfac.optim.params.parts import read
-from tnkfac.optim.params.registry import Group, by_parameter
 from tnkfac.optim.report.diagnostics import Spectra, eigenvalues
 from tnkfac.optim.rules.decompositions import Decomposer, saturated
 
@@ -43,22 +43,21 @@ class Refreshing(Keeping):
     _restarted: tuple[CapturedLayer, ...] = ()
     """Layers that this step has to do without factors."""
 
-    def _decompose(self, due: list[CapturedLayer], groups: dict[int, Group]) -> None:
+    def _decompose(self, due: list[CapturedLayer]) -> None:
         """Decompose the factors of some layers, each in the process that is to do it.
 
         Args:
             due: Layers, the same in all processes.
-            groups: Parameter groups by ``id`` of the parameter.
         """
         mine = [layer for layer in due if self._plan.computes(layer)]
-        attempts = self._attempts(mine, groups) if mine else []
+        attempts = self._attempts(mine) if mine else []
         outcomes = dict(zip(map(id, mine), attempts, strict=True))
         codes = [outcomes[id(la)].code if id(la) in outcomes else _DONE for la in due]
         if any(self._plan.place(layer).owner is not None for layer in due):
             codes = self._processes.worst(codes, due[0].weight.device)
         changed = []
         for layer, code in zip(due, codes, strict=True):
-            state, group = self.state[layer.weight], groups[id(layer.weight)]
+            state, group = self.state[layer.weight], layer.group
             set_mark(self.state, layer, "last_inverse", group["step"])
             attempt = outcomes.get(id(layer), Attempt(code, reason="its decomposition failed"))
             if code != _NOT_FINITE:
@@ -72,9 +71,9 @@ class Refreshing(Keeping):
                 self._fail(layer, group, attempt.reason, restart=code == _NOT_FINITE)
         self._share(changed, tuple(DERIVED))
 
-    def _attempts(self, due: list[CapturedLayer], groups: dict[int, Group]) -> list[Attempt]:
+    def _attempts(self, due: list[CapturedLayer]) -> list[Attempt]:
         """Decompositions of some layers; the host waits twice for all of them together."""
-        pairs = [self._factors(layer, groups[id(layer.weight)]) for layer in due]
+        pairs = [self._factors(layer, layer.group) for layer in due]
         usable = _on_host([_all_finite([*A, *B]) for A, B in pairs])
         found = [
             Attempt() if good else Attempt(_NOT_FINITE, reason="its factors are not finite")
@@ -82,7 +81,7 @@ class Refreshing(Keeping):
         ]
         good = [index for index in range(len(due)) if usable[index]]
         sound: dict[int, Tensor] = {}
-        for places, group in self._stacks([due[index] for index in good], groups):
+        for places, group in self._stacks([due[index] for index in good]):
             stack = [good[place] for place in places]
             decomposer, damping = decomposer_of(due[stack[0]], group), damping_of(group)
             try:
@@ -98,14 +97,12 @@ class Refreshing(Keeping):
         done = dict(zip(sound, _on_host(list(sound.values())), strict=True))
         for index in good:
             if not done.get(index, False):
-                found[index] = self._repair(due[index], groups, *pairs[index])
+                found[index] = self._repair(due[index], *pairs[index])
         return found
 
-    def _repair(
-        self, layer: CapturedLayer, groups: dict[int, Group], A: Parts, B: Parts
-    ) -> Attempt:
+    def _repair(self, layer: CapturedLayer, A: Parts, B: Parts) -> Attempt:
         """Decompose the factors of one layer by all means, or have something stand in for it."""
-        group = groups[id(layer.weight)]
+        group = layer.group
         decomposer, damping = decomposer_of(layer, group), damping_of(group)
         try:
             return Attempt(found=decomposer.repaired(A, B, damping))
@@ -128,7 +125,7 @@ class Refreshing(Keeping):
     def _spectra(self, layer: CapturedLayer) -> Spectra | None:
         if not self._plan.keeps(layer):
             return None
-        group = by_parameter(self.param_groups)[id(layer.weight)]
+        group = layer.group
         A, B = self._factors(layer, group)
         a, b = eigenvalues(layer.statistics.k, A), eigenvalues(layer.statistics.c, B)
         damping = damping_of(group)

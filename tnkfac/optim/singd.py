@@ -12,12 +12,12 @@ from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_
 from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.finite import loss_scale
+from tnkfac.optim.options import Group
 from tnkfac.optim.params import budget
 from tnkfac.optim.params.batches import joined, parted
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.marks import mark, set_mark
 from tnkfac.optim.params.parts import load, overwrite, read, store
-from tnkfac.optim.params.registry import Group, by_parameter
 from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.report.diagnostics import Spectra, inverse_squares
 from tnkfac.optim.rules.damping import damped, divided
@@ -192,15 +192,14 @@ class SINGD(CurvatureOptimizer):
         new = [layer for layer in self._registry.layers if id(layer) not in known]
         budget.limit_state(new, self._registry.others, self.param_groups, self.state)
 
-    def _ensure_state(self, groups: dict[int, Group]) -> None:
+    def _ensure_state(self) -> None:
         if budget.limit_time(self._registry.layers, self.param_groups, self.state):
             self._excluded = True  # statistics that are missing from this step are no surprise
-        super()._ensure_state(groups)
+        super()._ensure_state()
 
     def _read_marks(self) -> None:
-        groups = by_parameter(self.param_groups)
         for layer in self._registry.layers:
-            budget.follow_state(layer, groups.get(id(layer.weight)), self.state)
+            budget.follow_state(layer, layer.group, self.state)
         super()._read_marks()
 
     def _is_due(self, group: Group, step: int) -> bool:
@@ -218,12 +217,12 @@ class SINGD(CurvatureOptimizer):
                 return step
         return super()._due_since(layer, group)
 
-    def _advance(self, updated: list[CapturedLayer], groups: dict[int, Group]) -> None:
+    def _advance(self, updated: list[CapturedLayer]) -> None:
         for layer in updated:
-            group = groups[id(layer.weight)]
+            group = layer.group
             if self._last_update(layer) < 0 and "first_update" in self.state[layer.weight]:
                 set_mark(self.state, layer, "first_update", group["step"])
-        super()._advance(updated, groups)
+        super()._advance(updated)
 
     def _share_state(self, layer: CapturedLayer, group: Group) -> None:
         statistics = layer.statistics
@@ -313,15 +312,13 @@ class SINGD(CurvatureOptimizer):
         state = self.state[layer.weight]
         return tuple(tensor.dtype for key, tensor in state.items() if key[0] in "KC")
 
-    def _update_factors(
-        self, pending: list[CapturedLayer], groups: dict[int, Group], keep: Tensor | None
-    ) -> None:
+    def _update_factors(self, pending: list[CapturedLayer], keep: Tensor | None) -> None:
         """Starts together; layers with diagonal factors together; all others in stacks."""
         starts: dict[Any, list[CapturedLayer]] = {}
         together: dict[Any, list[CapturedLayer]] = {}
         rest = []
         for layer in pending:
-            group = groups[id(layer.weight)]
+            group = layer.group
             key = id(group), layer.weight.device, layer.weight.dtype
             plain = not fast() or group["kfac_like"] or group["normalize_lr_cov"]
             if self._last_update(layer) < 0 and group["init"] == "first_batch":
@@ -336,9 +333,9 @@ class SINGD(CurvatureOptimizer):
             for layers in starts.values():
                 mine = [layer for layer in layers if self._plan.computes(layer)]
                 if mine:
-                    self._start(mine, groups[id(mine[0].weight)], scale)
+                    self._start(mine, mine[0].group, scale)
         for layers in together.values():
-            group = groups[id(layers[0].weight)]
+            group = layers[0].group
             diagonals.update(
                 [self.state[layer.weight] for layer in layers],
                 [layer.statistics.sums() for layer in layers],
@@ -348,7 +345,7 @@ class SINGD(CurvatureOptimizer):
                 keep,
             )
         mine = [layer for layer in rest if self._plan.computes(layer)]
-        super()._update_factors(mine, groups, keep)
+        super()._update_factors(mine, keep)
         self._share(sent, ("K", "C", "m_K", "m_C"))
 
     def _scales(self, layer: CapturedLayer) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import warn
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, update_dtype
 from tnkfac.optim.params.ladders import Choice, Names, base_work, candidates, fitting, matching
-from tnkfac.optim.params.registry import Group
 
 
 def limit_state(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.params.sharding import fully_sharded, is_distributed
 from tnkfac.optim.params.skipping import skipped
@@ -26,6 +27,8 @@ class CapturedLayer:
         kind: Type name of that module.
         weight: The weight.
         bias: The bias, if it is trained with the weight.
+        group: Parameter group of the weight.
+        bias_group: Parameter group of the bias.
         statistics: What the taps of its modules measure.
         scaling: What an optimizer has derived from the state to precondition with, if anything.
         removers: Callables that remove the taps.
@@ -36,6 +39,8 @@ class CapturedLayer:
     kind: str
     weight: Tensor
     bias: Tensor | None
+    group: Group
+    bias_group: Group
     statistics: Statistics
     scaling: Scaling | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
@@ -44,6 +49,10 @@ class CapturedLayer:
     def params(self) -> list[Tensor]:
         """Weight, and bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def group_of(self, param: Tensor) -> Group:
+        """Parameter group of its weight or bias."""
+        return self.bias_group if param is self.bias else self.group
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Its parameters with their qualified names."""
@@ -68,12 +77,14 @@ class Uncaptured:
         name: Qualified name, or ``param_<i>``.
         kind: Type name of the module that owns it, or empty.
         param: The parameter.
+        group: Its parameter group.
         reason: Why it has no Kronecker-factored curvature.
     """
 
     name: str
     kind: str
     param: Tensor
+    group: Group
     reason: str
 
 
@@ -81,7 +92,7 @@ def sort(
     owner: object,
     params: list[Tensor],
     owners: dict[int, list[Owner]],
-    group_of: Callable[[Tensor], dict[str, Any]],
+    group_of: Callable[[Tensor], Group],
     state: Mapping[Tensor, Any],
     known: Iterable[int] = (),
     before: Mapping[int, str] = MappingProxyType({}),
@@ -122,7 +133,8 @@ def sort(
         bias, why = _joint_bias(weight, found, by_id, done, owners, group_of)
         if bias is not None and "exp_avg" in state.get(bias, ()):
             bias, why = None, _BEGUN
-        layers.append(_capture(owner, weight, bias, found, group))
+        bias_group = group if bias is None else group_of(bias)
+        layers.append(_capture(owner, weight, bias, found, group, bias_group))
         done |= {id(param) for param in layers[-1].params()}
         for entry in found:
             other = entry.module._parameters.get("bias")
@@ -134,14 +146,15 @@ def sort(
         found = owners.get(id(param), [])
         if not found:
             reason = "no module that owns it was found"
-            rest.append(Uncaptured(f"param_{index}", "", param, reason))
+            rest.append(Uncaptured(f"param_{index}", "", param, group_of(param), reason))
             continue
         first = found[0]
         if id(first.module._parameters.get("weight")) in captured_before:
             reason = before.get(id(param), "it was added after its weight")
         else:
             reason = reasons.get(id(param)) or _lonely(first, by_id, reasons)
-        rest.append(Uncaptured(first.parameter_name, type(first.module).__name__, param, reason))
+        kind = type(first.module).__name__
+        rest.append(Uncaptured(first.parameter_name, kind, param, group_of(param), reason))
     parallel = [u.name for u in rest if is_distributed(u.param) and id(u.param) not in sharded]
     if parallel:
         warn(
@@ -159,7 +172,8 @@ def _capture(
     weight: Tensor,
     bias: Tensor | None,
     found: list[Owner],
-    group: dict[str, Any],
+    group: Group,
+    bias_group: Group,
 ) -> CapturedLayer:
     fisher = group.get("fisher_type", "empirical")
     statistics = Statistics(
@@ -173,7 +187,8 @@ def _capture(
         params=[weight] if bias is None else [weight, bias],
     )
     first = next(entry for entry in found if entry.refusal is None)
-    layer = CapturedLayer(first.name, type(first.module).__name__, weight, bias, statistics)
+    kind = type(first.module).__name__
+    layer = CapturedLayer(first.name, kind, weight, bias, group, bias_group, statistics)
     for entry in found:
         if entry.attribute == "weight" and entry.refusal is None:
             layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))
@@ -186,7 +201,7 @@ def _joint_bias(
     by_id: dict[int, Tensor],
     done: set[int],
     owners: dict[int, list[Owner]],
-    group_of: Callable[[Tensor], dict[str, Any]],
+    group_of: Callable[[Tensor], Group],
 ) -> tuple[Tensor | None, str]:
     """The bias that is trained together with the weight, or why there is none."""
     biases = [o.module._parameters.get("bias") for o in found if o.refusal is None]

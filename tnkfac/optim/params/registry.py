@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnkfac.curvature import find_owners, root_of
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, sort
 from tnkfac.optim.params.skipping import Unmatched
 
-Group = dict[str, Any]
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
 
@@ -80,11 +80,18 @@ class Registry:
             self._unmatched.check(groups, owners, roots)
         return bool(owners)
 
-    def knows(self, groups: list[Group]) -> bool:
-        """Whether the parameters of all groups are still those that were sorted."""
-        return {id(param) for group in groups for param in group["params"]} == {
-            id(param) for param in self.params()
-        }
+    def link(self, groups: list[Group]) -> bool:
+        """Tell every parameter its group; tell whether all are still those that were sorted."""
+        group_of = by_parameter(groups)
+        if group_of.keys() != {id(param) for param in self.params()}:
+            return False
+        for layer in self.layers:
+            layer.group = layer.bias_group = group_of[id(layer.weight)]
+            if layer.bias is not None:
+                layer.bias_group = group_of[id(layer.bias)]
+        for other in self.others:
+            other.group = group_of[id(other.param)]
+        return True
 
     def drop_departed(self, groups: list[Group]) -> None:
         """Let go of layers of which a parameter is in no group any more."""
@@ -105,7 +112,7 @@ class Registry:
         for layer in released:
             layer.close()
             self.others += [
-                Uncaptured(name, layer.kind, param, layer.statistics.refused)
+                Uncaptured(name, layer.kind, param, layer.group_of(param), layer.statistics.refused)
                 for name, param in layer.named()
             ]
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from tnkfac.curvature import Owner, find_owners, warn
-
-Group = dict[str, Any]
+from tnkfac.optim.options import Group
 
 
 def skipped(found: Iterable[Owner], group: Group) -> str | None:

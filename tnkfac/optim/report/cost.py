@@ -50,10 +50,9 @@ def estimated(optimizer: Any, model: nn.Module, shape: tuple[int, ...], every: i
         names = own.k.name, own.c.name
         base += base_work(described, rows)
         work += Choice(names, own.k, own.c, described.groups).work(rows, every)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     size = 0
     for layer in layers:
-        state = optimizer._init_layer(layer, groups[id(layer.weight)])
+        state = optimizer._init_layer(layer, layer.group)
         size += sum(part.numel() * part.element_size() for part in state.values())
         size += sum(param.numel() * param.element_size() for param in layer.params())
     others = optimizer._registry.others

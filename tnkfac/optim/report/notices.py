@@ -11,7 +11,7 @@ from torch import Tensor
 from tnkfac.curvature import warn
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.marks import State, mark
-from tnkfac.optim.params.registry import Group, Registry
+from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.sharding import is_distributed
 
 PATIENCE = 3
@@ -114,19 +114,16 @@ class Notices:
             f"The fallback trains layers whose curvature cannot be measured any more. {found}.",
         )
 
-    def check_stale(
-        self, due: Sequence[CapturedLayer], groups: Mapping[int, Group], state: State
-    ) -> None:
+    def check_stale(self, due: Sequence[CapturedLayer], state: State) -> None:
         """Warn of layers that had statistics, and have missed several updates in a row.
 
         Args:
             due: Layers whose taps were on during the passes of this step.
-            groups: Parameter groups by ``id`` of the parameter.
             state: State of the optimizer.
         """
         if self._stale:
             return
-        stale = [layer for layer in due if self._misses(layer, groups, state) >= PATIENCE]
+        stale = [layer for layer in due if self._misses(layer, state) >= PATIENCE]
         if stale:
             self._stale = True
             unhooked = [layer for layer in stale if not layer.statistics.hooked]
@@ -145,13 +142,13 @@ class Notices:
                 "are trained with the curvature of their last update; see report().",
             )
 
-    def _misses(self, layer: CapturedLayer, groups: Mapping[int, Group], state: State) -> int:
+    def _misses(self, layer: CapturedLayer, state: State) -> int:
         """How many updates in a row a layer has missed; each counts once, at its first step."""
         if layer.statistics.pending or mark(state, layer, "last_update") < 0:
             self._missed.pop(id(layer), None)
             return 0
         count, counted = self._missed.get(id(layer), (0, -1))
-        date = groups[id(layer.weight)]["last_due"]
+        date = layer.group["last_due"]
         if date != counted and layer.weight.grad is not None and layer.removers:
             count += 1
             self._missed[id(layer)] = count, date

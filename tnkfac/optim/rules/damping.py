@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnkfac.curvature import Parts, Structure
-
-Group = dict[str, Any]
+from tnkfac.optim.options import Group
 
 
 @dataclass(frozen=True)

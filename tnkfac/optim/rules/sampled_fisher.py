@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tnkfac.optim import options
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.registry import Registry, by_parameter
+from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.rules import sampling
 from tnkfac.optim.uncompiled import uncompiled
 
@@ -52,8 +52,7 @@ class FisherPasses:
         leaves = [leaf for layer in chosen for leaf in layer.statistics.hidden_leaves]
         if not leaves or output.numel() == 0:
             return
-        groups = by_parameter(self.param_groups)
-        draws = max(groups[id(layer.weight)]["mc_samples"] for layer in chosen)
+        draws = max(layer.group["mc_samples"] for layer in chosen)
         terms = _loss_terms(chosen, output, likelihood)
         listeners = [
             layer.statistics.listening(draws, own) for layer, own in zip(chosen, terms, strict=True)

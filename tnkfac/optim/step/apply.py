@@ -14,26 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.step.grafting import RMS
 
-Group = dict[str, Any]
 CHUNK = 1 << 22
 """Bytes of gradients on the CPU that are taken to the end together: they stay in its cache."""
 Update = tuple[CapturedLayer, Tensor, Tensor | None]
 _SAFE = 1e-10
 
 
-def suits(layer: CapturedLayer, state: Any, groups: dict[int, Group]) -> bool:
+def suits(layer: CapturedLayer, state: Any) -> bool:
     """Whether all options of a layer can be had for lists of tensors, and its tensors be used."""
-    own = groups[id(layer.weight)]
+    own = layer.group
     if own["grafting"] in ("adam", "sgd") or own.get("nesterov", False):
         return False
     kind = layer.weight.dtype
     if kind not in (torch.float32, torch.float64):
         return False
     for param in layer.params():
-        group = groups.get(id(param), own)
+        group = layer.group_of(param)
         if isinstance(group["lr"], Tensor) or isinstance(group["weight_decay"], Tensor):
             return False
         if isinstance(group["momentum"], Tensor) or param.dtype != kind:
@@ -72,33 +72,28 @@ def chunks(layers: Sequence[CapturedLayer]) -> list[list[CapturedLayer]]:
     return found
 
 
-def step_many(
-    updates: Sequence[Update], state: Any, groups: dict[int, Group], keep: Tensor | None
-) -> None:
+def step_many(updates: Sequence[Update], state: Any, keep: Tensor | None) -> None:
     """Graft and step all weights and biases.
 
     Args:
         updates: Layers of one device and dtype, each with the preconditioned gradients of its
             weight and, where that has one, of its bias; they may be overwritten.
         state: State of the optimizer.
-        groups: Parameter groups by ``id`` of the parameter.
         keep: Scalar that is zero where the batch is to be skipped.
     """
-    step_sized(_grafted(updates, groups, keep is None), state, groups, keep)
+    step_sized(_grafted(updates, keep is None), state, keep)
 
 
-def step_sized(
-    updates: Sequence[Update], state: Any, groups: dict[int, Group], keep: Tensor | None
-) -> None:
+def step_sized(updates: Sequence[Update], state: Any, keep: Tensor | None) -> None:
     """Step all weights and biases by updates that have their size."""
     batches: dict[Any, tuple[Group, bool, bool, list[Tensor], list[Tensor], list[Tensor]]] = {}
     for layer, *both in updates:
-        own = groups[id(layer.weight)]
+        own = layer.group
         averaged, decoupled = own["grafting"] is not None, own["decoupled_weight_decay"]
         for param, update in zip((layer.weight, layer.bias), both, strict=True):
             if param is None or update is None or param.grad is None:
                 continue
-            group = groups.get(id(param), own)
+            group = layer.group_of(param)
             key = id(group), averaged, decoupled
             batch = batches.get(key)
             if batch is None:
@@ -149,16 +144,15 @@ def apply(
 
 
 def _grafted(
-    updates: Sequence[Update], groups: dict[int, Group], on_host: bool
+    updates: Sequence[Update], on_host: bool
 ) -> list[tuple[CapturedLayer, Tensor, Tensor | None]]:
     """Give every update the size that its group asks for; they may be overwritten.
 
     Args:
         updates: As for :func:`step_many`.
-        groups: Parameter groups by ``id`` of the parameter.
         on_host: Whether numbers may be looked at.
     """
-    grafted = [entry for entry in updates if groups[id(entry[0].weight)]["grafting"]]
+    grafted = [entry for entry in updates if entry[0].group["grafting"]]
     if not grafted:
         return list(updates)
     weights = [weight for _, weight, _ in grafted]
@@ -168,8 +162,7 @@ def _grafted(
     for i, bias in zip(at, biases, strict=True):
         numbers[i] += bias.numel()
     sizes = tuple(
-        size(groups[id(layer.weight)]) * count**0.5
-        for (layer, *_), count in zip(grafted, numbers, strict=True)
+        size(layer.group) * count**0.5 for (layer, *_), count in zip(grafted, numbers, strict=True)
     )
     scale = _scaled_on_host if on_host and weights[0].device.type == "cpu" else _scaled
     done = scale(weights, biases, at, sizes)

@@ -35,7 +35,6 @@ class Unread:
         layers: Sequence[CapturedLayer],
         pending: Iterable[CapturedLayer],
         state: State,
-        groups: Groups,
         scales: Callable[[CapturedLayer], bool],
     ) -> Unread:
         """Those of some layers that can be left.
@@ -44,21 +43,20 @@ class Unread:
             layers: All layers.
             pending: Those whose factors are to be updated.
             state: State of the optimizer.
-            groups: Parameter groups by ``id`` of the parameter.
             scales: Whether a layer has diagonal factors, of which copies are cheap.
         """
         large = [
             layer
             for layer in layers
-            if row_chunks.suits(layer) and scales(layer) and groups[id(layer.weight)]["grafting"]
+            if row_chunks.suits(layer) and scales(layer) and layer.group["grafting"]
         ]
         if not large or not fast() or not all(scales(layer) for layer in pending):
             return cls()
-        if any(groups[id(layer.weight)]["kl_clip"] is not None for layer in layers):
+        if any(layer.group["kl_clip"] is not None for layer in layers):
             return cls()  # that asks for all products with gradients before any step
         if any(p.device.type != "cpu" for layer in layers for p in layer.params()):
             return cls()
-        return cls([layer for layer in large if apply.suits(layer, state, groups)])
+        return cls([layer for layer in large if apply.suits(layer, state)])
 
     def others(self, gradients: Iterable[Tensor]) -> list[Tensor]:
         """All other gradients."""

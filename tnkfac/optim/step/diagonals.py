@@ -19,8 +19,8 @@ from torch import Tensor
 from tnkfac.curvature import trusted
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.finite import finite_on_host
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.registry import Group
 from tnkfac.optim.rules.singd_rule import LARGEST_CHANGE
 
 State = Any

@@ -11,7 +11,6 @@ from torch import Tensor
 from tnkfac.optim.distributed.reduction import whole
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 
-Group = dict[str, Any]
 RMS = 0.2
 """Root mean square of ``grafting="rms"``: that of a late AdamW update (arXiv 2502.16982)."""
 
@@ -52,7 +51,7 @@ def _gradient(param: Tensor) -> Tensor:
 
 
 def clipped(
-    natural: list[Tensor], gradients: Sequence[Tensor], layers: Sequence[CapturedLayer], groups: Any
+    natural: list[Tensor], gradients: Sequence[Tensor], layers: Sequence[CapturedLayer]
 ) -> Tensor | None:
     """Shrink the updates of all layers by one factor where ``kl_clip`` asks for it.
 
@@ -60,19 +59,16 @@ def clipped(
         natural: Preconditioned gradients ``[G, C_out / G, D]``, in module order; scaled in place.
         gradients: Gradients, of the same shapes.
         layers: The layers.
-        groups: Parameter groups by ``id`` of the parameter.
 
     Returns:
         The factor, at most one; None without ``kl_clip``.
     """
-    own = [groups[id(layer.weight)] for layer in layers]
+    own = [layer.group for layer in layers]
     chosen = [i for i, group in enumerate(own) if group["kl_clip"] is not None]
     if not chosen:
         return None
     terms = [
-        term
-        for i in chosen
-        for term in _by_learning_rate(natural[i], gradients[i], layers[i], groups)
+        term for i in chosen for term in _by_learning_rate(natural[i], gradients[i], layers[i])
     ]
     factor = trust_region(terms, min(own[i]["kl_clip"] for i in chosen))
     for i in chosen:
@@ -81,11 +77,11 @@ def clipped(
 
 
 def _by_learning_rate(
-    natural: Tensor, gradient: Tensor, layer: CapturedLayer, groups: Any
+    natural: Tensor, gradient: Tensor, layer: CapturedLayer
 ) -> list[tuple[Tensor, Tensor, Any]]:
     """Columns of an update and of a gradient that have one learning rate, and that."""
-    own = groups[id(layer.weight)]
-    other = own if layer.bias is None else groups.get(id(layer.bias), own)
+    own = layer.group
+    other = own if layer.bias is None else layer.group_of(layer.bias)
     if other is own:
         return [(natural, gradient, own["lr"])]
     return [
@@ -96,7 +92,6 @@ def _by_learning_rate(
 
 def graft(
     layer: CapturedLayer,
-    group: Group,
     gradient: Tensor,
     update: Tensor,
     state: Any,
@@ -106,13 +101,12 @@ def graft(
 
     Args:
         layer: The layer.
-        group: Its parameter group.
         gradient: Joint gradient matrix ``[G, C_out / G, D]``.
         update: Its preconditioned form.
         state: State of the optimizer, with the second moments of ``"adam"``.
         keep: Scalar that is zero where the batch is to be skipped.
     """
-    kind = group["grafting"]
+    group, kind = layer.group, layer.group["grafting"]
     if kind is None:
         return update
     trained, gradient = _trained(layer, update), _trained(layer, gradient)

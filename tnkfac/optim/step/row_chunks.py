@@ -20,7 +20,6 @@ from tnkfac.optim.step import apply
 from tnkfac.optim.step.elementwise import square
 from tnkfac.optim.step.norms import scaled_norm
 
-Group = dict[str, Any]
 BLOCK = 1 << 18
 """Numbers that are taken at a time."""
 
@@ -53,7 +52,6 @@ def step_large(
     layer: CapturedLayer,
     scaling: Scaling,
     state: Any,
-    groups: dict[int, Group],
     known: float | None = None,
 ) -> bool:
     """Graft and step one layer; tell whether it was done: not where float32 loses its norm.
@@ -62,10 +60,9 @@ def step_large(
         layer: The layer; its options suit :mod:`tnkfac.optim.step.apply`.
         scaling: Its preconditioner.
         state: State of the optimizer.
-        groups: Parameter groups by ``id`` of the parameter.
         known: What :func:`norm` has found, if it was asked before.
     """
-    own, weight = groups[id(layer.weight)], layer.weight
+    own, weight = layer.group, layer.weight
     (squares,) = square([(layer, scaling)])
     pieces, inputs, outputs = _pieces(weight.grad, squares)
     params = torch.split(weight, len(pieces[0]))
@@ -86,7 +83,7 @@ def step_large(
         kept = [] if buffer is None else [buffer]
         apply.apply(own, averaged, decoupled, [param], [(g * right).mul_(left)], kept, None)
     if bias is not None and layer.bias is not None:
-        group = groups.get(id(layer.bias), own)
+        group = layer.group_of(layer.bias)
         kept = [state[layer.bias]["momentum_buffer"]] if group["momentum"] else []
         apply.apply(group, averaged, decoupled, [layer.bias], [bias], kept, None)
     return True

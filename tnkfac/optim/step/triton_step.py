@@ -20,7 +20,6 @@ from tnkfac.optim.step import apply
 from tnkfac.optim.step.diagonals import triton_kernels
 
 Chosen = Sequence[tuple[CapturedLayer, Scaling]]
-Groups = dict[int, apply.Group]
 
 
 class Lookup(NamedTuple):
@@ -98,12 +97,11 @@ def _rule(layer: CapturedLayer, scaling: Scaling) -> Lookup | None:
     return lookup(kind, tuple(weight.shape), weight.stride(), len(scaling.C), rows)
 
 
-def sized_gradients(chosen: Chosen, groups: Groups) -> list[apply.Update]:
+def sized_gradients(chosen: Chosen) -> list[apply.Update]:
     """Preconditioned gradients of weights, and of biases that have one, of the size they should.
 
     Args:
         chosen: Layers that suit, and their scalings.
-        groups: Parameter groups by ``id`` of the parameter.
     """
     rows: list[tuple[int, ...]] = []
     owners: list[int] = []
@@ -130,7 +128,7 @@ def sized_gradients(chosen: Chosen, groups: Groups) -> list[apply.Update]:
             rows.append((*place, *rule))
             owners.append(index)
             numbers += gradient.numel()
-        group = groups[id(layer.weight)]
+        group = layer.group
         count = (numbers - before) ** 0.5
         sizes.append(apply.size(group) * count if group["grafting"] else -1.0)
     device, dtype = kept[0].device, kept[0].dtype
