@@ -27,7 +27,7 @@ from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.report.diagnostics import Diagnostics, Spectra, diagnose
 from tnkfac.optim.report.notices import Notices
 from tnkfac.optim.report.summary import Report, summarize
-from tnkfac.optim.step.deferred_check import Unread
+from tnkfac.optim.step.deferred_check import DeferredCheck
 from tnkfac.optim.step.pipeline import step_layers, step_others
 from tnkfac.optim.uncompiled import uncompiled
 
@@ -282,13 +282,13 @@ class CurvatureOptimizer(Keeping):
             pending: Layers with statistics.
             seen: Whether a gradient is not finite; None if they were not looked at.
         """
-        unread, gradients = Unread(), self._gradients()
+        deferred, gradients = DeferredCheck(), self._gradients()
         if self._processes.count == 1:
             layers = self._registry.layers
-            unread = Unread.among(layers, pending, self.state, self._scales)
+            deferred = DeferredCheck.among(layers, self.state, self._scales)
         measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
         if seen is None:
-            skip = non_finite([*unread.others(gradients), *measured])
+            skip = non_finite([*deferred.others(gradients), *measured])
         else:
             skip = either(seen, non_finite(measured))
         skip = self._processes.agree(skip)
@@ -297,9 +297,8 @@ class CurvatureOptimizer(Keeping):
         keep = None if isinstance(skip, bool) else 1 - skip
         device = gradients[0].device if gradients else torch.device("cpu")
         with FullPrecision(device):
-            unread.remember(pending, self.state)
             self._update_factors(pending, keep)
-            norms = unread.norms(self._scalings)
+            norms = deferred.norms(self._scalings)
             if norms is None:
                 return True
             self._move(keep, norms)

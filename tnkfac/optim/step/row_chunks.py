@@ -18,7 +18,6 @@ from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.scaling import Scaling, Squares
 from tnkfac.optim.step import apply
 from tnkfac.optim.step.elementwise import square
-from tnkfac.optim.step.norms import scaled_norm
 
 BLOCK = 1 << 18
 """Numbers that are taken at a time."""
@@ -39,11 +38,9 @@ def norm(layer: CapturedLayer, scaling: Scaling) -> float:
     """Norm of the preconditioned gradients of a layer; not finite where one of them is not."""
     (squares,) = square([(layer, scaling)])
     gradient: Any = layer.weight.grad
-    found = scaled_norm(gradient, squares.inputs, squares.outputs)
-    if found is None:
-        found = 0.0
-        for g, right, left in zip(*_pieces(gradient, squares), strict=True):
-            found = hypot(found, torch.linalg.vector_norm((g * right).mul_(left)).item())
+    found = 0.0
+    for g, right, left in zip(*_pieces(gradient, squares), strict=True):
+        found = hypot(found, torch.linalg.vector_norm((g * right).mul_(left)).item())
     bias = _bias(layer, squares)
     return found if bias is None else hypot(found, torch.linalg.vector_norm(bias).item())
 
