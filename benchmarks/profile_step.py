@@ -220,9 +220,9 @@ def readings(
     found: list[tuple[str, tuple[int, ...], float, float]] = []
     known = curvature.Statistics.measure
 
-    def measure(self: Any, layer: Any, x: Tensor, g: Tensor, terms: Any) -> Any:
+    def measure(self: Any, layer: Any, x: Tensor, g: Tensor, *others: Any) -> Any:
         with Reading() as reading:
-            result = known(self, layer, x, g, terms)
+            result = known(self, layer, x, g, *others)
         least = _bytes(x) + _bytes(g)
         found.append((names[id(self)], tuple(x.shape), reading.bytes / 1e6, least / 1e6))
         return result

@@ -11,13 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from tnkfac.curvature.routes.kernels import _squares_of_sums
-from tnkfac.optim.step.triton_kernels import _keep_old, _means, _squares, _to_size, _updates
+from tnkfac.optim.step.triton_kernels import _squares, _to_size
 
 FLOATS, NUMBERS = "*fp32", "*i64"
-FACTORS = dict.fromkeys(("X", "F", "M", "weights", "found", "new", "keep"), FLOATS)
-FACTORS |= dict.fromkeys(("starts", "lengths", "partners", "layers"), NUMBERS)
-FACTORS |= {"bad": "*i32", "S": "i32", "total": "i32"}
-FACTORS |= dict.fromkeys(("damping", "alpha", "rate", "most"), "fp32")
 TABLES = {"table": NUMBERS, "tiles": "*i32", "sums": "*fp64", "totals": "*fp64", "sizes": "*fp64"}
 TABLES |= {"out": FLOATS}
 UNSIZED = {**TABLES, "totals": NUMBERS, "sizes": NUMBERS}
@@ -26,21 +22,6 @@ PIXELS = {"x": FLOATS, "out": FLOATS}
 BLOCKS = {"PER": 4, "KP": 16, "BC": 16, "BP": 128}
 
 CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-    "means": (_means, FACTORS, {"WEIGHTED": False, "BLOCK": 1024}),
-    "weighted means": (_means, FACTORS, {"WEIGHTED": True, "BLOCK": 16}),
-    "update, defaults": (
-        _updates,
-        FACTORS,
-        {"WEIGHTED": False, "UNIT": True, "RELATIVE": False, "MOMENTUM": True, "BOUNDED": True}
-        | {"BLOCK": 1024},
-    ),
-    "update, natural": (
-        _updates,
-        FACTORS,
-        {"WEIGHTED": True, "UNIT": False, "RELATIVE": True, "MOMENTUM": False, "BOUNDED": False}
-        | {"BLOCK": 64},
-    ),
-    "keep": (_keep_old, FACTORS, {"KEPT": True, "MOMENTUM": True, "BLOCK": 1024}),
     "squares": (_squares, TABLES, KIND),
     "to size": (_to_size, TABLES, {"SIZED": True, **KIND}),
     "as they are": (_to_size, UNSIZED, {"SIZED": False, **KIND}),

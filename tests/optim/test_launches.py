@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 import tnkfac
 from profile_step import VIEWS
+from tnkfac.curvature import RaggedDiagonal
 from tnkfac.curvature.routes import squares
 from tnkfac.optim import base
-from tnkfac.optim.step import apply, diagonals, triton_step
+from tnkfac.optim.step import apply, triton_step
 
 FREE = (*VIEWS, "device", "new_empty", "scalar_tensor", "promote_types")
 """What launches nothing."""
@@ -70,10 +71,6 @@ class Kernels:
         self.seen += ["kernel", "sum"]
         return g.new_empty(layer.out_channels, 1, dtype=torch.float32)
 
-    def updated(self, X: Tensor, momentum: Tensor, *others: Any) -> list[Tensor]:
-        self.seen += ["kernel"] * 3
-        return [X.new_empty(len(X)), X.new_empty(len(X))]
-
     def scaled(self, table: Any, tiles: Any, lengths: Any, sizes: Any, n: int, kind: Any) -> Tensor:
         self.seen += ["kernel"] * 3
         return torch.empty(n, dtype=kind, device="cuda")
@@ -83,7 +80,6 @@ class Kernels:
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     launches = Launches()
     kernels = Kernels(launches.seen)
-    monkeypatch.setattr(diagonals, "triton_kernels", lambda like: kernels)
     monkeypatch.setattr(triton_step, "triton_kernels", lambda like: kernels)
     monkeypatch.setattr(squares, "_kernels", lambda tensor: kernels)
     monkeypatch.setattr(apply, "_PLAIN", (*apply._PLAIN, FakeTensor))
@@ -94,16 +90,16 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         return torch.empty(torch.tensor(numbers).shape, dtype=dtype, device=device)
 
     monkeypatch.setattr(triton_step, "_sent", sent)
-    for cached in (triton_step._tiles, diagonals._segments, apply._kept):
+    for cached in (triton_step._tiles, RaggedDiagonal.of, apply._kept):
         cached.cache_clear()
     yield launches
-    for cached in (triton_step._tiles, diagonals._segments, apply._kept):
+    for cached in (triton_step._tiles, RaggedDiagonal.of, apply._kept):
         cached.cache_clear()
 
 
 @pytest.mark.parametrize("T", [1, 100], ids=["update", "no update"])
 def test_a_step_of_resnet18(T: int, counting: Launches) -> None:
-    """At most 60 in the step, 10 for each layer in its hook, however many layers there are.
+    """At most 60 in a step, 120 with an update of the factors, however many layers there are.
 
     A number on the host would be an error: tensors have none here.
     """
@@ -131,8 +127,8 @@ def test_a_step_of_resnet18(T: int, counting: Launches) -> None:
             counting.seen.clear()
             with counting:
                 optimizer.step()
-    assert counting.seen.count("kernel") == (6 if T == 1 else 3)
-    assert 20 < len(counting.seen) <= 60, counting.seen
+    assert counting.seen.count("kernel") == 3
+    assert 20 < len(counting.seen) <= (120 if T == 1 else 60), counting.seen
 
 
 @pytest.mark.parametrize("kernels", [True, False])

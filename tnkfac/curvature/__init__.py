@@ -19,7 +19,9 @@ from tnkfac.curvature.precision import FullPrecision
 from tnkfac.curvature.preconditioner import Preconditioner, stationary_points
 from tnkfac.curvature.structures import (
     Decomposable,
+    Matrices,
     Parts,
+    RaggedDiagonal,
     Structure,
     check_factor_structure,
     check_structure,
@@ -36,9 +38,11 @@ __all__ = [
     "Kronecker",
     "Layer",
     "LossAverage",
+    "Matrices",
     "Owner",
     "Parts",
     "Preconditioner",
+    "RaggedDiagonal",
     "Statistics",
     "Structure",
     "Tap",

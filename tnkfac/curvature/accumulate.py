@@ -439,6 +439,19 @@ class Statistics:
             return self._kept or []
         return [leaf.grad for leaf in self._leaves if leaf.grad is not None]
 
+    def normalizers(
+        self, counts: Tensor, loss_scale: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """By what sums are multiplied to be those of the input factor, and of the output factor.
+
+        Args:
+            counts: Samples, rows and terms, ``[.., 3]``.
+            loss_scale: Number by which the loss was multiplied before it was back-propagated.
+        """
+        samples, rows, terms = counts.unbind(-1)
+        loss_terms = torch.ones_like(terms) if self.loss_average is None else terms
+        return 1 / (rows if self.approx == "expand" else samples), loss_terms / loss_scale**2
+
     def factors(self, loss_scale: Tensor | float = 1.0) -> Factors:
         """Normalise what has been collected.
 
@@ -448,9 +461,7 @@ class Statistics:
         *collected, counts = self.sums()
         filled = iter(collected)
         sums = [counts.new_zeros(s) if 0 in s else next(filled) for s in self._shapes()]
-        samples, rows, terms = counts.unbind()
-        weight = 1 / (rows if self.approx == "expand" else samples)
-        loss_terms = (1.0 if self.loss_average is None else terms) / loss_scale**2
+        weight, loss_terms = self.normalizers(counts, loss_scale)
         split = len(self.k.statistic_shapes)
         A = tuple(part * weight for part in sums[:split])
         squares = sums.pop() * loss_terms if self.squares else None

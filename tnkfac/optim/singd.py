@@ -8,21 +8,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Preconditioner, Structure, fast, stationary_points, warn
+from tnkfac.curvature import Preconditioner, fast, stationary_points, warn
 from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.finite import loss_scale
 from tnkfac.optim.options import Group
 from tnkfac.optim.params import budget
-from tnkfac.optim.params.batches import joined, parted
+from tnkfac.optim.params.batches import Batch, EndToEnd, Stack, joined
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.marks import mark, set_mark
-from tnkfac.optim.params.parts import load, overwrite, read, store
+from tnkfac.optim.params.parts import load, overwrite, store
 from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.report.diagnostics import Spectra, inverse_squares
-from tnkfac.optim.rules.damping import damped, divided
+from tnkfac.optim.rules.damping import damped
 from tnkfac.optim.rules.singd_rule import singd_update
-from tnkfac.optim.step import diagonals, elementwise
+from tnkfac.optim.step import elementwise
+from tnkfac.optim.step.elementwise import is_diagonal
 
 
 class SINGD(CurvatureOptimizer):
@@ -249,30 +250,26 @@ class SINGD(CurvatureOptimizer):
         return state
 
     def _update_layers(
-        self,
-        layers: list[CapturedLayer],
-        group: Group,
-        scale: Tensor | float,
-        keep: Tensor | None,
+        self, layers: list[CapturedLayer], group: Group, scale: Tensor | float, keep: Tensor | None
     ) -> None:
-        states = [self.state[layer.weight] for layer in layers]
-        factors = [layer.statistics.factors(scale) for layer in layers]
-        A, B = joined([found.A for found in factors]), joined([found.B for found in factors])
-        k, c = layers[0].statistics.k, layers[0].statistics.c
+        self._update_batch(Stack(layers), scale, keep)
 
-        def loaded(name: str, structure: Structure) -> Parts:
-            count = len(structure.shapes)
-            return joined([read(state, name, count, A[0].dtype) for state in states])
-
-        with_momentum = group["alpha1"] != 0 and not group["kfac_like"]
+    def _update_batch(self, batch: Batch, scale: Tensor | float, keep: Tensor | None) -> None:
+        group, k, c = batch.layers[0].group, batch.k, batch.c
+        states = [self.state[layer.weight] for layer in batch.layers]
+        A, B = batch.factors(scale)
+        names = ["K", "C"]
+        if group["alpha1"] != 0 and not group["kfac_like"]:
+            names += ["m_K", "m_C"]
+        old = {name: batch.read(states, name, A[0].dtype) for name in names}
         taken = damped(k, c, A, B, group)
         found = singd_update(
             k,
             c,
-            loaded("K", k),
-            loaded("C", c),
-            loaded("m_K", k) if with_momentum else None,
-            loaded("m_C", c) if with_momentum else None,
+            old["K"],
+            old["C"],
+            old.get("m_K"),
+            old.get("m_C"),
             taken.A,
             taken.B,
             damping=(taken.on_K, taken.on_C),
@@ -282,10 +279,7 @@ class SINGD(CurvatureOptimizer):
             normalize=group["normalize_lr_cov"],
             bounded=group["init"] == "first_batch",
         )
-        names = ("K", "C", "m_K", "m_C") if with_momentum else ("K", "C")
-        pieces = [parted(parts, len(layers)) for parts in found[: len(names)]]
-        for state, new in zip(states, zip(*pieces, strict=True), strict=True):
-            overwrite(state, dict(zip(names, new, strict=True)), keep)
+        batch.write(states, dict(zip(names, found, strict=False)), keep)
 
     def _start(self, layers: list[CapturedLayer], group: Group, scale: Tensor | float) -> None:
         """Start where the factors of the first batch leave ``K`` and ``C`` at rest.
@@ -305,7 +299,8 @@ class SINGD(CurvatureOptimizer):
         found = stationary_points(problems, damping)
         for layer, (K, C), level in zip(layers, found, levels, strict=True):
             if level is not None:
-                K, C = divided(K, level**0.25), divided(C, level**0.25)
+                k, c = layer.statistics.k, layer.statistics.c
+                K, C = k.scaled(K, level**-0.25), c.scaled(C, level**-0.25)
             overwrite(self.state[layer.weight], {"K": K, "C": C}, None)
 
     def _stack_kind(self, layer: CapturedLayer, group: Group) -> Hashable:
@@ -320,10 +315,9 @@ class SINGD(CurvatureOptimizer):
         for layer in pending:
             group = layer.group
             key = id(group), layer.weight.device, layer.weight.dtype
-            plain = not fast() or group["kfac_like"] or group["normalize_lr_cov"]
             if self._last_update(layer) < 0 and group["init"] == "first_batch":
                 starts.setdefault(key if fast() else id(layer), []).append(layer)
-            elif not plain and diagonals.suits(layer, self.state[layer.weight]):
+            elif fast() and is_diagonal(layer, self.state[layer.weight]):
                 together.setdefault(key, []).append(layer)
             else:
                 rest.append(layer)
@@ -335,22 +329,14 @@ class SINGD(CurvatureOptimizer):
                 if mine:
                     self._start(mine, mine[0].group, scale)
         for layers in together.values():
-            group = layers[0].group
-            diagonals.update(
-                [self.state[layer.weight] for layer in layers],
-                [layer.statistics.sums() for layer in layers],
-                group,
-                scale,
-                _at(group["lr_cov"], group["step"]),
-                keep,
-            )
+            self._update_batch(EndToEnd(layers), scale, keep)
         mine = [layer for layer in rest if self._plan.computes(layer)]
         super()._update_factors(mine, keep)
         self._share(sent, ("K", "C", "m_K", "m_C"))
 
     def _scales(self, layer: CapturedLayer) -> bool:
         alone = len(self._plan.row(layer)) == 1  # nobody waits for what it preconditions
-        return alone and diagonals.suits(layer, self.state.get(layer.weight, {}))
+        return alone and is_diagonal(layer, self.state.get(layer.weight, {}))
 
     def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
         states = [self.state.get(layer.weight, {}) for layer in layers]

@@ -5,16 +5,19 @@ A structured matrix is a tuple of tensors with the channel group as leading axis
 such that ``(Pi(M) + Pi(M)^T) / 2`` is ``M`` on the support (arXiv 2312.05705, section 3.2).
 """
 
-from tnkfac.curvature.structures.interface import Decomposable, Parts, Structure
+from tnkfac.curvature.structures.interface import Decomposable, Matrices, Parts, Structure
 from tnkfac.curvature.structures.names import (
     check_factor_structure,
     check_structure,
     resolve_structure,
 )
+from tnkfac.curvature.structures.ragged_diagonal import RaggedDiagonal
 
 __all__ = [
     "Decomposable",
+    "Matrices",
     "Parts",
+    "RaggedDiagonal",
     "Structure",
     "check_factor_structure",
     "check_structure",

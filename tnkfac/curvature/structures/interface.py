@@ -16,8 +16,54 @@ Parts = tuple[Tensor, ...]
 _ITERATIONS = 6
 
 
+class Matrices(ABC):
+    """Several matrices, and what an update of SINGD's factors does with them.
+
+    Below ``K`` and ``m`` are the parts of matrices, and ``A`` is what was read of symmetric ones. A
+    number for each matrix is a tensor ``[G]``.
+    """
+
+    @abstractmethod
+    def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
+        """Parts of ``groups`` identity matrices."""
+
+    @abstractmethod
+    def matmul(self, K: Parts, m: Parts) -> Parts:
+        """``K m``."""
+
+    @abstractmethod
+    def gram(self, K: Parts) -> Parts:
+        """``Pi(K^T K)``."""
+
+    @abstractmethod
+    def pull(self, K: Parts, A: Parts) -> Parts:
+        """``Pi(K^T A K)``."""
+
+    @abstractmethod
+    def trace(self, m: Parts) -> Tensor:
+        """Trace divided by the dimension: ``[G]``."""
+
+    @abstractmethod
+    def statistic_trace(self, A: Parts) -> Tensor:
+        """Trace of ``A`` divided by the dimension, ``[G]``."""
+
+    @abstractmethod
+    def norm(self, m: Parts) -> Tensor:
+        """Spectral norm ``[G]``, perhaps estimated."""
+
+    def largest(self, m: Parts) -> Tensor:
+        """Largest magnitude of the numbers of each matrix, ``[G]``."""
+        return torch.stack([part.abs().flatten(1).amax(1) for part in m if part.numel()]).amax(0)
+
+    def scaled(self, m: Parts, by: Tensor | float) -> Parts:
+        """Each matrix times its number."""
+        if not isinstance(by, Tensor):
+            return tuple(by * part for part in m)
+        return tuple(by.reshape(-1, *[1] * (part.ndim - 1)) * part for part in m)
+
+
 @dataclass(frozen=True)
-class Structure(ABC):
+class Structure(Matrices):
     """A class of ``[G, dim, dim]`` matrices.
 
     Below ``K`` and ``m`` are the parts of two of its matrices, and ``A`` is what :meth:`statistic`
@@ -64,26 +110,6 @@ class Structure(ABC):
         """
 
     @abstractmethod
-    def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
-        """Parts of ``groups`` identity matrices."""
-
-    @abstractmethod
-    def matmul(self, K: Parts, m: Parts) -> Parts:
-        """``K m``."""
-
-    @abstractmethod
-    def gram(self, K: Parts) -> Parts:
-        """``Pi(K^T K)``."""
-
-    @abstractmethod
-    def pull(self, K: Parts, A: Parts) -> Parts:
-        """``Pi(K^T A K)``."""
-
-    @abstractmethod
-    def trace(self, m: Parts) -> Tensor:
-        """Trace divided by ``dim``: ``[G]``."""
-
-    @abstractmethod
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """``K K^T X`` for ``X`` of shape ``[G, dim, columns]``."""
 
@@ -101,10 +127,6 @@ class Structure(ABC):
             vector = self.apply(m, vector / length.clamp(min=tiny))
         norm: Tensor = torch.linalg.vector_norm(vector, dim=(1, 2)).sqrt()
         return norm
-
-    @abstractmethod
-    def statistic_trace(self, A: Parts) -> Tensor:
-        """Trace of ``A`` divided by ``dim``, ``[G]``."""
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Eigenvalues ``[G, dim]`` of ``A``, and its eigenvectors as parts.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Structure
+from tnkfac.curvature import Matrices, Parts
 from tnkfac.optim.options import Group
 
 
@@ -30,7 +30,7 @@ class Damped:
     level: Tensor | None = None
 
 
-def damped(k: Structure, c: Structure, A: Parts, B: Parts, group: Group) -> Damped:
+def damped(k: Matrices, c: Matrices, A: Parts, B: Parts, group: Group) -> Damped:
     """Choose the damping of one layer for one batch.
 
     With ``damping=None`` it is ``relative_damping`` times the mean eigenvalue of ``B (x) A``, or
@@ -50,15 +50,10 @@ def damped(k: Structure, c: Structure, A: Parts, B: Parts, group: Group) -> Damp
     share = group["relative_damping"]
     a, b = _usable(k.statistic_trace(A)), _usable(c.statistic_trace(B))
     if group["grafting"] is not None:
-        return Damped(divided(A, a), divided(B, b), share, share)
+        return Damped(k.scaled(A, 1 / a), c.scaled(B, 1 / b), share, share)
     if group["kfac_like"]:
         return Damped(A, B, share * a, share * b, a * b)
     return Damped(A, B, share * a * b, share * a * b, a * b)
-
-
-def divided(parts: Parts, by: Tensor) -> Parts:
-    """Divide all parts by a number for each channel group, ``[G]``."""
-    return tuple(part / by.reshape(-1, *[1] * (part.ndim - 1)) for part in parts)
 
 
 def _usable(trace: Tensor) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Structure
+from tnkfac.curvature import Matrices, Parts
 
 LARGEST_CHANGE = 0.5
 """Largest relative change of the preconditioner in one update, unless it starts at the identity.
@@ -17,24 +15,9 @@ batch has far more curvature than those before, as happens near the end of train
 """
 
 
-def _combine(
-    coefficients: Sequence[Tensor | float], terms: Sequence[Parts], add_identity: Parts
-) -> Parts:
-    """``sum_i coefficient_i term_i - I``, coefficients per channel group."""
-    total = []
-    for index, eye in enumerate(add_identity):
-        part = -eye
-        for coefficient, term in zip(coefficients, terms, strict=True):
-            shape = (-1, *[1] * (eye.ndim - 1))
-            factor = coefficient.reshape(shape) if isinstance(coefficient, Tensor) else coefficient
-            part = part + factor * term[index]
-        total.append(part)
-    return tuple(total)
-
-
 def singd_update(
-    k: Structure,
-    c: Structure,
+    k: Matrices,
+    c: Matrices,
     K: Parts,
     C: Parts,
     m_K: Parts | None,
@@ -83,28 +66,16 @@ def singd_update(
         (c, C, m_C, H_C, CC, on_C),
     ):
         eye = structure.identity(X[0].shape[0], X[0].dtype, X[0].device)
-        step = _combine(coefficients, (H, gram), eye)
-        step = tuple(half * part for part in step)
+        terms = zip(eye, *map(structure.scaled, (H, gram), coefficients), strict=True)
+        step = tuple(half * (-one + pulled + damped) for one, pulled, damped in terms)
         if m is not None:
             step = tuple(alpha1 * old + part for old, part in zip(m, step, strict=True))
-        move = structure.matmul(X, step)
-        rate = _rate(step, lr_cov, normalize)
+        rate: Tensor | float = lr_cov
+        if normalize:
+            rate = lr_cov / structure.largest(step).clamp(min=1.0)
         if bounded:
             rate = torch.clamp(LARGEST_CHANGE / structure.norm(step), max=rate)
-        moved.append(tuple(_minus(x, rate, d) for x, d in zip(X, move, strict=True)))
+        move = structure.scaled(structure.matmul(X, step), rate)
+        moved.append(tuple(x - part for x, part in zip(X, move, strict=True)))
         new.append(step)
     return moved[0], moved[1], new[0], new[1]
-
-
-def _rate(step: Parts, lr_cov: float, normalize: bool) -> Tensor | float:
-    """Step size of each channel group."""
-    if not normalize:
-        return lr_cov
-    largest = [part.abs().flatten(1).amax(1) for part in step if part.numel()]
-    return lr_cov / torch.stack(largest).amax(0).clamp(min=1.0)
-
-
-def _minus(part: Tensor, rate: Tensor | float, move: Tensor) -> Tensor:
-    if isinstance(rate, Tensor):
-        rate = rate.reshape(-1, *[1] * (part.ndim - 1))
-    return part - rate * move

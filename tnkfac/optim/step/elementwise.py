@@ -6,12 +6,26 @@ Gradients keep the shape and the layout of their parameter; no joint matrix is f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.scaling import Scaling, Squares
+
+_KINDS = (torch.float32, torch.float64)
+
+
+def is_diagonal(layer: CapturedLayer, state: dict[str, Any]) -> bool:
+    """Whether both factors of a layer are diagonal, in the precision of its weight."""
+    kind, statistics = layer.weight.dtype, layer.statistics
+    if "K" not in state or layer.weight.device.type not in ("cpu", "cuda") or kind not in _KINDS:
+        return False
+    if not (isinstance(statistics.k, Diagonal) and isinstance(statistics.c, Diagonal)):
+        return False
+    return all(state[name].dtype == kind for name in ("K", "C"))
 
 
 def read(

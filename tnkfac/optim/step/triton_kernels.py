@@ -1,21 +1,16 @@
-"""Triton kernels of a step with diagonal factors; imported only where Triton is installed.
+"""Triton kernels that scale gradients; imported only where Triton is installed.
 
 Layers are many and small, so a launch for each costs more than its work. Here one launch takes all
-of them: factors lie end to end, and gradients are found through a table of addresses. Their twins
-in torch are in :mod:`tnkfac.optim.step.diagonals`, and in ``scaling`` and ``multi`` beside it.
+of them: gradients are found through a table of addresses. Their twins in torch are in
+:mod:`tnkfac.optim.step.elementwise` and :mod:`tnkfac.optim.step.apply`.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from tnkfac.optim.step.diagonals import Rule, Segments
 
 BLOCK = 1024
 """Numbers that one program takes at a time."""
@@ -25,19 +20,11 @@ _KINDS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def check(device: torch.device) -> None:
-    """Raise an error unless the kernels update and scale a small problem as torch does."""
-    from tnkfac.optim.step import diagonals, triton_step
+    """Raise an error unless the kernels scale a small problem as torch does."""
+    from tnkfac.optim.step import triton_step
 
-    shapes = ((1, 5, 3), (1, 4, 2))
-    X = torch.arange(1.0, 15.0, dtype=torch.float32, device="cpu").cos().add_(2)
-    F, moving = X.sin().square(), X.cos()
-    rule = diagonals.Rule("own", 0.1, 0.5, 0.2, 0.25)
-    at = diagonals._segments(shapes, X.device), diagonals._segments(shapes, device)
-    new = diagonals._updated(X, moving, F, None, at[0], rule)
-    found = updated(X.to(device), moving.to(device), F.to(device), None, at[1], rule, None)
-    for one, other in zip(found, new, strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
-    K, C, gradient = X[:5], X[5:8], F[:12].view(3, 4)
+    X = torch.arange(1.0, 9.0, dtype=torch.float32, device="cpu").cos().add_(2)
+    K, C, gradient = X[:5], X[5:8], torch.arange(12.0, device="cpu").sin().view(3, 4)
     G, K2, C2 = (part.to(device) for part in (gradient, K, C))
     where = triton_step.lookup("linear", (3, 4), (4, 1), 1, 5)
     assert where is not None
@@ -49,158 +36,6 @@ def check(device: torch.device) -> None:
     expected *= 2 / torch.linalg.vector_norm(expected)
     sized = scaled(table, tiles, lengths, size, 12, torch.float32)
     torch.testing.assert_close(sized.cpu().view(3, 4), expected, rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------- factors
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _means(  # type: ignore[no-untyped-def]
-    X, F, weights, starts, lengths, found, bad, layers, S,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Means of ``F``, ``X X F`` and ``X X`` of a segment; no layer is bad yet."""
-    s = tl.program_id(0)
-    start, length = tl.load(starts + s), tl.load(lengths + s)
-    lane = tl.arange(0, BLOCK)
-    one = tl.zeros((BLOCK,), X.dtype.element_ty)
-    both, square = one, one
-    for first in range(0, length, BLOCK):
-        there = first + lane < length
-        x = tl.load(X + start + first + lane, mask=there, other=0.0)
-        f = tl.load(F + start + first + lane, mask=there, other=0.0)
-        one += f
-        both += x * x * f
-        square += x * x
-    count = length.to(X.dtype.element_ty)
-    weight = tl.load(weights + s) if WEIGHTED else 1.0
-    tl.store(found + s, tl.sum(one, 0) / count * weight)
-    tl.store(found + S + s, tl.sum(both, 0) / count * weight)
-    tl.store(found + 2 * S + s, tl.sum(square, 0) / count)
-    tl.store(bad + tl.load(layers + s), 0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _step_of(  # type: ignore[no-untyped-def]
-    X, F, M, at, there, weight, both, square, alpha, MOMENTUM: tl.constexpr
-):  # fmt: skip
-    """Numbers of a segment, and what they are to be multiplied with."""
-    x = tl.load(X + at, mask=there, other=0.0)
-    f = tl.load(F + at, mask=there, other=0.0) * weight
-    step = (x * x * f * both + x * x * square - 1.0) * 0.5
-    if MOMENTUM:
-        step += alpha * tl.load(M + at, mask=there, other=0.0)
-    return x, tl.where(there, step, 0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _updates(  # type: ignore[no-untyped-def]
-    X, F, M, weights, starts, lengths, partners, layers, found, bad, new, S, total,
-    damping, alpha, rate, most,
-    WEIGHTED: tl.constexpr, UNIT: tl.constexpr, RELATIVE: tl.constexpr, MOMENTUM: tl.constexpr,
-    BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``new``: a segment after its update, and behind all of them its momentum."""
-    s = tl.program_id(0)
-    start, length, partner = tl.load(starts + s), tl.load(lengths + s), tl.load(partners + s)
-    mean, other = tl.load(found + s), tl.load(found + partner)
-    mean = tl.where(mean == 0, 1.0, mean)  # factors of zeros stay what they are
-    other = tl.where(other == 0, 1.0, other)
-    weight = tl.load(weights + s) if WEIGHTED else 1.0
-    both, square = tl.load(found + S + partner), tl.load(found + 2 * S + partner) * damping
-    if UNIT:
-        weight, both = weight / mean, both / other
-    if RELATIVE:
-        square = square * mean * other
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), X.dtype.element_ty)
-    if BOUNDED:
-        for first in range(0, length, BLOCK):
-            at, there = start + first + lane, first + lane < length
-            x, step = _step_of(X, F, M, at, there, weight, both, square, alpha, MOMENTUM)
-            largest = tl.maximum(largest, tl.abs(step))
-        top = tl.max(largest, 0)
-        rate = tl.where(top * rate > most, most / top, rate)
-    lost = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, length, BLOCK):
-        at, there = start + first + lane, first + lane < length
-        x, step = _step_of(X, F, M, at, there, weight, both, square, alpha, MOMENTUM)
-        value = x - x * step * rate
-        fine = (tl.abs(value) < float("inf")) & (tl.abs(step) < float("inf"))
-        lost += tl.where(fine, 0, 1)
-        tl.store(new + at, value, mask=there)
-        if MOMENTUM:
-            tl.store(new + total + at, step, mask=there)
-    count = tl.sum(lost, 0)
-    tl.atomic_max(bad + tl.load(layers + s), count, mask=count > 0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _keep_old(  # type: ignore[no-untyped-def]
-    X, M, starts, lengths, layers, bad, keep, new, total,
-    KEPT: tl.constexpr, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Put back what was, in layers where a number is not finite, or if the batch is skipped."""
-    s = tl.program_id(0)
-    start, length = tl.load(starts + s), tl.load(lengths + s)
-    lost = tl.load(bad + tl.load(layers + s))
-    if KEPT:
-        lost = tl.where(tl.load(keep) > 0, lost, 1)
-    if lost > 0:
-        lane = tl.arange(0, BLOCK)
-        for first in range(0, length, BLOCK):
-            at, there = start + first + lane, first + lane < length
-            tl.store(new + at, tl.load(X + at, mask=there), mask=there)
-            if MOMENTUM:
-                tl.store(new + total + at, tl.load(M + at, mask=there), mask=there)
-
-
-def updated(
-    X: Tensor,
-    momentum: Tensor | None,
-    factors: Tensor,
-    weights: Tensor | None,
-    at: Segments,
-    rule: Rule,
-    keep: Tensor | None,
-) -> list[Tensor]:
-    """``K`` and ``C`` of all layers after an update, and their momenta.
-
-    Args:
-        X: All ``K`` and ``C`` end to end.
-        momentum: Their momenta, or None.
-        factors: All ``A`` and ``B`` end to end.
-        weights: What the factors of each segment are multiplied with, or None for one.
-        at: Where the segments lie.
-        rule: Damping and step sizes.
-        keep: Scalar that is zero where the batch is to be skipped, or None.
-    """
-    S, total = len(at.lengths), len(X)
-    block = min(BLOCK, triton.next_power_of_2(at.longest))
-    found = X.new_empty(3, S)
-    bad = torch.empty(S, dtype=torch.int32, device=X.device)
-    new = X.new_empty((1 if momentum is None else 2) * total)
-    M, own = X if momentum is None else momentum, X if weights is None else weights
-    moving, weighted = momentum is not None, weights is not None
-    with torch.cuda.device_of(X):  # type: ignore[no-untyped-call]  # where Triton launches
-        _means[(S,)](
-            X, factors, own, at.starts, at.lengths, found, bad, at.layer, S,
-            WEIGHTED=weighted, BLOCK=block,
-        )  # fmt: skip
-        _updates[(S,)](
-            X, factors, M, own, at.starts, at.lengths, at.partner, at.layer, found, bad, new, S,
-            total, rule.damping, rule.alpha, rule.rate, rule.most,
-            WEIGHTED=weighted, UNIT=rule.units == "own", RELATIVE=rule.units == "product",
-            MOMENTUM=moving, BOUNDED=rule.most > 0, BLOCK=block,
-        )  # fmt: skip
-        _keep_old[(S,)](
-            X, M, at.starts, at.lengths, at.layer, bad, X if keep is None else keep, new, total,
-            KEPT=keep is not None, MOMENTUM=moving, BLOCK=block,
-        )  # fmt: skip
-    return [new] if momentum is None else [new[:total], new[total:]]
-
-
-# ---------------------------------------------------------------- gradients
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tnkfac.curvature import trusted
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.step import apply
-from tnkfac.optim.step.diagonals import triton_kernels
 
 Chosen = Sequence[tuple[CapturedLayer, Scaling]]
 
@@ -82,6 +83,19 @@ def _alike(gradient: Tensor, param: Tensor) -> bool:
     """Whether numbers lie in the same order; axes of one number do not matter."""
     pairs = zip(param.shape, gradient.stride(), param.stride(), strict=True)
     return all(size == 1 or one == other for size, one, other in pairs)
+
+
+def triton_kernels(like: Tensor) -> ModuleType | None:
+    """Triton's kernels, if there are any for factors like this; their scalars are in float32."""
+    if not like.is_cuda or like.dtype != torch.float32:
+        return None
+    return trusted(_load, like.device)
+
+
+def _load() -> ModuleType:
+    from tnkfac.optim.step import triton_kernels as kernels
+
+    return kernels
 
 
 def suits(chosen: Chosen) -> bool:
