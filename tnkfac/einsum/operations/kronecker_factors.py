@@ -12,8 +12,8 @@ from math import prod
 from typing_extensions import Unpack
 
 from tnkfac.einsum.network import Network
-from tnkfac.einsum.rows.forward import rows
-from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
+from tnkfac.einsum.operations.forward import rows
+from tnkfac.einsum.operations.space import Hyper, Ints, Shape, Space, TransposedHyper
 
 
 def kfc_factor(x: Shape, kernel_size: Ints, **hyper: Unpack[Hyper]) -> Network:

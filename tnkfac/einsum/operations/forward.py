@@ -7,7 +7,7 @@ from typing_extensions import Unpack
 from tnkfac.einsum.geometry import Axis
 from tnkfac.einsum.network import Network, parse
 from tnkfac.einsum.operands import Variable
-from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
+from tnkfac.einsum.operations.space import Hyper, Ints, Shape, Space, TransposedHyper
 
 
 def conv(x: Shape, weight: Shape, **hyper: Unpack[Hyper]) -> Network:

@@ -10,7 +10,15 @@ from typing_extensions import Unpack
 
 from tnkfac.einsum.network import Network, parse
 from tnkfac.einsum.operands import Variable
-from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper, leading, spatial
+from tnkfac.einsum.operations.space import (
+    Hyper,
+    Ints,
+    Shape,
+    Space,
+    TransposedHyper,
+    leading,
+    spatial,
+)
 
 
 def weight_vjp(x: Shape, v: Shape, kernel_size: Ints, **hyper: Unpack[Hyper]) -> Network:

@@ -16,10 +16,18 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import cos, hypot, pi, sin
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tnkfac.einsum.layout import FONT, SMALL, Diagram, Edge, Node, Point, place_nodes, text_size
-from tnkfac.einsum.network import Network
+from tnkfac.einsum.drawing.layout import (
+    FONT,
+    SMALL,
+    Diagram,
+    Edge,
+    Node,
+    Point,
+    place_nodes,
+    text_size,
+)
 from tnkfac.einsum.operands import Delta, Operand, Pattern, Variable
 from tnkfac.einsum.views import Merge
 
@@ -35,7 +43,27 @@ _BAR, _BEND, _CLEAR = 0.13, 0.42, 0.035  # inches between legs at a bar, bends, 
 _Box = tuple[float, float, float, float]
 
 
-def draw_network(network: Network, path: str | None = None, title: str | None = None) -> Figure:
+class Drawable(Protocol):
+    """What of a :class:`~tnkfac.einsum.network.Network` is drawn."""
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The factors of the product."""
+
+    @property
+    def output(self) -> Operand:
+        """Legs of the result, and the view whose adjoint shapes it."""
+
+    @property
+    def scale(self) -> float:
+        """Number that multiplies the result."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every leg."""
+
+
+def draw_network(network: Drawable, path: str | None = None, title: str | None = None) -> Figure:
     """Draw a network.
 
     Args:
@@ -69,7 +97,7 @@ def draw_network(network: Network, path: str | None = None, title: str | None = 
 # --- the graph ----------------------------------------------------------------------------------
 
 
-def _diagram(network: Network) -> Diagram:
+def _diagram(network: Drawable) -> Diagram:
     """Nodes of operands, of output axes and of dots, in this order; lines; and the symmetry."""
     axes = _axes(network.output)
     ports = {leg: len(network.operands) + i for i, legs in enumerate(axes) for leg in legs}

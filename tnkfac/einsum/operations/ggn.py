@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from tnkfac.einsum.network import Network, parse
 from tnkfac.einsum.operands import Variable
-from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
+from tnkfac.einsum.operations.space import Hyper, Ints, Shape, Space, TransposedHyper
 
 BLOCKS = ("filter", "output_channel", "group")
 

@@ -12,9 +12,9 @@ from typing_extensions import Unpack
 
 from tnkfac.einsum.network import Network, parse
 from tnkfac.einsum.operands import Variable
-from tnkfac.einsum.rows.derivatives import over_positions
-from tnkfac.einsum.rows.forward import rows
-from tnkfac.einsum.rows.space import Hyper, Ints, Shape, Space, TransposedHyper
+from tnkfac.einsum.operations.derivatives import over_positions
+from tnkfac.einsum.operations.forward import rows
+from tnkfac.einsum.operations.space import Hyper, Ints, Shape, Space, TransposedHyper
 
 
 def hessian_diagonal_input(
