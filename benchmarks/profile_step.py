@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnkfac
 from tnkfac import curvature
-from tnkfac.curvature.routes import squares
+from tnkfac.curvature.moments import squares
 from tnkfac.optim import base, updates
 
 CLASSES = 100

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import input_gram, output_gram
-from tnkfac.curvature.routes import kernels
+from tnkfac.curvature.moments import triton_sums
+from tnkfac.curvature.moments.second_moment import input_gram, output_gram
 
 CASES = {
     "linear": (nn.Linear(5, 3), (4, 7, 5)),
@@ -36,12 +36,12 @@ def check(name: str, dtype: torch.dtype, channels_last: bool) -> None:
     size = (x.shape[1],) if layer.kind == "linear" else tuple(g.shape[2:])
     a = input_gram(layer, x.double(), g.shape, "reduce").diagonal()
     b = output_gram(layer, g.double(), "reduce").diagonal()
-    found = kernels.input_sums(layer, layer.standard_input(x), size)
+    found = triton_sums.input_sums(layer, layer.standard_input(x), size)
     assert found is not None
     positions = torch.Size(size).numel()
     found = found.reshape(layer.groups, -1) / positions**2
     torch.testing.assert_close(found.double(), a[:, :-1], rtol=1e-5, atol=1e-6)
-    sums = kernels.output_sums(layer, layer.standard_output(g)).reshape(layer.groups, -1)
+    sums = triton_sums.output_sums(layer, layer.standard_output(g)).reshape(layer.groups, -1)
     torch.testing.assert_close(sums.double(), b, rtol=1e-5, atol=1e-5)
 
 
@@ -49,15 +49,17 @@ if __name__ == "__main__":
     for case in CASES:
         for kind in (torch.float32, torch.float16):  # the interpreter mistakes bfloat16
             for last in (False, True):
-                kernels._PROGRAMS = 2 if last else 2048  # several samples to a program
+                triton_sums._PROGRAMS = 2 if last else 2048  # several samples to a program
                 check(case, kind, last)
         print(case, "agrees")
-    assert kernels.input_sums(describe(nn.Conv3d(2, 2, 2)), torch.zeros(1, 2, 3, 3, 3), ()) is None
-    kernels.check(torch.device("cpu"))
-    launch = kernels._launch
-    kernels._launch = lambda *arguments: 1.001 * launch(*arguments)
+    assert (
+        triton_sums.input_sums(describe(nn.Conv3d(2, 2, 2)), torch.zeros(1, 2, 3, 3, 3), ()) is None
+    )
+    triton_sums.check(torch.device("cpu"))
+    launch = triton_sums._launch
+    triton_sums._launch = lambda *arguments: 1.001 * launch(*arguments)
     try:
-        kernels.check(torch.device("cpu"))
+        triton_sums.check(torch.device("cpu"))
     except AssertionError:
         sys.exit(0)
     sys.exit("A trial passes kernels that are wrong by a thousandth.")

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import describe
-from tnkfac.curvature.routes import onednn
-from tnkfac.curvature.routes.boxes import box_sums
-from tnkfac.curvature.routes.squares import input_squares, output_size
-from tnkfac.curvature.routes.taps import Classes, tap_classes
+from tnkfac.curvature.moments import onednn
+from tnkfac.curvature.moments.position_sums import box_sums
+from tnkfac.curvature.moments.squares import input_squares, output_size
+from tnkfac.curvature.moments.tap_classes import TapClasses, tap_classes
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 2, 5, stride=2), (4, 4, 30)),
@@ -26,7 +26,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def classes_of(module: nn.Module, x: torch.Tensor) -> Classes:
+def classes_of(module: nn.Module, x: torch.Tensor) -> TapClasses:
     layer = describe(module)
     return tap_classes(layer, tuple(x.shape[2:]), output_size(layer, x, module(x)))
 
@@ -79,7 +79,7 @@ def test_equals_the_other_ways_at_sizes_of_real_layers(
     torch.testing.assert_close(found, box_sums(x, classes), rtol=1e-5, atol=1e-4)
 
 
-def disabled(x: torch.Tensor, classes: Classes) -> Any:
+def disabled(x: torch.Tensor, classes: TapClasses) -> Any:
     with torch.backends.mkldnn.flags(enabled=False):
         return onednn.sums(x, classes)
 

@@ -5,7 +5,7 @@ import torch
 
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import Gram, gram_pair
+from tnkfac.curvature.moments.second_moment import Gram, gram_pair
 
 
 def read_all(gram: Gram) -> dict[str, torch.Tensor]:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from memory import peak_bytes
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature import describe, explain, input_factor
-from tnkfac.curvature.grams import Gram, gram_pair
-from tnkfac.curvature.routes import planned, readings
-from tnkfac.curvature.routes.correlation import fill_correlation_gram
-from tnkfac.curvature.routes.lags import symmetric_lags
-from tnkfac.curvature.routes.pairs import Lags
-from tnkfac.curvature.routes.plain import output_size, unfolded
-from tnkfac.curvature.routes.symmetric import FEW, fill_gram
-from tnkfac.curvature.routes.taps import tap_classes
-from tnkfac.curvature.routes.windows import fill_windows_gram
+from tnkfac.curvature.moments import contraction, readings
+from tnkfac.curvature.moments.lags.autocorrelation import symmetric_lags
+from tnkfac.curvature.moments.lags.borders import Lags
+from tnkfac.curvature.moments.lags.gather import fill_correlation_gram
+from tnkfac.curvature.moments.second_moment import Gram, gram_pair
+from tnkfac.curvature.moments.syrk import FEW, fill_gram
+from tnkfac.curvature.moments.tap_classes import tap_classes
+from tnkfac.curvature.moments.unfold import output_size, unfolded
+from tnkfac.curvature.moments.windows import fill_windows_gram
 
 Case = tuple[nn.Module, tuple[int, ...]]
 
@@ -37,9 +37,9 @@ def test_every_route_is_exact(case: int | str, route: str, monkeypatch: pytest.M
     expected = 0.5 * rows.mT @ rows
     out = torch.full_like(expected, float("nan"))
     if route == "network, group by group":
-        monkeypatch.setattr(planned, "HELD", 1)
+        monkeypatch.setattr(contraction, "HELD", 1)
     if route.startswith("network"):
-        planned.fill_planned_gram(out, layer, x, sizes, 0.5)
+        contraction.fill_planned_gram(out, layer, x, sizes, 0.5)
     else:
         classes = tap_classes(layer, tuple(x.shape[2:]), sizes)
         fill = fill_correlation_gram if route == "lags" else fill_windows_gram

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import gram_pair
-from tnkfac.curvature.routes import boxes
-from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
-from tnkfac.curvature.routes.taps import tap_classes
+from tnkfac.curvature.moments import position_sums
+from tnkfac.curvature.moments.second_moment import gram_pair
+from tnkfac.curvature.moments.squares import input_squares, output_size, output_squares
+from tnkfac.curvature.moments.tap_classes import tap_classes
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 3), (4, 5)),
@@ -67,7 +67,7 @@ def test_ways_to_sum_over_positions(
     channels_last: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(boxes, "SMALL", small)
+    monkeypatch.setattr(position_sums, "SMALL", small)
     layer = describe(nn.Conv2d(3, 5, kernel, stride=2, padding=1))
     x = torch.randn(4, 3, 8, 9, dtype=dtype)
     expected = torch.nn.functional.unfold(x.double(), kernel, stride=2, padding=1)
@@ -116,9 +116,11 @@ def test_strips_of_pixels_that_the_same_taps_meet(
     layer = describe(module)
     size = output_size(layer, x, module(x))
     plain = input_squares(layer, x.double(), size, approx, torch.float64)
-    monkeypatch.setattr(boxes, "SMALL", small)
-    monkeypatch.setattr(boxes, "LARGE", 0)
-    assert boxes._product(tap_classes(layer, shape[2:], size), x.dtype, x.device, 0, True).strips[0]
+    monkeypatch.setattr(position_sums, "SMALL", small)
+    monkeypatch.setattr(position_sums, "LARGE", 0)
+    assert position_sums._product(
+        tap_classes(layer, shape[2:], size), x.dtype, x.device, 0, True
+    ).strips[0]
     found = input_squares(layer, x, size, approx, torch.float32)
     torch.testing.assert_close(found.double(), plain, rtol=1e-5, atol=1e-6)
 

@@ -10,7 +10,7 @@ from oracles.factors import grad_factor, input_factor
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from oracles.singd_reference import project, structure_support
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import gram_pair
+from tnkfac.curvature.moments.second_moment import gram_pair
 from tnkfac.curvature.structures import Structure, resolve_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import input_gram, output_gram
-from tnkfac.curvature.routes.squares import input_squares, output_squares
+from tnkfac.curvature.moments.second_moment import input_gram, output_gram
+from tnkfac.curvature.moments.squares import input_squares, output_squares
 
 TESTS = Path(__file__).parent.parent
 SCRIPTS = {"curvature/kernels_interpreted.py": 11, "optim/kernels_interpreted.py": 14}
@@ -27,7 +27,11 @@ def test_the_kernels_equal_their_twins(script: str) -> None:
     """In a process of its own: a switch before Triton is imported decides who runs kernels."""
     found = subprocess.run(
         [sys.executable, str(TESTS / script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import tnkfac
 from profile_step import VIEWS
-from tnkfac.curvature.routes import squares
+from tnkfac.curvature.moments import squares
 from tnkfac.optim import base, diagonals, fused, multi
 
 FREE = (*VIEWS, "device", "new_empty", "scalar_tensor", "promote_types")

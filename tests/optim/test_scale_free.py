@@ -10,8 +10,8 @@ from oracles.loops import dense_factor, fit, squares, weights
 from oracles.zoo import STRUCTURES, AllLayers, all_layers_batch, fixed_weights, mlp
 from tnkfac import KFAC, SINGD
 from tnkfac.curvature import grad_factor, input_factor
-from tnkfac.curvature.grams import Gram
 from tnkfac.curvature.layers import describe
+from tnkfac.curvature.moments.second_moment import Gram
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.optim.kfac import CLASSIC, UNTUNED
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from oracles.singd_reference import mean_trace, project
 from oracles.zoo import STRUCTURES
 from tnkfac.curvature import describe, preconditioner, stationary_points
-from tnkfac.curvature.grams import gram_pair
+from tnkfac.curvature.moments.second_moment import gram_pair
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.singd_rule import singd_update

@@ -16,10 +16,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
+from tnkfac.curvature.eigenbasis import projected_squares
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
-from tnkfac.curvature.scales import projected_squares
+from tnkfac.curvature.moments.second_moment import Approx, accumulation_dtype, gram_pair
+from tnkfac.curvature.moments.squares import input_squares, output_size, output_squares
 from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.curvature.switch import fast

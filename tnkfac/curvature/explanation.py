@@ -11,10 +11,10 @@ from torch import nn
 
 from tnkfac.curvature.factors import check_approx
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.routes import plain
-from tnkfac.curvature.routes.costs import Route, block_routes, expand_routes
+from tnkfac.curvature.moments import unfold
+from tnkfac.curvature.moments.algorithms import Route, block_routes, expand_routes
 from tnkfac.curvature.structures import check_factor_structure, resolve_structure
-from tnkfac.curvature.structures.blocks import BlockDiagonal
+from tnkfac.curvature.structures.block_diagonal import BlockDiagonal
 from tnkfac.curvature.structures.diagonal import Diagonal
 
 
@@ -101,7 +101,7 @@ def _routes(layer: Layer, shape: tuple[int, ...], approx: str, structure: str) -
         return (Route("average", sums + products, held, 0.5 * size + products / 25),)
     if diagonal:
         return (Route("box sums", 2 * size, size // batch, 0.5 * size),)
-    output_size = tuple(plain.output_size(layer, torch.Size(shape), None))
+    output_size = tuple(unfold.output_size(layer, torch.Size(shape), None))
     if isinstance(kind, BlockDiagonal):
         return block_routes(layer, shape, output_size, kind.size)
     return expand_routes(layer, shape, output_size)

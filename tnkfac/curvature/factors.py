@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.grams import APPROXIMATIONS, Approx, Gram, accumulation_dtype
 from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.moments.second_moment import APPROXIMATIONS, Approx, Gram, accumulation_dtype
 from tnkfac.curvature.precision import FullPrecision
 from tnkfac.curvature.structures import Parts, check_factor_structure, resolve_structure
 

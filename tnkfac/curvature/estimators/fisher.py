@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture import Call, gradients, recording
-from tnkfac.curvature.estimators.evaluation import (
+from tnkfac.curvature.estimators.data import (
     Data,
     batches,
     check_choice,
@@ -22,8 +22,14 @@ from tnkfac.curvature.estimators.evaluation import (
 from tnkfac.curvature.estimators.kronecker import Kronecker
 from tnkfac.curvature.estimators.losses import Loss, describe_loss, vectors
 from tnkfac.curvature.factors import check_approx
-from tnkfac.curvature.grams import Approx, Gram, accumulation_dtype, input_gram, output_gram
 from tnkfac.curvature.layers import LAYERS, Layer, describe, layer_type
+from tnkfac.curvature.moments.second_moment import (
+    Approx,
+    Gram,
+    accumulation_dtype,
+    input_gram,
+    output_gram,
+)
 
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only")
 LOSS_AVERAGES = ("batch", "batch+sequence", None)

@@ -5,12 +5,12 @@ A structured matrix is a tuple of tensors with the channel group as leading axis
 such that ``(Pi(M) + Pi(M)^T) / 2`` is ``M`` on the support (arXiv 2312.05705, section 3.2).
 """
 
-from tnkfac.curvature.structures.interface import Decomposable, Parts, Structure
-from tnkfac.curvature.structures.names import (
+from tnkfac.curvature.structures.catalog import (
     check_factor_structure,
     check_structure,
     resolve_structure,
 )
+from tnkfac.curvature.structures.structure import Decomposable, Parts, Structure
 
 __all__ = [
     "Decomposable",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.algebra import cholesky_inverse, eigh, eyes, symmetric_norm, tr
-from tnkfac.curvature.structures.interface import Decomposable, Parts
+from tnkfac.curvature.moments.second_moment import Gram
+from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.structure import Decomposable, Parts
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.algebra import eyes, tr
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.moments.second_moment import Gram
+from tnkfac.curvature.structures.linalg import eyes, tr
+from tnkfac.curvature.structures.structure import Parts, Structure
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.moments.second_moment import Gram
+from tnkfac.curvature.structures.structure import Parts, Structure
 
 
 @lru_cache(maxsize=4096)

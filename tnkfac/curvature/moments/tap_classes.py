@@ -3,8 +3,8 @@
 Along one axis, output position ``o`` and tap ``k`` of a convolution meet at pixel
 ``stride * o + dilation * k - left``. In a transposed convolution only every ``stride``-th output
 position meets a tap at all. Its positions fall into residue classes, and within one class the taps
-that are met read the input like an ordinary convolution of stride one. A :class:`Taps` is one such
-class; a convolution has a single one per axis.
+that are met read the input like an ordinary convolution of stride one. A :class:`TapClass` is
+one of these; a convolution has a single one per axis.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tnkfac.curvature.layers import Layer
 
 
 @dataclass(frozen=True)
-class Taps:
+class TapClass:
     """Taps ``first, first + every, ...`` of one axis, which read pixel ``stride * o + offset``.
 
     Offsets are equally spaced: tap number ``j`` of the class has ``offset + j * step``.
@@ -74,9 +74,9 @@ class Taps:
         met = [j for j, a in enumerate(self.offsets) if 0 <= start + a < self.pixels]
         return (met[0], met[-1]) if met else (0, -1)
 
-    def between(self, first: int, last: int) -> Taps:
+    def between(self, first: int, last: int) -> TapClass:
         """Only the taps with these numbers."""
-        return Taps(
+        return TapClass(
             self.first + first * self.every,
             self.every,
             last - first + 1,
@@ -93,12 +93,14 @@ class Taps:
         return slice(self.first, self.first + self.every * (self.count - 1) + 1, self.every)
 
 
-Classes = tuple[tuple[Taps, ...], ...]
+TapClasses = tuple[tuple[TapClass, ...], ...]
 """Classes of taps, per axis."""
 
 
 @lru_cache(maxsize=4096)
-def tap_classes(layer: Layer, input_size: tuple[int, ...], output_size: tuple[int, ...]) -> Classes:
+def tap_classes(
+    layer: Layer, input_size: tuple[int, ...], output_size: tuple[int, ...]
+) -> TapClasses:
     """The classes of every spatial axis of a layer.
 
     Args:
@@ -125,22 +127,24 @@ def tap_classes(layer: Layer, input_size: tuple[int, ...], output_size: tuple[in
 
 
 @lru_cache(maxsize=4096)
-def one_tap(sizes: tuple[int, ...]) -> Classes:
+def one_tap(sizes: tuple[int, ...]) -> TapClasses:
     """Every pixel is a position, as in outputs.
 
     Args:
         sizes: Spatial shape.
     """
-    return tuple((Taps(0, 1, 1, 0, 1, 1, size, size),) for size in sizes)
+    return tuple((TapClass(0, 1, 1, 0, 1, 1, size, size),) for size in sizes)
 
 
-def _conv_taps(k: int, stride: int, left: int, dilation: int, i: int, o: int) -> tuple[Taps, ...]:
-    return (Taps(0, 1, k, -left, dilation, stride, o, i),)
+def _conv_taps(
+    k: int, stride: int, left: int, dilation: int, i: int, o: int
+) -> tuple[TapClass, ...]:
+    return (TapClass(0, 1, k, -left, dilation, stride, o, i),)
 
 
 def _transposed_taps(
     k: int, stride: int, left: int, dilation: int, i: int, o: int
-) -> tuple[Taps, ...]:
+) -> tuple[TapClass, ...]:
     """Output position ``stride * t + residue`` meets tap ``k`` at pixel ``t + offset``."""
     every = stride // gcd(stride, dilation)
     step = -dilation * every // stride
@@ -150,6 +154,6 @@ def _transposed_taps(
         offset = (residue + left - dilation * first) // stride
         positions = len(range(residue, o, stride))
         classes.append(
-            Taps(first, every, len(range(first, k, every)), offset, step, 1, positions, i)
+            TapClass(first, every, len(range(first, k, every)), offset, step, 1, positions, i)
         )
     return tuple(classes)

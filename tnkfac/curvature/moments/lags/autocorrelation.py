@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.routes.pairs import Lags
+from tnkfac.curvature.moments.lags.borders import Lags
 
 BLOCK = 16
 """Neighbouring pixels per row of the products that correlate single channels."""

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.routes import onednn
-from tnkfac.curvature.routes.strips import Strips, box, strips
-from tnkfac.curvature.routes.taps import Classes, Taps
+from tnkfac.curvature.moments import onednn
+from tnkfac.curvature.moments.strips import Strips, box, strips
+from tnkfac.curvature.moments.tap_classes import TapClass, TapClasses
 
 SMALL = 400
 """Up to so many pixels, one product with all axes at once is faster than one per axis."""
@@ -19,7 +19,7 @@ LARGE = 1 << 20
 """From so many numbers on, a CPU sums strips of pixels that the same taps meet before products."""
 
 
-def box_sums(x: Tensor, classes: Classes) -> Tensor:
+def box_sums(x: Tensor, classes: TapClasses) -> Tensor:
     """Sum what every tap meets over all positions.
 
     Tap ``k`` meets pixel ``i`` at most once, so this is a product with one binary matrix per axis:
@@ -50,7 +50,7 @@ def box_sums(x: Tensor, classes: Classes) -> Tensor:
     return x.reshape(count, product.taps)
 
 
-def position_sums(x: Tensor, classes: Classes) -> Tensor:
+def position_sums(x: Tensor, classes: TapClasses) -> Tensor:
     """The same for every sample and channel, in the order in which ``x`` lies in memory.
 
     Args:
@@ -92,7 +92,7 @@ def _strip_sums(x: Tensor, product: Product, sizes: list[int], channels: int) ->
     return x
 
 
-def _one_tap_sums(x: Tensor, taps: list[Taps]) -> Tensor:
+def _one_tap_sums(x: Tensor, taps: list[TapClass]) -> Tensor:
     """The same where every axis has one tap: a sum over a slice."""
     for a, axis in enumerate(taps):
         met = [axis.stride * o + axis.low for o in range(axis.positions)]
@@ -147,7 +147,7 @@ class Product(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _product(
-    classes: Classes, dtype: torch.dtype, device: torch.device, small: int, large: bool
+    classes: TapClasses, dtype: torch.dtype, device: torch.device, small: int, large: bool
 ) -> Product:
     """How to contract images in which these taps lie.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.routes.taps import Taps
+from tnkfac.curvature.moments.tap_classes import TapClass
 
 
 class Strips(NamedTuple):
@@ -38,7 +38,7 @@ class Strips(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def box(axis: tuple[Taps, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def box(axis: tuple[TapClass, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Which pixels every tap meets, ``[K, I]``."""
     count = sum(taps.count for taps in axis)
     found = torch.zeros(count, axis[0].pixels, dtype=dtype, device="cpu")
@@ -52,7 +52,7 @@ def box(axis: tuple[Taps, ...], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 @lru_cache(maxsize=1024)
-def strips(axis: tuple[Taps, ...], dtype: torch.dtype, device: torch.device) -> Strips | None:
+def strips(axis: tuple[TapClass, ...], dtype: torch.dtype, device: torch.device) -> Strips | None:
     """The strips of an axis; None where a product with :func:`box` is faster."""
     columns = box(axis, dtype, torch.device("cpu")).T.tolist()
     met: dict[tuple[float, ...], list[int]] = {}

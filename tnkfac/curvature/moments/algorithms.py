@@ -12,12 +12,12 @@ from itertools import product
 from math import prod
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes.lags import BLOCK
-from tnkfac.curvature.routes.pairs import axis_lags, tap_pairs
-from tnkfac.curvature.routes.planned import groups_together, planned_gram
-from tnkfac.curvature.routes.symmetric import triangle
-from tnkfac.curvature.routes.taps import Classes, tap_classes
-from tnkfac.curvature.routes.windows import CHUNK
+from tnkfac.curvature.moments.contraction import groups_together, planned_gram
+from tnkfac.curvature.moments.lags.autocorrelation import BLOCK
+from tnkfac.curvature.moments.lags.borders import axis_lags, tap_pairs
+from tnkfac.curvature.moments.syrk import triangle
+from tnkfac.curvature.moments.tap_classes import TapClasses, tap_classes
+from tnkfac.curvature.moments.windows import CHUNK
 
 MOSTLY_PADDING = 0.75
 """Below this fraction of pixels among what is unfolded, a network is worth its plan."""
@@ -80,7 +80,7 @@ def expand_routes(
     return tuple(sorted(routes, key=key))
 
 
-def _density(classes: Classes) -> float:
+def _density(classes: TapClasses) -> float:
     """Fraction of the unfolded input that is no padding."""
     density = 1.0
     for axis in classes:
@@ -131,7 +131,7 @@ def block_routes(
     return tuple(sorted(routes, key=lambda route: route.cost))
 
 
-def _windows_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Route:
+def _windows_route(layer: Layer, shape: tuple[int, ...], classes: TapClasses) -> Route:
     batch, channels = shape[:2]
     operations = numbers = held = most = 0
     for taps in product(*classes):
@@ -154,7 +154,7 @@ def _windows_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Ro
     return Route("view" if once else "im2col", operations, held, cost)
 
 
-def _lags_route(layer: Layer, shape: tuple[int, ...], classes: Classes) -> Route:
+def _lags_route(layer: Layer, shape: tuple[int, ...], classes: TapClasses) -> Route:
     batch, channels = shape[:2]
     groups, each = layer.groups, channels // layer.groups
     lags = [axis_lags(axis) for axis in classes]

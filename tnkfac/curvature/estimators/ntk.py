@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture import recording
-from tnkfac.curvature.estimators.evaluation import (
+from tnkfac.curvature.estimators.data import (
     Data,
     batches,
     check_model,
     predict,
     undisturbed,
 )
+from tnkfac.curvature.estimators.jacobian_rows import (
+    SampleRows,
+    check_independent,
+    owners,
+    trainable,
+)
 from tnkfac.curvature.estimators.losses import describe_loss
-from tnkfac.curvature.estimators.rows import SampleRows, check_independent, owners, trainable
-from tnkfac.curvature.grams import accumulation_dtype
+from tnkfac.curvature.moments.second_moment import accumulation_dtype
 
 MOST = 2**25
 """Numbers of the Jacobian rows that are held at one time."""

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 
-from tnkfac.curvature.structures.arrows import Arrow
-from tnkfac.curvature.structures.blocks import BlockDiagonal
+from tnkfac.curvature.structures.arrow import Arrow
+from tnkfac.curvature.structures.block_diagonal import BlockDiagonal
 from tnkfac.curvature.structures.dense import Dense
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.curvature.structures.hierarchical import Hierarchical
-from tnkfac.curvature.structures.interface import Structure
+from tnkfac.curvature.structures.structure import Structure
 from tnkfac.curvature.structures.toeplitz import Toeplitz
 
 LARGEST_DENSE = 1024

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.routes.boxes import position_sums
-from tnkfac.curvature.routes.taps import tap_classes
+from tnkfac.curvature.moments.position_sums import position_sums
+from tnkfac.curvature.moments.tap_classes import tap_classes
 
 _PROGRAMS = 2048
 """Programs that keep a large device busy."""

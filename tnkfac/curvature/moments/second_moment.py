@@ -1,7 +1,7 @@
 """Gram matrices of a layer: ``sum u u^T`` over a batch, read without forming more than is asked.
 
 A :class:`Gram` is not yet formed. Each way to read it (dense, diagonal, blocks) takes the cheapest
-exact route, see :mod:`tnkfac.curvature.routes`.
+exact route, see :mod:`tnkfac.curvature.moments`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes import plain, products, readings
+from tnkfac.curvature.moments import products, readings, unfold
 
 Approx = Literal["expand", "reduce"]
 APPROXIMATIONS: tuple[Approx, ...] = ("expand", "reduce")
@@ -57,7 +57,7 @@ class Gram:
             return self.tensor.shape[1]
         sizes = list(self.tensor.shape[2:])
         if self.is_input:
-            sizes = plain.output_size(self.layer, self.tensor.shape, self.output_size)
+            sizes = unfold.output_size(self.layer, self.tensor.shape, self.output_size)
         positions = 1
         for size in sizes:
             positions *= size
@@ -207,11 +207,11 @@ class Gram:
         args = (self.is_input, self.output_size)
         if self.approx == "expand" and reading in ("diagonal", "sum"):
             x = self.tensor.square() if reading == "diagonal" else self.tensor
-            return plain.summed(self.layer, x, *args).sum(1).mul(self.scale)
+            return unfold.summed(self.layer, x, *args).sum(1).mul(self.scale)
         if self.approx == "expand":
-            rows = plain.unfolded(self.layer, self.tensor, *args).flatten(1, 2)
+            rows = unfold.unfolded(self.layer, self.tensor, *args).flatten(1, 2)
         else:
-            rows = plain.summed(self.layer, self.tensor, *args)
+            rows = unfold.summed(self.layer, self.tensor, *args)
             rows = rows / self.positions if self.is_input else rows
         if reading == "sum":
             return rows.sum(1).mul(self.scale)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.routes.symmetric import add_product, halved_from, mirror
-from tnkfac.curvature.routes.taps import Classes, Taps
+from tnkfac.curvature.moments.syrk import add_product, halved_from, mirror
+from tnkfac.curvature.moments.tap_classes import TapClass, TapClasses
 
 CHUNK = 2**21
 """Most numbers that are unfolded at one time: they stay in the cache, and memory is bounded."""
@@ -21,7 +21,7 @@ NARROW = 128
 """Up to so many channels, one product per sample beats a copy of them all."""
 
 
-def windows(x: Tensor, taps: Sequence[Taps], ranges: Sequence[range]) -> Tensor:
+def windows(x: Tensor, taps: Sequence[TapClass], ranges: Sequence[range]) -> Tensor:
     """View all windows at some positions, zeros where they leave the input.
 
     Args:
@@ -54,7 +54,7 @@ def windows(x: Tensor, taps: Sequence[Taps], ranges: Sequence[range]) -> Tensor:
     return seen.flip([2 + a for a in flipped]) if flipped else seen
 
 
-def rows(x: Tensor, groups: int, taps: Sequence[Taps], ranges: Sequence[range]) -> Tensor:
+def rows(x: Tensor, groups: int, taps: Sequence[TapClass], ranges: Sequence[range]) -> Tensor:
     """Unfold: ``[G, C / G * K, N * O]``, a copy.
 
     Args:
@@ -70,7 +70,7 @@ def rows(x: Tensor, groups: int, taps: Sequence[Taps], ranges: Sequence[range]) 
     return seen.permute(order).reshape(groups, -1, count)
 
 
-def chunks(x: Tensor, classes: Classes, result: int = 0) -> list[Tensor]:
+def chunks(x: Tensor, classes: TapClasses, result: int = 0) -> list[Tensor]:
     """Split the batch so that no part unfolds to more than :data:`CHUNK` numbers, or an eighth.
 
     A single sample is never split. Every part passes over the whole result, so that large results
@@ -88,11 +88,11 @@ def chunks(x: Tensor, classes: Classes, result: int = 0) -> list[Tensor]:
     return list(torch.split(x, max(1, most // max(each, 1))))
 
 
-def _unfolded(taps: Sequence[Taps], channels: int) -> int:
+def _unfolded(taps: Sequence[TapClass], channels: int) -> int:
     return channels * prod(axis.count * axis.positions for axis in taps)
 
 
-def window_rows(x: Tensor, groups: int, classes: Classes) -> Iterator[Tensor]:
+def window_rows(x: Tensor, groups: int, classes: TapClasses) -> Iterator[Tensor]:
     """Unfold class by class, zeros where a class has no tap: ``[G, D, M]`` each.
 
     Args:
@@ -116,7 +116,7 @@ def window_rows(x: Tensor, groups: int, classes: Classes) -> Iterator[Tensor]:
         yield spread.flatten(1, -2)
 
 
-def fill_windows_gram(out: Tensor, x: Tensor, classes: Classes, scale: float) -> None:
+def fill_windows_gram(out: Tensor, x: Tensor, classes: TapClasses, scale: float) -> None:
     """Fill ``out`` with the scaled Gram matrix of all windows, a few samples at a time.
 
     Args:
@@ -142,7 +142,7 @@ def fill_windows_gram(out: Tensor, x: Tensor, classes: Classes, scale: float) ->
         target[place] = block.view(groups, channels, *counts, channels, *counts)
 
 
-def _fill_class(out: Tensor, x: Tensor, taps: Sequence[Taps], scale: float) -> None:
+def _fill_class(out: Tensor, x: Tensor, taps: Sequence[TapClass], scale: float) -> None:
     """Fill ``out`` with the Gram matrix of one class."""
     ranges = [range(axis.positions) for axis in taps]
     parts = chunks(x, tuple((axis,) for axis in taps), out.numel()) if all(ranges) else []

@@ -12,14 +12,14 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tnkfac.curvature.capture import Call, gradients
-from tnkfac.curvature.grams import accumulation_dtype
 from tnkfac.curvature.layers import describe, layer_type
-from tnkfac.curvature.routes.folding import (
+from tnkfac.curvature.moments.per_sample import (
     output_slice,
     sample_bias_gradients,
     sample_weight_gradients,
     sample_weight_squares,
 )
+from tnkfac.curvature.moments.second_moment import accumulation_dtype
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

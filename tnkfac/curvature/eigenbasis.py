@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes import plain
-from tnkfac.curvature.routes.folding import sample_bias_gradients, sample_weight_gradients
-from tnkfac.curvature.structures.interface import Decomposable, Parts
+from tnkfac.curvature.moments import unfold
+from tnkfac.curvature.moments.per_sample import sample_bias_gradients, sample_weight_gradients
+from tnkfac.curvature.structures.structure import Decomposable, Parts
 
 _AT_ONCE = 2**23
 """Numbers that are held of the samples at one time."""
@@ -64,10 +64,10 @@ def _from_rows(
 ) -> Tensor:
     """Rotate the rows of both sides, multiply per sample."""
     size = tuple(g.shape[2:]) if layer.kind == "conv_transpose" else None
-    rows = plain.unfolded(layer, x, True, size)  # [G, N, S, D]
+    rows = unfold.unfolded(layer, x, True, size)  # [G, N, S, D]
     if layer.bias:
         rows = F.pad(rows, (0, 1), value=1.0)
-    columns = plain.unfolded(layer, g, False, None)
+    columns = unfold.unfolded(layer, g, False, None)
     count = rows.shape[1]
 
     def rotated(rows: Tensor, structure: Decomposable, Q: Parts) -> Tensor:

@@ -1,7 +1,7 @@
 """Both diagonals of one call of a layer, with few operations, each of which reads its tensor once.
 
-What :meth:`~tnkfac.curvature.grams.Gram.diagonal` gives for the two sides, in the order of memory
-in which the tensors lie.
+What :meth:`.Gram.diagonal` gives for the two sides, in the order of memory in which the tensors
+lie.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes import plain
-from tnkfac.curvature.routes.boxes import box_sums, position_sums, sum_of_squares
-from tnkfac.curvature.routes.taps import tap_classes
-from tnkfac.curvature.trial import trusted
+from tnkfac.curvature.moments import unfold
+from tnkfac.curvature.moments.position_sums import box_sums, position_sums, sum_of_squares
+from tnkfac.curvature.moments.tap_classes import tap_classes
+from tnkfac.curvature.triton_check import trusted
 
 
 def input_squares(
@@ -96,7 +96,7 @@ def output_size(layer: Layer, x: Tensor, g: Tensor) -> tuple[int, ...]:
     if layer.kind == "linear":
         return (x.shape[1],)
     given = tuple(g.shape[2:]) if layer.kind == "conv_transpose" else None
-    return tuple(plain.output_size(layer, x.shape, given))
+    return tuple(unfold.output_size(layer, x.shape, given))
 
 
 def _kernels(tensor: Tensor) -> ModuleType | None:
@@ -106,9 +106,9 @@ def _kernels(tensor: Tensor) -> ModuleType | None:
 
 
 def _load() -> ModuleType:
-    from tnkfac.curvature.routes import kernels
+    from tnkfac.curvature.moments import triton_sums
 
-    return kernels
+    return triton_sums
 
 
 def _linear(x: Tensor, approx: str, mean: bool) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.routes import plain, readings
-from tnkfac.curvature.routes.windows import CHUNK
+from tnkfac.curvature.moments import readings, unfold
+from tnkfac.curvature.moments.windows import CHUNK
 
 if TYPE_CHECKING:
-    from tnkfac.curvature.grams import Gram
+    from tnkfac.curvature.moments.second_moment import Gram
 
 
 def times(gram: Gram, V: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _convolved(gram: Gram, V: Tensor) -> Tensor:
     if not count:
         return V.contiguous()
     weight, _ = layer.from_matrix(V.mT, _weight_shape(gram, count))
-    sizes = plain.output_size(layer, x.shape, gram.output_size)
+    sizes = unfold.output_size(layer, x.shape, gram.output_size)
     transposed = layer.kind == "conv_transpose"
     pads = list(layer.padding)
     if any(left != right for left, right in pads):
@@ -71,7 +71,7 @@ def _convolved(gram: Gram, V: Tensor) -> Tensor:
     padding = [left for left, _ in pads]
     ahead = [0] * layer.dims
     if transposed:
-        default = plain.output_size(layer, x.shape, None)
+        default = unfold.output_size(layer, x.shape, None)
         ahead = [
             size - normal + extra
             for size, normal, extra in zip(sizes, default, layer.output_padding, strict=True)

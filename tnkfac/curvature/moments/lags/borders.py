@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tnkfac.curvature.routes.taps import Taps
+from tnkfac.curvature.moments.tap_classes import TapClass
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Border:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class TapPairs:
     """The pairs of taps of one class; those that differ in nothing share an entry.
 
     Attributes:
@@ -66,7 +66,7 @@ class Pairs:
     borders: tuple[Border, ...]
 
 
-def axis_lags(classes: tuple[Taps, ...]) -> Lags:
+def axis_lags(classes: tuple[TapClass, ...]) -> Lags:
     """The lags that all classes of an axis need."""
     stride = classes[0].stride
     if stride == 1:
@@ -77,7 +77,7 @@ def axis_lags(classes: tuple[Taps, ...]) -> Lags:
 
 
 @lru_cache(maxsize=4096)
-def tap_pairs(taps: Taps, lags: Lags) -> Pairs:
+def tap_pairs(taps: TapClass, lags: Lags) -> TapPairs:
     """Sort the pairs of taps of a class into entries."""
     numbers = range(taps.count)
     offsets = taps.offsets
@@ -106,7 +106,7 @@ def tap_pairs(taps: Taps, lags: Lags) -> Pairs:
                 if at == side
             ]
             borders.append(Border(first, max(pixels) - first + 1, tuple(parts)))
-    return Pairs(
+    return TapPairs(
         tuple(tuple(place[j, k] for k in numbers) for j in numbers),
         (*plain, *(lag_of[pair] for pair in met)),
         len(plain),

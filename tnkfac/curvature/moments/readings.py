@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.routes import plain
-from tnkfac.curvature.routes.boxes import box_sums, sum_of_squares
-from tnkfac.curvature.routes.correlation import fill_correlation_gram
-from tnkfac.curvature.routes.costs import block_routes, expand_routes
-from tnkfac.curvature.routes.planned import fill_planned_gram
-from tnkfac.curvature.routes.symmetric import fill_gram
-from tnkfac.curvature.routes.taps import Classes, one_tap, tap_classes
-from tnkfac.curvature.routes.windows import (
+from tnkfac.curvature.moments import unfold
+from tnkfac.curvature.moments.algorithms import block_routes, expand_routes
+from tnkfac.curvature.moments.contraction import fill_planned_gram
+from tnkfac.curvature.moments.lags.gather import fill_correlation_gram
+from tnkfac.curvature.moments.position_sums import box_sums, sum_of_squares
+from tnkfac.curvature.moments.syrk import fill_gram
+from tnkfac.curvature.moments.tap_classes import TapClasses, one_tap, tap_classes
+from tnkfac.curvature.moments.windows import (
     CHUNK,
     chunks,
     fill_pixels_gram,
@@ -27,7 +27,7 @@ from tnkfac.curvature.routes.windows import (
 )
 
 if TYPE_CHECKING:
-    from tnkfac.curvature.grams import Gram
+    from tnkfac.curvature.moments.second_moment import Gram
 
 
 def fill_dense(gram: Gram, out: Tensor) -> None:
@@ -130,7 +130,7 @@ def _slab(gram: Gram, first: int, end: int) -> Tensor:
     return small.dense()[:, start : start + end - first, start : start + end - first]
 
 
-def _unfold_blocks(gram: Gram, classes: Classes, blocks: Tensor, last: Tensor) -> None:
+def _unfold_blocks(gram: Gram, classes: TapClasses, blocks: Tensor, last: Tensor) -> None:
     """Unfold a few samples at a time."""
     groups, x = gram.layer.groups, gram.tensor
     beta = 0.0
@@ -181,13 +181,13 @@ def _boxed_rows(gram: Gram, x: Tensor) -> Tensor:
     return box_sums(x, _classes(gram)) if gram.is_input else x.flatten(1).sum(1, keepdim=True)
 
 
-def _classes(gram: Gram) -> Classes:
+def _classes(gram: Gram) -> TapClasses:
     return tap_classes(gram.layer, tuple(gram.tensor.shape[2:]), _output_size(gram))
 
 
 def _output_size(gram: Gram) -> tuple[int, ...]:
-    return tuple(plain.output_size(gram.layer, gram.tensor.shape, gram.output_size))
+    return tuple(unfold.output_size(gram.layer, gram.tensor.shape, gram.output_size))
 
 
-def _one_tap(x: Tensor) -> Classes:
+def _one_tap(x: Tensor) -> TapClasses:
     return one_tap(tuple(x.shape[2:]))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.routes.strips import box
-from tnkfac.curvature.routes.taps import Classes
+from tnkfac.curvature.moments.strips import box
+from tnkfac.curvature.moments.tap_classes import TapClasses
 
 ENOUGH = 3 << 18
 """Numbers from which on it is faster: it takes 0.2 ms to begin."""
@@ -27,7 +27,7 @@ COLUMNS = 16
 """Numbers that a CPU takes at a time; of so many images torch leaves convolutions to oneDNN."""
 
 
-def sums(x: Tensor, classes: Classes) -> Tensor | None:
+def sums(x: Tensor, classes: TapClasses) -> Tensor | None:
     """Sum what every tap meets over all positions; None where another way is faster.
 
     Args:
@@ -52,7 +52,7 @@ def sums(x: Tensor, classes: Classes) -> Tensor | None:
 
 
 @lru_cache(maxsize=128)
-def _weight(classes: Classes) -> Tensor | None:
+def _weight(classes: TapClasses) -> Tensor | None:
     """Which taps meet which pixels, ``[K, P, 1, 1]``; rows of zeros may follow."""
     unused = -_taps(classes) % COLUMNS
     pixels = prod(axis[0].pixels for axis in classes)
@@ -63,5 +63,5 @@ def _weight(classes: Classes) -> Tensor | None:
     return padded.view(*padded.shape, 1, 1).contiguous(memory_format=torch.channels_last)
 
 
-def _taps(classes: Classes) -> int:
+def _taps(classes: TapClasses) -> int:
     return prod(sum(part.count for part in axis) for axis in classes)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
+from tnkfac.curvature.moments.second_moment import Gram
 
 Parts = tuple[Tensor, ...]
 _ITERATIONS = 6

@@ -23,15 +23,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.routes.lags import correlate
-from tnkfac.curvature.routes.pairs import Border, Lags, Pairs, axis_lags, tap_pairs
-from tnkfac.curvature.routes.taps import Classes
+from tnkfac.curvature.moments.lags.autocorrelation import correlate
+from tnkfac.curvature.moments.lags.borders import Border, Lags, TapPairs, axis_lags, tap_pairs
+from tnkfac.curvature.moments.tap_classes import TapClasses
 
 TABLE = 2**18
 """Most numbers of the table that entries of the Gram matrix are looked up in at one time."""
 
 
-def fill_correlation_gram(out: Tensor, x: Tensor, classes: Classes, scale: float) -> None:
+def fill_correlation_gram(out: Tensor, x: Tensor, classes: TapClasses, scale: float) -> None:
     """Fill ``out`` with the scaled Gram matrix of all windows.
 
     Args:
@@ -72,7 +72,7 @@ class _Table:
     """Values of all entries of one class of taps, for some rows at a time."""
 
     def __init__(
-        self, x: Tensor, groups: int, pairs: list[Pairs], lags: list[Lags], scale: float
+        self, x: Tensor, groups: int, pairs: list[TapPairs], lags: list[Lags], scale: float
     ) -> None:
         self._pairs = pairs
         self.width = prod(len(p.lags) for p in pairs)
@@ -119,7 +119,7 @@ def _flat(
 
 
 def _corrections(
-    x: Tensor, groups: int, pairs: list[Pairs], lags: list[Lags], inner: list[int]
+    x: Tensor, groups: int, pairs: list[TapPairs], lags: list[Lags], inner: list[int]
 ) -> Tensor:
     """Products over positions that exist along none of the axes ``inner``.
 
@@ -136,7 +136,7 @@ def _corrections(
 
 
 def _at_borders(
-    x: Tensor, groups: int, pairs: list[Pairs], lags: list[Lags], borders: dict[int, Border]
+    x: Tensor, groups: int, pairs: list[TapPairs], lags: list[Lags], borders: dict[int, Border]
 ) -> Tensor:
     """The same for one side of each of the axes."""
     dims = len(pairs)
@@ -165,7 +165,7 @@ def _at_borders(
 
 @lru_cache(maxsize=512)
 def _lookup(
-    classes: Classes, lags: tuple[Lags, ...], channels: int, device: torch.device
+    classes: TapClasses, lags: tuple[Lags, ...], channels: int, device: torch.device
 ) -> Tensor:
     """Where in a row of all tables, the last number being zero, the entries of the matrix are.
 
