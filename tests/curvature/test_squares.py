@@ -10,7 +10,6 @@ from tnkfac.curvature import describe
 from tnkfac.curvature.moments import position_sums
 from tnkfac.curvature.moments.second_moment import gram_pair
 from tnkfac.curvature.moments.squares import input_squares, output_size, output_squares
-from tnkfac.curvature.moments.tap_classes import tap_classes
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 3), (4, 5)),
@@ -82,47 +81,6 @@ def test_ways_to_sum_over_positions(
 def positions(kernel: int, pixels: int) -> int:
     """Positions of a kernel with stride 2 and padding 1."""
     return (pixels + 2 - kernel) // 2 + 1
-
-
-STRIPS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "padding": (lambda: nn.Conv2d(3, 2, 3, padding=1), (2, 3, 30, 28)),
-    "no padding": (lambda: nn.Conv2d(2, 3, 2), (3, 2, 24, 20)),
-    "every tap meets every pixel": (lambda: nn.Conv2d(2, 3, 2, padding=1), (3, 2, 24, 20)),
-    "uneven": (lambda: nn.Conv2d(2, 2, (4, 1), padding=(1, 0)), (2, 2, 64, 9)),
-    "dilation": (lambda: nn.Conv2d(2, 2, 3, padding=3, dilation=3), (2, 2, 70, 8)),
-    "strided, a pixel is left over": (lambda: nn.Conv2d(2, 2, 3, 2, 1), (2, 2, 114, 5)),
-    "patches": (lambda: nn.Conv2d(3, 4, 4, 4), (2, 3, 113, 12)),
-    "a tap that meets nothing": (lambda: nn.Conv2d(1, 1, (3, 2), 200, 1), (2, 1, 120, 9)),
-    "three axes": (lambda: nn.Conv3d(2, 2, 3, padding=1), (2, 2, 24, 26, 5)),
-    "depthwise": (lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4), (2, 4, 56, 10)),
-    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, 2, 1, 1), (2, 2, 33, 14)),
-}
-
-
-@pytest.mark.parametrize("small", [0, 400], ids=["axis by axis", "then all axes at once"])
-@pytest.mark.parametrize("layout", ["as is", "channels last"])
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("name", STRIPS)
-def test_strips_of_pixels_that_the_same_taps_meet(
-    name: str, approx: Any, layout: str, small: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build, shape = STRIPS[name]
-    module = build()
-    x = torch.randn(shape)
-    x[0, 0, 0, 0] = 1e6  # taps that do not meet it lose no digits to it
-    if layout == "channels last":
-        order = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        x = x.to(memory_format=order)
-    layer = describe(module)
-    size = output_size(layer, x, module(x))
-    plain = input_squares(layer, x.double(), size, approx, torch.float64)
-    monkeypatch.setattr(position_sums, "SMALL", small)
-    monkeypatch.setattr(position_sums, "LARGE", 0)
-    assert position_sums._product(
-        tap_classes(layer, shape[2:], size), x.dtype, x.device, 0, True
-    ).strips[0]
-    found = input_squares(layer, x, size, approx, torch.float32)
-    torch.testing.assert_close(found.double(), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_low_precision_is_summed_in_float32() -> None:

@@ -165,16 +165,6 @@ class Layer:
         rows = input_rows if self.kind == "conv" else input_rows_transpose
         return rows(shape[0], shape[1], self.groups, self.axes(shape[2:], output_size))
 
-    def output_rows(self, shape: Sequence[int]) -> Network:
-        """Network of the output gradient: legs ``n g``, feature ``ci``, and the positions.
-
-        Args:
-            shape: Shape of the standard output.
-        """
-        if self.kind == "linear":
-            return linear_rows(shape[0], shape[1], shape[2], self.groups)
-        return input_rows(shape[0], shape[1], self.groups, tuple(Axis(o, 1) for o in shape[2:]))
-
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The joint matrix ``[G, C_out / G, D]``, bias last.
 

@@ -15,7 +15,7 @@ from tnkfac.curvature.moments import unfold
 from tnkfac.curvature.moments.algorithms import block_routes, expand_routes
 from tnkfac.curvature.moments.contraction import fill_planned_gram
 from tnkfac.curvature.moments.lags.gather import fill_correlation_gram
-from tnkfac.curvature.moments.position_sums import box_sums, sum_of_squares
+from tnkfac.curvature.moments.position_sums import sum_of_squares, sum_over_positions
 from tnkfac.curvature.moments.syrk import fill_gram
 from tnkfac.curvature.moments.tap_classes import TapClasses, one_tap, tap_classes
 from tnkfac.curvature.moments.windows import (
@@ -178,7 +178,11 @@ def _boxed(gram: Gram, x: Tensor) -> Tensor:
 
 
 def _boxed_rows(gram: Gram, x: Tensor) -> Tensor:
-    return box_sums(x, _classes(gram)) if gram.is_input else x.flatten(1).sum(1, keepdim=True)
+    return (
+        sum_over_positions(x, _classes(gram))
+        if gram.is_input
+        else x.flatten(1).sum(1, keepdim=True)
+    )
 
 
 def _classes(gram: Gram) -> TapClasses:

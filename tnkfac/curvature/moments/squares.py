@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.moments import unfold
-from tnkfac.curvature.moments.position_sums import box_sums, position_sums, sum_of_squares
+from tnkfac.curvature.moments.position_sums import sample_sums, sum_of_squares, sum_over_positions
 from tnkfac.curvature.moments.tap_classes import tap_classes
 from tnkfac.curvature.triton_check import trusted
 
@@ -47,9 +47,9 @@ def input_squares(
     else:
         x, classes = x.to(dtype), tap_classes(layer, tuple(x.shape[2:]), size)
         if approx == "expand":
-            squares = box_sums(sum_of_squares(x), classes)
+            squares = sum_over_positions(sum_of_squares(x), classes)
         else:
-            squares = position_sums(x, classes).square().sum(0).mul_(1 / count**2)
+            squares = sample_sums(x, classes).square().sum(0).mul_(1 / count**2)
     squares = squares.reshape(layer.groups, -1)
     if not layer.bias:
         return squares

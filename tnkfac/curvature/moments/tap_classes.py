@@ -68,25 +68,6 @@ class TapClass:
         """Positions that meet a pixel but do not exist."""
         return [o for o in self.reach if not 0 <= o < self.positions]
 
-    def active(self, position: int) -> tuple[int, int]:
-        """First and last tap number of the class that meets a pixel at a position."""
-        start = self.stride * position
-        met = [j for j, a in enumerate(self.offsets) if 0 <= start + a < self.pixels]
-        return (met[0], met[-1]) if met else (0, -1)
-
-    def between(self, first: int, last: int) -> TapClass:
-        """Only the taps with these numbers."""
-        return TapClass(
-            self.first + first * self.every,
-            self.every,
-            last - first + 1,
-            self.offset + first * self.step,
-            self.step,
-            self.stride,
-            self.positions,
-            self.pixels,
-        )
-
     @property
     def slots(self) -> slice:
         """The taps among all taps of the kernel."""

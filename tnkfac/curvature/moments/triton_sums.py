@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.moments.position_sums import position_sums
+from tnkfac.curvature.moments.position_sums import sample_sums
 from tnkfac.curvature.moments.tap_classes import tap_classes
 
 _PROGRAMS = 2048
@@ -67,7 +67,7 @@ def check(device: torch.device) -> None:
     """Raise an error unless the kernel sums a small problem as torch does."""
     layer = describe(torch.nn.Conv2d(3, 2, 3, stride=2, padding=1, device="meta"))
     x = torch.arange(2 * 3 * 7 * 6, dtype=torch.float64, device="cpu").sin().reshape(2, 3, 7, 6)
-    sums = position_sums(x, tap_classes(layer, (7, 6), (4, 3))), x[:, :2].sum((2, 3))
+    sums = sample_sums(x, tap_classes(layer, (7, 6), (4, 3))), x[:, :2].sum((2, 3))
     x = x.to(device, torch.float32)
     found = input_sums(layer, x, (4, 3)), output_sums(layer, x[:, :2])
     for one, other in zip(found, sums, strict=True):
