@@ -96,13 +96,13 @@ def test_training_is_in_full_precision_where_it_matters(
 ) -> None:
     """Statistics in the backward pass and preconditioning in the step."""
     seen = []
-    read = second_moment.Gram.dense
+    read = second_moment.SecondMoment.dense
 
-    def dense(gram: second_moment.Gram) -> Tensor:
+    def dense(moment: second_moment.SecondMoment) -> Tensor:
         seen.append(settings()[0])
-        return read(gram)
+        return read(moment)
 
-    monkeypatch.setattr(second_moment.Gram, "dense", dense)
+    monkeypatch.setattr(second_moment.SecondMoment, "dense", dense)
     found = train()
     assert set(seen) == {"ieee"}
     torch.set_float32_matmul_precision("highest")

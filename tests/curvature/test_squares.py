@@ -1,5 +1,6 @@
 """Both diagonals with few operations, against the routes that they stand for."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,6 @@ from torch import nn
 
 from tnkfac.curvature import describe
 from tnkfac.curvature.moments import position_sums
-from tnkfac.curvature.moments.second_moment import gram_pair
-from tnkfac.curvature.moments.squares import input_squares, output_size, output_squares
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 3), (4, 5)),
@@ -45,14 +44,14 @@ def test_equals_the_routes(name: str, approx: Any, layout: str) -> None:
         if x.ndim == len(module.weight.shape):
             x, g = x.to(memory_format=order), g.to(memory_format=order)
     layer = describe(module)
-    a, b = gram_pair(layer, x, g, approx)
-    X, G = layer.standard_input(x), layer.standard_output(g)
-    size = output_size(layer, X, G)
-    found = input_squares(layer, X, size, approx, torch.float64)
-    torch.testing.assert_close(found, a.diagonal(), rtol=1e-11, atol=1e-12)
-    found = output_squares(layer, G, approx, torch.float64)
-    torch.testing.assert_close(found, b.diagonal(), rtol=1e-11, atol=1e-12)
-    assert len(X) * torch.Size(size).numel() == a.samples * a.positions
+    for moment in layer.moments(x, g, approx):
+        dense = moment.dense()  # takes other routes
+        found = moment.diagonal()
+        expected = dense.diagonal(dim1=1, dim2=2)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+        rows = replace(moment, has_one=False).rows.unfolded()
+        squares = rows.square().sum((1, 2))
+        torch.testing.assert_close(found[:, : rows.shape[3]], squares, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("small", [0, 10**9], ids=["axis by axis", "all axes at once"])
@@ -70,22 +69,16 @@ def test_ways_to_sum_over_positions(
     layer = describe(nn.Conv2d(3, 5, kernel, stride=2, padding=1))
     x = torch.randn(4, 3, 8, 9, dtype=dtype)
     expected = torch.nn.functional.unfold(x.double(), kernel, stride=2, padding=1)
-    size = tuple(positions(kernel, pixels) for pixels in (8, 9))
     expected = expected.mean(2).square().sum(0)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    found = input_squares(layer, x, size, "reduce", dtype)
+    found = layer.input_moment(x, "reduce").diagonal()
     torch.testing.assert_close(found[0, :-1], expected.to(dtype), rtol=1e-5, atol=1e-7)
-
-
-def positions(kernel: int, pixels: int) -> int:
-    """Positions of a kernel with stride 2 and padding 1."""
-    return (pixels + 2 - kernel) // 2 + 1
 
 
 def test_low_precision_is_summed_in_float32() -> None:
     layer = describe(nn.Linear(3, 3))
     x = torch.full((4096, 1, 3), 1.0, dtype=torch.bfloat16)
-    found = input_squares(layer, x, (1,), "expand", torch.float32)
+    found = layer.input_moment(x, "expand", dtype=torch.float32).diagonal()
     assert found.dtype == torch.float32
     assert found.tolist() == [[4096.0] * 4]

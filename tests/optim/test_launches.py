@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import tnkfac
 from profile_step import VIEWS
-from tnkfac.curvature.moments import squares
+from tnkfac.curvature.moments import position_sums
 from tnkfac.optim import base, diagonals, fused, multi
 
 FREE = (*VIEWS, "device", "new_empty", "scalar_tensor", "promote_types")
@@ -60,14 +60,10 @@ class Kernels:
     def usable(self, tensor: Tensor) -> bool:
         return True
 
-    def input_sums(self, layer: Any, x: Tensor, size: tuple[int, ...]) -> Tensor:
+    def squared_sums(self, x: Tensor, unfolding: Any, sizes: tuple[int, ...]) -> Tensor:
         self.seen += ["kernel", "sum"]
-        taps = torch.Size(layer.kernel_size).numel() if layer.dims else 1
-        return x.new_empty(layer.in_channels, taps, dtype=torch.float32)
-
-    def output_sums(self, layer: Any, g: Tensor) -> Tensor:
-        self.seen += ["kernel", "sum"]
-        return g.new_empty(layer.out_channels, 1, dtype=torch.float32)
+        taps = 1 if unfolding is None else torch.Size(unfolding.kernel_size).numel()
+        return x.new_empty(x.shape[1], taps, dtype=torch.float32)
 
     def updated(self, X: Tensor, momentum: Tensor, *others: Any) -> list[Tensor]:
         self.seen += ["kernel"] * 3
@@ -84,7 +80,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     kernels = Kernels(launches.seen)
     monkeypatch.setattr(diagonals, "triton_kernels", lambda like: kernels)
     monkeypatch.setattr(fused, "triton_kernels", lambda like: kernels)
-    monkeypatch.setattr(squares, "_kernels", lambda tensor: kernels)
+    monkeypatch.setattr(position_sums, "triton_kernels", lambda tensor: kernels)
     monkeypatch.setattr(multi, "_PLAIN", (*multi._PLAIN, FakeTensor))
     monkeypatch.setattr(base, "Verdicts", Flags)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)
@@ -135,7 +131,7 @@ def test_a_step_of_resnet18(T: int, counting: Launches) -> None:
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_hook(kernels: bool, counting: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
-        monkeypatch.setattr(squares, "_kernels", lambda tensor: None)
+        monkeypatch.setattr(position_sums, "triton_kernels", lambda tensor: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             module = torch.nn.Conv2d(64, 64, 3, padding=1)

@@ -11,18 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.eigenbasis import projected_squares
+from tnkfac.curvature.eigenbasis import second_moments
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.moments.second_moment import Approx, accumulation_dtype, gram_pair
-from tnkfac.curvature.moments.squares import input_squares, output_size, output_squares
+from tnkfac.curvature.moments.second_moment import Approx, accumulation_dtype
 from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
-from tnkfac.curvature.structures.diagonal import Diagonal
-from tnkfac.curvature.switch import fast
 
 LossTerms = Callable[..., float]
 LossAverage = str | None | LossTerms
@@ -110,8 +106,6 @@ class Statistics:
     def _resolve(self, layer: Layer) -> None:
         self.k = resolve_structure(self._structures[0], layer.in_dim)
         self.c = resolve_structure(self._structures[1], layer.out_dim, output=True)
-        both = isinstance(self.k, Diagonal) and isinstance(self.c, Diagonal)
-        self._diagonal = both and self.outputs and not self.squares
 
     def expect(self, structures: tuple[str, str]) -> None:
         """Take these structures once the shape is known."""
@@ -188,10 +182,7 @@ class Statistics:
         if self.chosen_passes and not self._heard and not torch.compiler.is_compiling():
             return None
         dtype = self._leaves[0].dtype
-        if self._diagonal and x.numel() and fast() and not torch.compiler.is_compiling():
-            return self._measure_squares(layer, x, g, terms)
-        x, g = x.to(dtype), g.to(dtype)
-        a, b = gram_pair(layer, x, g, self.approx)
+        a, b = layer.moments(x, g, self.approx, dtype)
         rows = a.samples * a.positions
         if terms is None:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
@@ -202,30 +193,17 @@ class Statistics:
         if self.outputs:
             parts += self.c.statistic(b, C)
         if self.squares:
-            parts.append(self._squared(layer, x, g))
+            parts.append(self._squared(layer, x, g.to(dtype)))
         return (*(part for part in parts if part.numel()), counts)
-
-    def _measure_squares(
-        self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
-    ) -> tuple[Tensor, ...]:
-        """The same where both factors are diagonal and nothing else is asked for."""
-        x, g = layer.standard_input(x), layer.standard_output(g)
-        size = output_size(layer, x, g)
-        samples, rows = len(x), len(x) * prod(size)
-        if terms is None:
-            terms = rows if self.loss_average == "batch+sequence" else samples
-        dtype = self._leaves[0].dtype
-        counts = _kept_counts(samples, rows, terms, dtype, x.device)
-        A = input_squares(layer, x, size, self.approx, dtype)
-        return A, output_squares(layer, g, self.approx, dtype), counts
 
     def _squared(self, layer: Layer, x: Tensor, g: Tensor) -> Tensor:
         if self._basis is None:
-            return x.new_zeros(layer.groups, self.c.dim, self.k.dim)
+            return g.new_zeros(layer.groups, self.c.dim, self.k.dim)
         assert isinstance(self.k, Decomposable)
         assert isinstance(self.c, Decomposable)
-        basis = tuple(tuple(part.to(x.dtype) for part in parts) for parts in self._basis)
-        return projected_squares(layer, x, g, self.k, self.c, (basis[0], basis[1]))
+        x = x if layer.reads_indices else x.to(g.dtype)
+        basis = tuple(tuple(part.to(g.dtype) for part in parts) for parts in self._basis)
+        return second_moments(layer, x, g, self.k, self.c, (basis[0], basis[1]))
 
     def project(self, basis: tuple[Parts, Parts] | None) -> None:
         """Square gradients in this eigenbasis from now on."""

@@ -241,7 +241,7 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
     edges = [call.edge for call in calls]
     found = torch.autograd.grad(outputs, edges, vector, retain_graph=True, allow_unused=True)
     return [
-        call.x.new_zeros(call.shape) if g is None else g.reshape(call.shape)
+        vector.new_zeros(call.shape) if g is None else g.reshape(call.shape)
         for call, g in zip(calls, found, strict=True)
     ]
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.moments import unfold
-from tnkfac.curvature.moments.per_sample import sample_bias_gradients, sample_weight_gradients
 from tnkfac.curvature.structures.structure import Decomposable, Parts
 
 _AT_ONCE = 2**23
 """Numbers that are held of the samples at one time."""
 
 
-def projected_squares(
+def second_moments(
     layer: Layer,
     x: Tensor,
     g: Tensor,
@@ -44,7 +39,7 @@ def projected_squares(
         ``[G, C_out / G, D]``.
     """
     x, g = layer.standard_input(x), layer.standard_output(g)
-    positions = g.shape[1] if layer.kind == "linear" else prod(g.shape[2:])
+    positions = layer.output_rows(g, g.dtype).positions
     d, out = k.dim, c.dim
     rotate_rows = positions * (d * d + out * out)  # for dense bases; an upper bound else
     rotate_gradients = d * out * (d + out)
@@ -63,11 +58,10 @@ def _from_rows(
     layer: Layer, x: Tensor, g: Tensor, k: Decomposable, c: Decomposable, basis: tuple[Parts, Parts]
 ) -> Tensor:
     """Rotate the rows of both sides, multiply per sample."""
-    size = tuple(g.shape[2:]) if layer.kind == "conv_transpose" else None
-    rows = unfold.unfolded(layer, x, True, size)  # [G, N, S, D]
+    rows = layer.input_rows(x, g.shape, g.dtype).unfolded()  # [G, N, S, D]
     if layer.bias:
         rows = F.pad(rows, (0, 1), value=1.0)
-    columns = unfold.unfolded(layer, g, False, None)
+    columns = layer.output_rows(g, g.dtype).unfolded()
     count = rows.shape[1]
 
     def rotated(rows: Tensor, structure: Decomposable, Q: Parts) -> Tensor:
@@ -82,14 +76,7 @@ def _from_gradients(
     layer: Layer, x: Tensor, g: Tensor, k: Decomposable, c: Decomposable, basis: tuple[Parts, Parts]
 ) -> Tensor:
     """Form the gradient of every sample, rotate both of its sides."""
-    weight = sample_weight_gradients(layer, x, g)
-    pattern = "n (g ci) co ... -> g n co (ci ...)"
-    if layer.kind != "conv_transpose":
-        pattern = "n (g co) ... -> g n co (...)"
-    matrix = rearrange(weight, pattern, g=layer.groups)
-    if layer.bias:
-        column = rearrange(sample_bias_gradients(layer, g), "n (g co) -> g n co 1", g=layer.groups)
-        matrix = torch.cat([matrix, column], 3)
+    matrix = layer.sample_matrices(x, g)
     shape = (layer.groups, len(x), c.dim, k.dim)
     turned = k.product(basis[0], matrix.flatten(1, 2).mT, transpose=True)  # [G, D, N Co]
     turned = turned.mT.reshape(shape).transpose(1, 2).flatten(2)  # [G, Co, N D]

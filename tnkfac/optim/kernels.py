@@ -39,7 +39,7 @@ def check(device: torch.device) -> None:
         torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
     K, C, gradient = X[:5], X[5:8], F[:12].view(3, 4)
     G, K2, C2 = (part.to(device) for part in (gradient, K, C))
-    where = fused.lookup("linear", (3, 4), (4, 1), 1, 5)
+    where = fused.lookup(False, (3, 4), (4, 1), 1, 5)
     assert where is not None
     row = G.data_ptr(), K2.data_ptr(), C2.data_ptr(), 0, 12, *where
     table = torch.tensor([row], dtype=torch.int64, device=device)

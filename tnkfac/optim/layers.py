@@ -220,8 +220,6 @@ def _refusal(weight: Tensor, found: list[Owner], sharded: set[int]) -> str | Non
     if first.weight_shape != tuple(weight.shape):
         return f"its shape {tuple(weight.shape)} is not that of the layer"
     for entry in supported[1:]:
-        other = describe(entry.module)
-        same = first.kind, first.groups, first.weight_shape
-        if same != (other.kind, other.groups, other.weight_shape):
+        if describe(entry.module).weight_layout != first.weight_layout:
             return "layers of different kinds share it"
     return None

@@ -23,13 +23,7 @@ from tnkfac.curvature.estimators.kronecker import Kronecker
 from tnkfac.curvature.estimators.losses import Loss, describe_loss, vectors
 from tnkfac.curvature.factors import check_approx
 from tnkfac.curvature.layers import LAYERS, Layer, describe, layer_type
-from tnkfac.curvature.moments.second_moment import (
-    Approx,
-    Gram,
-    accumulation_dtype,
-    input_gram,
-    output_gram,
-)
+from tnkfac.curvature.moments.second_moment import Approx, SecondMoment, accumulation_dtype
 
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only")
 LOSS_AVERAGES = ("batch", "batch+sequence", None)
@@ -146,12 +140,12 @@ class _Sums:
     B: Tensor | None = None
     rows: int = 0
 
-    def add_input(self, gram: Gram) -> None:
-        self.A = _plus(self.A, gram)
-        self.rows += gram.samples * (gram.positions if self.approx == "expand" else 1)
+    def add_input(self, moment: SecondMoment) -> None:
+        self.A = _plus(self.A, moment)
+        self.rows += moment.rows.count
 
-    def add_gradient(self, gram: Gram) -> None:
-        self.B = _plus(self.B, gram)
+    def add_gradient(self, moment: SecondMoment) -> None:
+        self.B = _plus(self.B, moment)
 
     def kronecker(self, weight: float | None, like: Tensor) -> Kronecker:
         sizes = (self.layer.in_dim, self.layer.out_dim)
@@ -166,9 +160,9 @@ class _Sums:
         return Kronecker(self.layer, A.detach(), B.detach())
 
 
-def _plus(total: Tensor | None, gram: Gram) -> Tensor:
-    with torch.autocast(gram.tensor.device.type, enabled=False):
-        part = gram.dense()
+def _plus(total: Tensor | None, moment: SecondMoment) -> Tensor:
+    with torch.autocast(moment.device.type, enabled=False):
+        part = moment.dense()
     return part if total is None else total.add_(part)
 
 
@@ -181,20 +175,20 @@ def _add(
     """Add the statistics of one batch."""
     flat = [(sums[module], call) for module, recorded in calls.items() for call in recorded]
     for total, call in flat:
-        x = call.x.to(accumulation_dtype(call.x.dtype))
-        total.add_input(input_gram(total.layer, x, call.shape, total.approx))
+        dtype = accumulation_dtype(call.x.dtype if call.x.is_floating_point() else outputs.dtype)
+        total.add_input(total.layer.input_moment(call.x, total.approx, call.shape, dtype))
     for vector in propagated:
         found = gradients([call for _, call in flat], outputs, vector)
         for (total, _), g in zip(flat, found, strict=True):
-            g = g.to(accumulation_dtype(g.dtype))
-            total.add_gradient(output_gram(total.layer, g, total.approx))
+            dtype = accumulation_dtype(g.dtype)
+            total.add_gradient(total.layer.output_moment(g, total.approx, dtype))
 
 
 def _trainable_layers(model: nn.Module) -> dict[nn.Module, tuple[str, Layer]]:
     """Supported layers with a trainable weight, and their names."""
     layers = {}
     for name, module in model.named_modules():
-        if layer_type(module) is None:
+        if layer_type(module, indices=True) is None:
             continue
         weight, bias = (module._parameters.get(p) for p in ("weight", "bias"))
         if weight is not None and weight.requires_grad:

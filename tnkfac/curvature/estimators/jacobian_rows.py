@@ -12,13 +12,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tnkfac.curvature.capture import Call, gradients
-from tnkfac.curvature.layers import describe, layer_type
-from tnkfac.curvature.moments.per_sample import (
-    output_slice,
-    sample_bias_gradients,
-    sample_weight_gradients,
-    sample_weight_squares,
-)
+from tnkfac.curvature.layers import Layer, describe, layer_type
 from tnkfac.curvature.moments.second_moment import accumulation_dtype
 
 
@@ -62,7 +56,7 @@ class _Use:
     @property
     def layered(self) -> bool:
         """Whether this is the weight or bias of a supported layer."""
-        return layer_type(self.module) is not None and self.name in ("weight", "bias")
+        return layer_type(self.module, indices=True) is not None and self.name in ("weight", "bias")
 
     @property
     def sliceable(self) -> bool:
@@ -79,18 +73,18 @@ class _Use:
         layer = describe(self.module)
         g = layer.standard_output(g)
         if self.name == "bias":
-            return sample_bias_gradients(layer, g)
+            return layer.sample_bias_gradients(g)
         if channels is not None:
-            layer, g = output_slice(layer, g, channels.start, channels.stop)
-        return sample_weight_gradients(layer, layer.standard_input(x.to(dtype)), g)
+            layer, g = layer.output_slice(g, channels.start, channels.stop)
+        return layer.sample_gradients(_standard_input(layer, x, dtype), g)
 
     def squares(self, g: Tensor) -> Tensor | None:
         """Sum of the squares of all rows, where it needs none of them; else None."""
         if not self.layered or self.name != "weight":
             return None
         layer, dtype = describe(self.module), accumulation_dtype(g.dtype)
-        x = layer.standard_input(self.call.x.to(dtype))
-        return sample_weight_squares(layer, x, layer.standard_output(g.to(dtype)))
+        x = _standard_input(layer, self.call.x, dtype)
+        return layer.sample_squares(x, layer.standard_output(g.to(dtype)))
 
     def _mapped(self, x: Tensor, g: Tensor) -> Tensor:
         """Any module, mapped over samples."""
@@ -112,6 +106,10 @@ class _Use:
 
         rows: Tensor = vmap(one)(x, g)
         return rows
+
+
+def _standard_input(layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return layer.standard_input(x if layer.reads_indices else x.to(dtype))
 
 
 class SampleRows:

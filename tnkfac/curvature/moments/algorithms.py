@@ -1,4 +1,4 @@
-"""Which way to form a Gram matrix: candidates, what they cost, and the choice.
+"""Which way to form a second moment: candidates, what they cost, and the choice.
 
 Costs are estimates: multiply-adds, numbers that are written, and calls, weighted by what they take
 on one core of a current CPU. Only their order matters, and it carries over to other devices.
@@ -11,12 +11,12 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
-from tnkfac.curvature.layers import Layer
-from tnkfac.curvature.moments.contraction import groups_together, planned_gram
+from tnkfac.curvature.moments.contraction import groups_together, planned_moment
 from tnkfac.curvature.moments.lags.autocorrelation import BLOCK
 from tnkfac.curvature.moments.lags.borders import axis_lags, tap_pairs
 from tnkfac.curvature.moments.syrk import triangle
-from tnkfac.curvature.moments.tap_classes import TapClasses, tap_classes
+from tnkfac.curvature.moments.tap_classes import TapClasses
+from tnkfac.curvature.moments.unfolding import Unfolding, tap_classes
 from tnkfac.curvature.moments.windows import CHUNK
 
 MOSTLY_PADDING = 0.75
@@ -34,8 +34,8 @@ LEAST_MEMORY = 2**18
 
 
 @dataclass(frozen=True)
-class Route:
-    """One way to read a Gram matrix.
+class Algorithm:
+    """One way to form it.
 
     Attributes:
         name: What it is called.
@@ -51,33 +51,35 @@ class Route:
 
 
 @lru_cache(maxsize=4096)
-def expand_routes(
-    layer: Layer, shape: tuple[int, ...], output_size: tuple[int, ...]
-) -> tuple[Route, ...]:
-    """Routes to the dense input Gram of KFAC-expand, the cheapest first.
+def dense_algorithms(
+    unfolding: Unfolding, shape: tuple[int, ...], output_size: tuple[int, ...]
+) -> tuple[Algorithm, ...]:
+    """Algorithms for the dense second moment of an unfolded input, the cheapest first.
 
     Args:
-        layer: A convolution or transposed convolution.
-        shape: Shape of its standard input.
+        unfolding: That of a convolution or transposed convolution.
+        shape: Shape of its input.
         output_size: Spatial shape of its output.
     """
-    classes = tap_classes(layer, shape[2:], output_size)
-    routes = [_windows_route(layer, shape, classes)]
-    if routes[0].name != "view":
-        routes.append(_lags_route(layer, shape, classes))
-        alone = shape[1] == layer.groups and prod(shape[2:]) <= FEW_PIXELS
+    classes = tap_classes(unfolding, shape[2:], output_size)
+    algorithms = [_windows_algorithm(unfolding, shape, classes)]
+    if algorithms[0].name != "view":
+        algorithms.append(_lags_algorithm(unfolding, shape, classes))
+        alone = shape[1] == unfolding.groups and prod(shape[2:]) <= FEW_PIXELS
         if alone or _density(classes) < MOSTLY_PADDING:
-            routes.append(_network_route(layer, shape, output_size))
-    taps, positions = prod(layer.kernel_size), prod(output_size)
-    features = shape[1] // layer.groups * taps
-    unfolding = 2 * shape[0] * shape[1] * taps * positions + layer.groups * features**2
-    most = max(LEAST_MEMORY, MEMORY * unfolding)
+            algorithms.append(_network_algorithm(unfolding, shape, output_size))
+    taps, positions = prod(unfolding.kernel_size), prod(output_size)
+    features = shape[1] // unfolding.groups * taps
+    unfolded = 2 * shape[0] * shape[1] * taps * positions + unfolding.groups * features**2
+    most = max(LEAST_MEMORY, MEMORY * unfolded)
 
-    def key(route: Route) -> tuple[bool, float]:
-        hungry = route.numbers > most and ("lags" in route.name or "classes" in route.name)
-        return hungry, route.cost
+    def key(algorithm: Algorithm) -> tuple[bool, float]:
+        hungry = algorithm.numbers > most and (
+            "lags" in algorithm.name or "classes" in algorithm.name
+        )
+        return hungry, algorithm.cost
 
-    return tuple(sorted(routes, key=key))
+    return tuple(sorted(algorithms, key=key))
 
 
 def _density(classes: TapClasses) -> float:
@@ -95,68 +97,76 @@ def _density(classes: TapClasses) -> float:
     return density
 
 
-def _network_route(layer: Layer, shape: tuple[int, ...], output_size: tuple[int, ...]) -> Route:
+def _network_algorithm(
+    unfolding: Unfolding, shape: tuple[int, ...], output_size: tuple[int, ...]
+) -> Algorithm:
     """A network never multiplies with padding."""
-    plan = planned_gram(layer, shape, output_size)
+    plan = planned_moment(unfolding, shape, output_size)
     cost = plan.flops / 25 + 1.5 * plan.peak_memory + 5e4
-    held = plan.peak_memory * groups_together(layer, shape, output_size) // layer.groups
-    return Route("network", plan.flops, held, cost)
+    held = plan.peak_memory * groups_together(unfolding, shape, output_size) // unfolding.groups
+    return Algorithm("network", plan.flops, held, cost)
 
 
 @lru_cache(maxsize=4096)
-def block_routes(
-    layer: Layer, shape: tuple[int, ...], output_size: tuple[int, ...], size: int
-) -> tuple[Route, ...]:
-    """Routes to the diagonal blocks of the input Gram of KFAC-expand, the cheapest first.
+def block_algorithms(
+    unfolding: Unfolding, shape: tuple[int, ...], output_size: tuple[int, ...], size: int
+) -> tuple[Algorithm, ...]:
+    """Algorithms for diagonal blocks of that second moment, the cheapest first.
 
     Args:
-        layer: A convolution or transposed convolution.
-        shape: Shape of its standard input.
+        unfolding: That of a convolution or transposed convolution.
+        shape: Shape of its input.
         output_size: Spatial shape of its output.
         size: Rows of a block.
     """
-    classes = tap_classes(layer, shape[2:], output_size)
-    taps, features = prod(layer.kernel_size), layer.in_dim - layer.bias
-    unfolding = _windows_route(layer, shape, classes)
-    operations = unfolding.operations * size // features
+    classes = tap_classes(unfolding, shape[2:], output_size)
+    taps, features = prod(unfolding.kernel_size), unfolding.features
+    windows = _windows_algorithm(unfolding, shape, classes)
+    operations = windows.operations * size // features
     numbers = operations // size
     cost = operations / (80 * min(1.0, size / 48)) + numbers + 3e4 * (1 + numbers / CHUNK)
-    routes = [Route("im2col", operations, unfolding.numbers, cost)]
-    channels = min(layer.in_channels // layer.groups, (size - 1) // taps + 2) * layer.groups
+    algorithms = [Algorithm("im2col", operations, windows.numbers, cost)]
+    channels = (
+        min(unfolding.channels // unfolding.groups, (size - 1) // taps + 2) * unfolding.groups
+    )
     part = (shape[0], channels, *shape[2:])
-    slab = expand_routes(replace(layer, in_channels=channels), part, output_size)[0]
+    slab = dense_algorithms(replace(unfolding, channels=channels), part, output_size)[0]
     count = -(-features // size)
     cost = (slab.cost + 3e5) * count
-    routes.append(Route("slabs", slab.operations * count, slab.numbers, cost))
-    return tuple(sorted(routes, key=lambda route: route.cost))
+    algorithms.append(Algorithm("slabs", slab.operations * count, slab.numbers, cost))
+    return tuple(sorted(algorithms, key=lambda algorithm: algorithm.cost))
 
 
-def _windows_route(layer: Layer, shape: tuple[int, ...], classes: TapClasses) -> Route:
+def _windows_algorithm(
+    unfolding: Unfolding, shape: tuple[int, ...], classes: TapClasses
+) -> Algorithm:
     batch, channels = shape[:2]
     operations = numbers = held = most = 0
     for taps in product(*classes):
-        features = channels // layer.groups * prod(t.count for t in taps)
+        features = channels // unfolding.groups * prod(t.count for t in taps)
         rows = batch * prod(t.positions for t in taps)
-        operations += layer.groups * features**2 * rows
-        numbers += layer.groups * features * rows
+        operations += unfolding.groups * features**2 * rows
+        numbers += unfolding.groups * features * rows
         most = max(most, rows)
-        result = layer.groups * features**2
-        part = max((layer.groups * features * rows + result) // 8, 2**16)
+        result = unfolding.groups * features**2
+        part = max((unfolding.groups * features * rows + result) // 8, 2**16)
         held = max(held, min(max(CHUNK, result // 2), part))
-    features = channels // layer.groups * prod(layer.kernel_size)
-    once = layer.kind == "conv" and all(
-        t.stride >= t.step * t.count or t.count == 1 for (t,) in classes
+    features = channels // unfolding.groups * prod(unfolding.kernel_size)
+    once = all(
+        len(axis) == 1 and (t.count == 1 or t.stride >= abs(t.step) * t.count)
+        for axis in classes
+        for t in axis
     )
-    halves = triangle(features, layer.groups, most)
-    cost = operations * halves / _rate(features, layer.groups)
+    halves = triangle(features, unfolding.groups, most)
+    cost = operations * halves / _rate(features, unfolding.groups)
     cost += numbers * 0.6 + 3e4 * (1 + numbers / CHUNK)
-    cost += layer.groups * features**2 * (2.0 if len(classes[0]) == 1 else 5.0)
-    return Route("view" if once else "im2col", operations, held, cost)
+    cost += unfolding.groups * features**2 * (2.0 if len(classes[0]) == 1 else 5.0)
+    return Algorithm("view" if once else "im2col", operations, held, cost)
 
 
-def _lags_route(layer: Layer, shape: tuple[int, ...], classes: TapClasses) -> Route:
+def _lags_algorithm(unfolding: Unfolding, shape: tuple[int, ...], classes: TapClasses) -> Algorithm:
     batch, channels = shape[:2]
-    groups, each = layer.groups, channels // layer.groups
+    groups, each = unfolding.groups, channels // unfolding.groups
     lags = [axis_lags(axis) for axis in classes]
     phases = prod(n.stride for n in lags)
     counts = [2 * n.most + 1 for n in lags]
@@ -196,9 +206,10 @@ def _lags_route(layer: Layer, shape: tuple[int, ...], classes: TapClasses) -> Ro
     cost += 3 * channels * each * width + 6e5
     cost *= 1.25 if phases == 1 else 2.0 if groups == 1 else 4.0
     many = prod(map(len, classes)) > 4  # most of what is looked up is zero then
-    cost += (8 if many else 2) * channels * each * prod(layer.kernel_size) ** 2
-    name = "lags" if layer.kind == "conv" and phases == 1 else "polyphase lags"
-    return Route("tap classes" if layer.kind != "conv" else name, operations, numbers, cost)
+    cost += (8 if many else 2) * channels * each * prod(unfolding.kernel_size) ** 2
+    name = "lags" if phases == 1 else "polyphase lags"
+    name = name if all(len(axis) == 1 for axis in classes) else "tap classes"
+    return Algorithm(name, operations, numbers, cost)
 
 
 def _rate(features: int, groups: int) -> float:

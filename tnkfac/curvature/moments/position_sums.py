@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import lru_cache, reduce
 from math import prod
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tnkfac.curvature.moments.tap_classes import TapClass, TapClasses
+from tnkfac.curvature.moments.unfolding import Unfolding
+from tnkfac.curvature.triton_check import trusted
 
 SMALL = 400
 """Up to so many pixels, one product with all axes at once is faster than one per axis."""
@@ -68,6 +71,35 @@ def sample_sums(x: Tensor, classes: TapClasses) -> Tensor:
         last = torch.matmul(matrix, last.reshape(rows, sizes[a], prod(sizes[a + 1 :]) * channels))
         rows *= len(matrix)
     return last.reshape(count, -1, channels).transpose(1, 2)
+
+
+def fused_squared_sums(
+    x: Tensor, unfolding: Unfolding | None = None, sizes: tuple[int, ...] = ()
+) -> Tensor | None:
+    """``sum_n (sum_p u_np)^2`` over what every tap meets, in one pass, where Triton's kernel works.
+
+    Args:
+        x: ``[N, C, I1, .., Id]``.
+        unfolding: Which pixels are met; None for every pixel once.
+        sizes: Spatial shape of the output.
+
+    Returns:
+        ``[C, K]``, in float32 at least.
+    """
+    kernels = triton_kernels(x)
+    return None if kernels is None else kernels.squared_sums(x, unfolding, sizes)
+
+
+def triton_kernels(tensor: Tensor) -> ModuleType | None:
+    """Triton's kernels, if there are any for this tensor."""
+    kernels = trusted(_load, tensor.device) if tensor.is_cuda else None
+    return kernels if kernels is not None and kernels.usable(tensor) else None
+
+
+def _load() -> ModuleType:
+    from tnkfac.curvature.moments import triton_sums
+
+    return triton_sums
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,17 +18,30 @@ STRIP = 128
 """Rows that are transposed at one time."""
 
 
-def fill_gram(out: Tensor, rows: Tensor, scale: float) -> None:
-    """``out = scale * rows rows^T`` for every group.
+def fill_product(out: Tensor, parts: Iterable[Tensor], columns: int) -> None:
+    """``out = sum u u^T`` over some parts ``u`` for every group.
 
     Args:
         out: ``[G, D, D]``, overwritten.
-        rows: ``[G, D, M]``.
-        scale: Factor of the product.
+        parts: ``[G, D, M]`` each.
+        columns: Sum of all ``M``.
     """
-    halved = halved_from(out, rows.shape[2])
-    add_product(out, rows, scale, 0.0, halved)
+    halved, beta = halved_from(out, columns), 0.0
+    for u in parts:
+        add_product(out, u, beta, halved)
+        beta = 1.0
+        del u  # before the next one is formed
+    if beta == 0.0:
+        out.zero_()
     mirror(out, halved)
+
+
+def fill_sample_products(out: Tensor, parts: Iterable[Tensor]) -> None:
+    """The same by a product for every sample, of parts ``[N, G, D, M]``."""
+    out.zero_()
+    for u in parts:
+        out.add_(torch.matmul(u, u.mT).sum(0))
+        del u
 
 
 def halved_from(out: Tensor, columns: int) -> int:
@@ -44,26 +58,25 @@ def triangle(features: int, groups: int, columns: int) -> float:
     return fraction
 
 
-def add_product(out: Tensor, rows: Tensor, scale: float, beta: float, halved: int) -> None:
-    """``out = beta * out + scale * rows rows^T``, without the lower blocks of halves.
+def add_product(out: Tensor, u: Tensor, beta: float, halved: int) -> None:
+    """``out = beta * out + u u^T``, without the lower blocks of halves.
 
     Args:
         out: ``[G, D, D]``.
-        rows: ``[G, D, M]``.
-        scale: Factor of the product.
+        u: ``[G, D, M]``.
         beta: Factor of what is there.
         halved: From :func:`halved_from`, the same for all products and :func:`mirror`.
     """
-    right = rows.mT
+    right = u.mT
     if out.shape[1] >= halved:
         half = out.shape[1] // 2
         for part in (slice(0, half), slice(half, None)):
-            add_product(out[:, part, part], rows[:, part], scale, beta, halved)
-        out, rows, right = out[:, :half, half:], rows[:, :half], right[:, :, half:]
+            add_product(out[:, part, part], u[:, part], beta, halved)
+        out, u, right = out[:, :half, half:], u[:, :half], right[:, :, half:]
     if out.shape[0] == 1:
-        torch.addmm(out[0], rows[0], right[0], beta=beta, alpha=scale, out=out[0])
+        torch.addmm(out[0], u[0], right[0], beta=beta, out=out[0])
     else:
-        torch.baddbmm(out, rows, right, beta=beta, alpha=scale, out=out)
+        torch.baddbmm(out, u, right, beta=beta, out=out)
 
 
 def mirror(out: Tensor, halved: int) -> None:

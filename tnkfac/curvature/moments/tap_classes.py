@@ -1,4 +1,4 @@
-"""Which pixels the taps of a layer read: the geometry behind every way to form a Gram matrix.
+"""Which pixels the taps of a layer read: the geometry behind every way to sum over positions.
 
 Along one axis, output position ``o`` and tap ``k`` of a convolution meet at pixel
 ``stride * o + dilation * k - left``. In a transposed convolution only every ``stride``-th output
@@ -10,10 +10,7 @@ one of these; a convolution has a single one per axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import gcd
-
-from tnkfac.curvature.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -78,55 +75,26 @@ TapClasses = tuple[tuple[TapClass, ...], ...]
 """Classes of taps, per axis."""
 
 
-@lru_cache(maxsize=4096)
-def tap_classes(
-    layer: Layer, input_size: tuple[int, ...], output_size: tuple[int, ...]
-) -> TapClasses:
-    """The classes of every spatial axis of a layer.
-
-    Args:
-        layer: A convolution or transposed convolution.
-        input_size: Spatial shape of its standard input.
-        output_size: Spatial shape of its output.
-
-    Raises:
-        ValueError: If the kernel does not fit into the padded input.
-    """
-    layer.axes(input_size, output_size)
-    axes = _conv_taps if layer.kind == "conv" else _transposed_taps
-    return tuple(
-        axes(
-            layer.kernel_size[a],
-            layer.stride[a],
-            layer.padding[a][0],
-            layer.dilation[a],
-            input_size[a],
-            output_size[a],
-        )
-        for a in range(layer.dims)
-    )
-
-
-@lru_cache(maxsize=4096)
-def one_tap(sizes: tuple[int, ...]) -> TapClasses:
-    """Every pixel is a position, as in outputs.
-
-    Args:
-        sizes: Spatial shape.
-    """
-    return tuple((TapClass(0, 1, 1, 0, 1, 1, size, size),) for size in sizes)
-
-
-def _conv_taps(
+def convolution_taps(
     k: int, stride: int, left: int, dilation: int, i: int, o: int
 ) -> tuple[TapClass, ...]:
+    """The class of ``k`` taps along an axis of ``i`` pixels and ``o`` positions."""
     return (TapClass(0, 1, k, -left, dilation, stride, o, i),)
 
 
-def _transposed_taps(
+def transposed_taps(
     k: int, stride: int, left: int, dilation: int, i: int, o: int
 ) -> tuple[TapClass, ...]:
-    """Output position ``stride * t + residue`` meets tap ``k`` at pixel ``t + offset``."""
+    """Classes of a transposed convolution: position ``stride * t + residue`` meets pixel ``t + a``.
+
+    Args:
+        k: Number of taps.
+        stride: Stride.
+        left: Padding before the first pixel.
+        dilation: Dilation.
+        i: Pixels of the input.
+        o: Positions of the output.
+    """
     every = stride // gcd(stride, dilation)
     step = -dilation * every // stride
     classes = []

@@ -8,16 +8,14 @@ pixel, whose entries the kernel works out for itself.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.moments.position_sums import sample_sums
-from tnkfac.curvature.moments.tap_classes import tap_classes
+from tnkfac.curvature.moments.unfolding import Unfolding, tap_classes
 
 _PROGRAMS = 2048
 """Programs that keep a large device busy."""
@@ -65,19 +63,19 @@ def _squares_of_sums(  # type: ignore[no-untyped-def]
 
 def check(device: torch.device) -> None:
     """Raise an error unless the kernel sums a small problem as torch does."""
-    layer = describe(torch.nn.Conv2d(3, 2, 3, stride=2, padding=1, device="meta"))
+    unfolding = Unfolding(3, 1, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
     x = torch.arange(2 * 3 * 7 * 6, dtype=torch.float64, device="cpu").sin().reshape(2, 3, 7, 6)
-    sums = sample_sums(x, tap_classes(layer, (7, 6), (4, 3))), x[:, :2].sum((2, 3))
+    sums = sample_sums(x, tap_classes(unfolding, (7, 6), (4, 3))), x[:, :2].sum((2, 3))
     x = x.to(device, torch.float32)
-    found = input_sums(layer, x, (4, 3)), output_sums(layer, x[:, :2])
-    for one, other in zip(found, sums, strict=True):
-        assert one is not None
-        squares = other.square().sum(0).view(one.shape)
-        torch.testing.assert_close(one.cpu().double(), squares, rtol=1e-4, atol=1e-4)
+    by_kernel = squared_sums(x, unfolding, (4, 3)), squared_sums(x[:, :2])
+    for squares, expected in zip(by_kernel, sums, strict=True):
+        assert squares is not None
+        expected = expected.square().sum(0).view(squares.shape)
+        torch.testing.assert_close(squares.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernel can read a standard input or output."""
+    """Whether the kernel can read images."""
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     even = all(
         tensor.stride(axis) == tensor.stride(axis + 1) * tensor.shape[axis + 1]
@@ -86,30 +84,19 @@ def usable(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in kinds and even
 
 
-def input_sums(layer: Layer, x: Tensor, size: tuple[int, ...]) -> Tensor | None:
-    """``sum_n (sum_p u_np)^2`` over the unfolded input, ``[C_in, K]`` in float32, if it can be had.
+def squared_sums(
+    x: Tensor, unfolding: Unfolding | None = None, sizes: tuple[int, ...] = ()
+) -> Tensor | None:
+    """``sum_n (sum_p u_np)^2`` over what every tap meets, ``[C, K]`` in float32, if it can be had.
 
     Args:
-        layer: The layer.
-        x: Standard input.
-        size: Spatial shape of the output.
+        x: ``[N, C, I1, ..]``.
+        unfolding: Which pixels are met; None for every pixel once.
+        sizes: Spatial shape of the output.
     """
-    taps = prod(layer.kernel_size)
-    if layer.kind != "linear" and (layer.dims > 2 or taps > 128):
+    taps = 1 if unfolding is None else prod(unfolding.kernel_size)
+    if unfolding is not None and (unfolding.dims > 2 or taps > 128):
         return None
-    return _launch(layer, x, size, 1 if layer.kind == "linear" else taps)
-
-
-def output_sums(layer: Layer, g: Tensor) -> Tensor:
-    """``sum_n (sum_p g_np)^2`` over the output gradient, ``[C_out, 1]`` in float32."""
-    return _launch(layer, g, (), 1)
-
-
-def _launch(layer: Layer, x: Tensor, size: tuple[int, ...], taps: int) -> Tensor:
-    """Run the kernel on ``[N, C, I1, ..]``, or ``[N, S, C]`` of a linear layer."""
-    linear = layer.kind == "linear"
-    if linear:
-        x = x.transpose(1, 2)
     count, channels, *pixels = x.shape
     sn, sc, sp = x.stride(0), x.stride(1), x.stride(-1)
     channel_block = 16 if sp == 1 else 64
@@ -118,21 +105,23 @@ def _launch(layer: Layer, x: Tensor, size: tuple[int, ...], taps: int) -> Tensor
     per = max(1, triton.cdiv(count * columns, _PROGRAMS))
     blocks = triton.cdiv(count, per)
     out = torch.empty(blocks, channels, taps, device=x.device)
-    pointwise = taps == 1 and set(layer.stride) <= {1} and not any(map(any, layer.padding))
-    met = bool(size) and not linear and not pointwise
-
-    def pair(values: Any, other: int) -> tuple[int, int]:
-        chosen = tuple(values) if met else ()
-        return chosen if len(chosen) == 2 else (other, *(chosen or (other,)))
-
-    kernel, stride = pair(layer.kernel_size, 1), pair(layer.stride, 1)
-    left = pair([before for before, _ in layer.padding], 0)
-    dilation, ends = pair(layer.dilation, 1), pair(size, 1)
+    every_pixel = unfolding is None or (unfolding.is_pointwise and set(unfolding.stride) == {1})
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # where Triton launches
         _squares_of_sums[(blocks, columns)](
             x, out, count, channels, prod(pixels), pixels[-1], taps, sn, sc, sp,
-            kernel[1], *stride, *left, *dilation, *ends,
+            *_geometry(None if every_pixel else unfolding, sizes),
             PER=per, KP=max(16, triton.next_power_of_2(taps)), BC=channel_block, BP=pixel_block,
-            TAPS=met, TRANSPOSED=layer.kind == "conv_transpose",
+            TAPS=not every_pixel, TRANSPOSED=unfolding is not None and unfolding.transposed,
         )  # fmt: skip
     return out[0] if blocks == 1 else out.sum(0)
+
+
+def _geometry(unfolding: Unfolding | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Second number of taps, strides, paddings, dilations and sizes, of two axes in any case."""
+    if unfolding is None:
+        return (1, 1, 1, 0, 0, 1, 1, 1, 1)
+    left = tuple(before for before, _ in unfolding.padding)
+    lead = () if unfolding.dims == 2 else (1,)
+    none = () if unfolding.dims == 2 else (0,)
+    stride, dilation = (*lead, *unfolding.stride), (*lead, *unfolding.dilation)
+    return (unfolding.kernel_size[-1], *stride, *none, *left, *dilation, *lead, *sizes)

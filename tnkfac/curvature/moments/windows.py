@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.moments.syrk import add_product, halved_from, mirror
+from tnkfac.curvature.moments.syrk import fill_product, fill_sample_products
 from tnkfac.curvature.moments.tap_classes import TapClass, TapClasses
 
 CHUNK = 2**21
@@ -116,18 +116,17 @@ def window_rows(x: Tensor, groups: int, classes: TapClasses) -> Iterator[Tensor]
         yield spread.flatten(1, -2)
 
 
-def fill_windows_gram(out: Tensor, x: Tensor, classes: TapClasses, scale: float) -> None:
-    """Fill ``out`` with the scaled Gram matrix of all windows, a few samples at a time.
+def fill_from_windows(out: Tensor, x: Tensor, classes: TapClasses) -> None:
+    """Fill ``out`` with the second moment of all windows, a few samples at a time.
 
     Args:
         out: ``[G, D, D]``, overwritten.
         x: ``[N, C, I1, ..]``.
         classes: Classes of taps per axis; taps of different classes never meet.
-        scale: Number that multiplies the result.
     """
     groups, channels = out.shape[0], x.shape[1] // out.shape[0]
     if all(len(axis) == 1 for axis in classes):
-        _fill_class(out, x, [axis[0] for axis in classes], scale)
+        _fill_class(out, x, [axis[0] for axis in classes])
         return
     kernel = [sum(taps.count for taps in axis) for axis in classes]
     out.zero_()
@@ -136,55 +135,51 @@ def fill_windows_gram(out: Tensor, x: Tensor, classes: TapClasses, scale: float)
         counts = [axis.count for axis in taps]
         size = channels * prod(counts)
         block = out.new_empty(groups, size, size)
-        _fill_class(block, x, taps, scale)
+        _fill_class(block, x, taps)
         slots = [slice(None), *(axis.slots for axis in taps)]
         place = (slice(None), *slots, *slots)
         target[place] = block.view(groups, channels, *counts, channels, *counts)
 
 
-def _fill_class(out: Tensor, x: Tensor, taps: Sequence[TapClass], scale: float) -> None:
-    """Fill ``out`` with the Gram matrix of one class."""
+def _fill_class(out: Tensor, x: Tensor, taps: Sequence[TapClass]) -> None:
+    """Fill ``out`` with the second moment of one class."""
     ranges = [range(axis.positions) for axis in taps]
     parts = chunks(x, tuple((axis,) for axis in taps), out.numel()) if all(ranges) else []
-    if not parts:
-        out.zero_()
-        return
     positions = prod(map(len, ranges))
     groups, size = out.shape[:2]
     if groups == 1 and size <= min(NARROW, positions):
-        out.zero_()
-        for part in parts:
-            seen = windows(part, taps, ranges)
-            # Rows a power of two apart would fall on one cache line.
-            each = x.new_empty(len(part), size, positions + 16)[:, :, :positions]
-            each.view(seen.shape).copy_(seen)
-            out.add_(torch.bmm(each, each.mT).sum(0), alpha=scale)
-        return
-    halved = halved_from(out, x.shape[0] * positions)
-    for at, part in enumerate(parts):
-        add_product(out, rows(part, out.shape[0], taps, ranges), scale, float(at > 0), halved)
-    mirror(out, halved)
+        fill_sample_products(out, (_aligned(windows(part, taps, ranges), size) for part in parts))
+    else:
+        columns = x.shape[0] * positions
+        fill_product(out, (rows(part, groups, taps, ranges) for part in parts), columns)
 
 
-def fill_pixels_gram(out: Tensor, x: Tensor, scale: float) -> None:
-    """Fill ``out`` with the scaled Gram matrix of all pixels.
+def _aligned(seen: Tensor, size: int) -> Tensor:
+    """Copy windows to ``[N, 1, D, S]``; rows a power of two apart would fall on one cache line."""
+    positions = seen[0].numel() // size
+    each = seen.new_empty(len(seen), 1, size, positions + 16)[..., :positions]
+    each.view(seen.shape).copy_(seen)
+    return each
+
+
+def fill_from_pixels(out: Tensor, pixels: Tensor) -> None:
+    """Fill ``out`` with the second moment of all pixels.
 
     Args:
         out: ``[G, D, D]``, overwritten.
-        x: ``[N, G * D, I1, ..]``.
-        scale: Number that multiplies the result.
+        pixels: ``[N, G, D, P]``.
     """
     groups, size = out.shape[:2]
-    pixels = x.flatten(2)
-    pixels = pixels.view(len(x), groups, size, pixels.shape[2])
     if size <= min(NARROW, pixels.shape[3]):
-        out.zero_()
-        for part in torch.split(pixels, max(1, CHUNK // (groups * size**2))):
-            out.add_(torch.matmul(part, part.mT).sum(0), alpha=scale)
+        together = max(1, CHUNK // (groups * size**2))
+        fill_sample_products(out, torch.split(pixels, together))
         return
-    halved = halved_from(out, x.shape[0] * pixels.shape[3])
-    each = max(1, groups * size * pixels.shape[3])
-    for at, part in enumerate(torch.split(pixels, max(1, CHUNK // each))):
-        rows = part.permute(1, 2, 0, 3).flatten(2)
-        add_product(out, rows, scale, float(at > 0), halved)
-    mirror(out, halved)
+    columns = pixels.shape[0] * pixels.shape[3]
+    fill_product(out, pixel_rows(pixels), columns)
+
+
+def pixel_rows(pixels: Tensor) -> Iterator[Tensor]:
+    """Pixels ``[N, G, D, P]`` as columns ``[G, D, M]``, a few samples at a time."""
+    each = pixels[:1].numel()
+    for part in torch.split(pixels, max(1, CHUNK // each)) if each else ():
+        yield part.permute(1, 2, 0, 3).flatten(2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.moments.second_moment import Gram
+from tnkfac.curvature.moments.second_moment import SecondMoment
 from tnkfac.curvature.structures.structure import Parts, Structure
 
 
@@ -58,13 +58,13 @@ class Arrow(Structure):
         """The diagonal of ``A``, and its pivot row or ``A v``."""
         return (self.dim,), (self.dim,)
 
-    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
         """The diagonal, and one matrix-vector product."""
         if self.row or K is None:
-            column = gram.columns(0, 1) if self.last else gram.columns(1, 0)
+            column = moment.columns(0, 1) if self.last else moment.columns(1, 0)
         else:
-            column = gram.product(self._column(K).to(gram.tensor.dtype).unsqueeze(2))
-        return gram.diagonal(), column.squeeze(2)
+            column = moment.product(self._column(K).to(moment.dtype).unsqueeze(2))
+        return moment.diagonal(), column.squeeze(2)
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Ones and no arm."""

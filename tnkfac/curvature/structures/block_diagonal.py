@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.moments.second_moment import Gram
+from tnkfac.curvature.moments.second_moment import SecondMoment
 from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm, tr
 from tnkfac.curvature.structures.structure import Decomposable, Parts
 
@@ -35,9 +35,9 @@ class BlockDiagonal(Decomposable):
         rest = self.dim % self.size
         return (self.dim // self.size, self.size, self.size), (rest, rest)
 
-    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
         """The diagonal blocks only."""
-        return gram.blocks(self.size)
+        return moment.blocks(self.size)
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Identity blocks."""

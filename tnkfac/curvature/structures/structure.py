@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.moments.second_moment import Gram
+from tnkfac.curvature.moments.second_moment import SecondMoment
 
 Parts = tuple[Tensor, ...]
 _ITERATIONS = 6
@@ -55,11 +55,11 @@ class Structure(ABC):
         return sum(prod(shape) for shape in self.shapes)
 
     @abstractmethod
-    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
-        """What :meth:`pull` needs of a Gram matrix; additive over batches.
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
+        """What :meth:`pull` needs of a second moment; additive over batches.
 
         Args:
-            gram: The Gram matrix, not yet formed.
+            moment: The second moment, not yet formed.
             K: The factor that :meth:`pull` will be called with; None for the identity.
         """
 

@@ -1,6 +1,6 @@
-"""Gram matrices of unfolded inputs without unfolding: lags and borders.
+"""Second moments of unfolded inputs without unfolding: lags and borders.
 
-The entry of taps ``k`` and ``l`` of a Gram matrix is ``sum_o x[s o + a_k] x[s o + a_l]``, and over
+The entry of taps ``k`` and ``l`` of a matrix is ``sum_o x[s o + a_k] x[s o + a_l]``, and over
 *all* positions ``o``, also those beyond the output, it depends on the lag ``a_l - a_k`` only. So
 
 - all lags of all channel pairs are correlated once: for stride one, a weight gradient of the
@@ -28,25 +28,24 @@ from tnkfac.curvature.moments.lags.borders import Border, Lags, TapPairs, axis_l
 from tnkfac.curvature.moments.tap_classes import TapClasses
 
 TABLE = 2**18
-"""Most numbers of the table that entries of the Gram matrix are looked up in at one time."""
+"""Most numbers of the table that entries of the matrix are looked up in at one time."""
 
 
-def fill_correlation_gram(out: Tensor, x: Tensor, classes: TapClasses, scale: float) -> None:
-    """Fill ``out`` with the scaled Gram matrix of all windows.
+def fill_from_lags(out: Tensor, x: Tensor, classes: TapClasses) -> None:
+    """Fill ``out`` with the second moment of all windows.
 
     Args:
         out: ``[G, D, D]``, overwritten; ``D = C / G * K1 * ..``.
         x: ``[N, C, I1, ..]``.
         classes: Classes of taps per axis; of a convolution one, of a transposed one several.
-        scale: Number that multiplies the result.
     """
     groups, channels = out.shape[0], x.shape[1] // out.shape[0]
     lags = [axis_lags(axis) for axis in classes]
     tables = [
-        _Table(x, groups, [tap_pairs(t, n) for t, n in zip(taps, lags, strict=True)], lags, scale)
+        _Table(x, groups, [tap_pairs(t, n) for t, n in zip(taps, lags, strict=True)], lags)
         for taps in product(*classes)
     ]
-    found = correlate(x, groups, lags).mul_(scale).flatten(2)
+    found = correlate(x, groups, lags).flatten(2)
     index = _lookup(classes, tuple(lags), channels, x.device)
     width = channels * sum(table.width for table in tables) + 1
     rows = found.shape[0]
@@ -71,9 +70,7 @@ def fill_correlation_gram(out: Tensor, x: Tensor, classes: TapClasses, scale: fl
 class _Table:
     """Values of all entries of one class of taps, for some rows at a time."""
 
-    def __init__(
-        self, x: Tensor, groups: int, pairs: list[TapPairs], lags: list[Lags], scale: float
-    ) -> None:
+    def __init__(self, x: Tensor, groups: int, pairs: list[TapPairs], lags: list[Lags]) -> None:
         self._pairs = pairs
         self.width = prod(len(p.lags) for p in pairs)
         self._sizes = [len(p.lags) for p in pairs]
@@ -83,8 +80,8 @@ class _Table:
         for axes in product((False, True), repeat=len(pairs)):
             if any(axes) and all(p.borders for p, at in zip(pairs, axes, strict=True) if at):
                 inner = [a for a, at in enumerate(axes) if at]
-                sign = scale if len(inner) % 2 == 0 else -scale
-                values = _corrections(x, groups, pairs, lags, inner).mul_(sign)
+                values = _corrections(x, groups, pairs, lags, inner)
+                values = values if len(inner) % 2 == 0 else values.neg_()
                 sizes = tuple(values.shape[2:])
                 index = tuple(
                     range(n) if at else p.lags for p, at, n in zip(pairs, axes, sizes, strict=True)
