@@ -162,7 +162,8 @@ def _kronecker(fisher_type: str) -> Quantity:
             layer = kronecker.layer
             features = layer.in_dim - layer.bias
             prefix = f"{name}." if name else ""
-            A, B = kronecker.A[:, :features, :features], kronecker.B
+            A, B = kronecker.A, kronecker.B
+            A = torch.diag_embed(A) if A.ndim == 2 else A[:, :features, :features]
             fields[f"{prefix}weight"] = [_grouped(B), _grouped(A)]
             if layer.bias:
                 fields[f"{prefix}bias"] = [_grouped(summed[name].B)]

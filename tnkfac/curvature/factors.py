@@ -41,7 +41,7 @@ def input_factor(
     ``v`` over positions (reduce), for every channel group (arXiv 2311.00636).
 
     Args:
-        module: ``Linear``, ``Conv1d/2d/3d`` or ``ConvTranspose1d/2d/3d``.
+        module: ``Linear``, ``Conv1d/2d/3d``, ``ConvTranspose1d/2d/3d`` or ``Embedding``.
         x: Input as the module receives it, batched or not.
         approx: ``"expand"`` (KFC) or ``"reduce"``.
         structure: ``"dense"``, ``"diagonal"`` or ``"block{k}diagonal"``.
@@ -80,7 +80,7 @@ def grad_factor(
     positions (reduce), for every channel group.
 
     Args:
-        module: ``Linear``, ``Conv1d/2d/3d`` or ``ConvTranspose1d/2d/3d``.
+        module: ``Linear``, ``Conv1d/2d/3d``, ``ConvTranspose1d/2d/3d`` or ``Embedding``.
         g: Gradient of the back-propagated scalar, shaped like the module's output.
         approx: ``"expand"`` or ``"reduce"``.
         structure: ``"dense"``, ``"diagonal"`` or ``"block{k}diagonal"``.

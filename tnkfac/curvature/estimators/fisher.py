@@ -148,13 +148,16 @@ class _Sums:
         self.B = _plus(self.B, moment)
 
     def kronecker(self, weight: float | None, like: Tensor) -> Kronecker:
-        sizes = (self.layer.in_dim, self.layer.out_dim)
-        dtype = accumulation_dtype(like.dtype)
-        A, B = (like.new_zeros((self.layer.groups, d, d), dtype=dtype) for d in sizes)
+        dtype, (d, out) = accumulation_dtype(like.dtype), (self.layer.in_dim, self.layer.out_dim)
+        B = like.new_zeros((self.layer.groups, out, out), dtype=dtype)
         if self.A is not None:
             A = self.A / self.rows
+        else:
+            diagonal = self.layer.reads_indices and self.approx == "expand"
+            shape = (self.layer.groups, d) if diagonal else (self.layer.groups, d, d)
+            A = like.new_zeros(shape, dtype=dtype)
         if weight is None:
-            B = B + torch.eye(sizes[1], dtype=dtype, device=like.device)
+            B = B + torch.eye(out, dtype=dtype, device=like.device)
         elif self.B is not None:
             B = self.B * weight
         return Kronecker(self.layer, A.detach(), B.detach())
@@ -162,8 +165,12 @@ class _Sums:
 
 def _plus(total: Tensor | None, moment: SecondMoment) -> Tensor:
     with torch.autocast(moment.device.type, enabled=False):
-        part = moment.dense()
-    return part if total is None else total.add_(part)
+        part = moment.diagonal() if moment.rows.is_diagonal else moment.dense()
+    if total is None:
+        return part
+    if total.ndim != part.ndim:  # one of them is diagonal
+        total, part = (torch.diag_embed(t) if t.ndim == 2 else t for t in (total, part))
+    return total.add_(part)
 
 
 def _add(

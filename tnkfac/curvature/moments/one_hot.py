@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ class OneHot(Rows):
 
     An index that is left out is a vector of zeros.
     """
+
+    is_diagonal: ClassVar[bool] = True
 
     def __init__(
         self, index: Tensor, dtype: torch.dtype, dim: int, left_out: int | None = None
@@ -53,6 +56,10 @@ class OneHot(Rows):
         """Counts on the diagonal."""
         out.zero_()
         out.diagonal(dim1=1, dim2=2).copy_(self.total())
+
+    def reduced(self, weight: float) -> Rows:
+        """The same rows where every sample has one."""
+        return self if self.positions == 1 else super().reduced(weight)
 
     def sample_sums(self) -> Tensor:
         """Histogram of every sample."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ class Rows(ABC):
         samples: Batch size ``N``.
         positions: Vectors ``S`` per sample.
         dtype: In which numbers are read.
+        is_diagonal: Whether all of ``sum u u^T`` that is not zero is its diagonal.
     """
+
+    is_diagonal: ClassVar[bool] = False
 
     def __init__(
         self, x: Tensor, dtype: torch.dtype, groups: int, dim: int, samples: int, positions: int
