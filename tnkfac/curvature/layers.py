@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+from torch.func import vmap
 
 from tnkfac.curvature.moments.matrices import to_matrix, to_weight
 from tnkfac.curvature.moments.one_hot import OneHot, equal_positions
@@ -28,6 +28,8 @@ from tnkfac.curvature.moments.rows import Pixels, Rows, TracedRows, Vectors
 from tnkfac.curvature.moments.second_moment import Approx, SecondMoment
 from tnkfac.curvature.moments.unfolding import TransposedUnfolding, Unfolding
 from tnkfac.einsum.geometry import resolve_padding
+
+Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Layer(ABC):
         self,
         x: Tensor,
         approx: Approx,
-        output_shape: Sequence[int] | None = None,
+        output_shape: Shape | None = None,
         dtype: torch.dtype | None = None,
     ) -> SecondMoment:
         """Second moment of what one call multiplied with ``[W | b]``.
@@ -187,10 +189,7 @@ class Layer(ABC):
         self, x: Tensor, g: Tensor, approx: Approx, dtype: torch.dtype | None = None
     ) -> tuple[SecondMoment, SecondMoment]:
         """Both of one call; ``g`` is shaped like its output."""
-        return (
-            self.input_moment(x, approx, g.shape, dtype),
-            self.output_moment(g, approx, dtype),
-        )
+        return self.input_moment(x, approx, g.shape, dtype), self.output_moment(g, approx, dtype)
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The joint matrix ``[G, C_out / G, D]``, bias last.
@@ -228,14 +227,10 @@ class Layer(ABC):
             x: Standard input.
             g: Standard gradient with respect to the output.
         """
-        pattern = "n (g ci) co ... -> g n co (ci ...)"
-        if not self.inputs_first:
-            pattern = "n (g co) ... -> g n co (...)"
-        matrix = rearrange(self.sample_gradients(x, g), pattern, g=self.groups)
-        if not self.bias:
-            return matrix
-        bias = rearrange(self.sample_bias_gradients(g), "n (g co) -> g n co 1", g=self.groups)
-        return torch.cat([matrix, bias], 3)
+        weights = self.sample_gradients(x, g)
+        bias = self.sample_bias_gradients(g) if self.bias else None
+        matrices: Tensor = vmap(self.to_matrix, (0, 0 if self.bias else None))(weights, bias)
+        return matrices.transpose(0, 1)
 
     def broadcast(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Shape one number per feature and one per output so that both multiply the weight.

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnkfac.curvature.moments.position_sums import sample_sums
-from tnkfac.curvature.moments.unfolding import Unfolding, tap_classes
+from tnkfac.curvature.moments.unfolding import Unfolding
 
 _PROGRAMS = 2048
 """Programs that keep a large device busy."""
@@ -65,7 +64,7 @@ def check(device: torch.device) -> None:
     """Raise an error unless the kernel sums a small problem as torch does."""
     unfolding = Unfolding(3, 1, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
     x = torch.arange(2 * 3 * 7 * 6, dtype=torch.float64, device="cpu").sin().reshape(2, 3, 7, 6)
-    sums = sample_sums(x, tap_classes(unfolding, (7, 6), (4, 3))), x[:, :2].sum((2, 3))
+    sums = unfolding.summed(x, (4, 3))[0], x[:, :2].sum((2, 3))
     x = x.to(device, torch.float32)
     by_kernel = squared_sums(x, unfolding, (4, 3)), squared_sums(x[:, :2])
     for squares, expected in zip(by_kernel, sums, strict=True):
