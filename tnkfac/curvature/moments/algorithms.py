@@ -35,7 +35,7 @@ LEAST_MEMORY = 2**18
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One way to form it.
+    """One way to form a second moment, or the blocks on its diagonal.
 
     Attributes:
         name: What it is called.

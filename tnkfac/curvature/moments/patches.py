@@ -152,7 +152,7 @@ class Patches(Rows):
 
 
 class TracedPatches(TracedRows):
-    """The same for ``torch.compile``, unfolded only where that is asked for."""
+    """Windows of images for ``torch.compile``, unfolded only where that is asked for."""
 
     def __init__(self, x: Tensor, unfolding: Unfolding, sizes: Sequence[int]) -> None:
         """Unfold with a geometry, to positions of these sizes."""
@@ -171,7 +171,7 @@ class TracedPatches(TracedRows):
         return self._unfolding.summed(self.raw, self._sizes).transpose(0, 1)
 
     def diagonal(self) -> Tensor:
-        """The same of squares."""
+        """Products of squares with binary matrices."""
         return self._unfolding.summed(self.raw.square(), self._sizes).sum(1)
 
     def total(self) -> Tensor:

@@ -37,7 +37,7 @@ def fill_product(out: Tensor, parts: Iterable[Tensor], columns: int) -> None:
 
 
 def fill_sample_products(out: Tensor, parts: Iterable[Tensor]) -> None:
-    """The same by a product for every sample, of parts ``[N, G, D, M]``."""
+    """``out = sum u u^T`` by a product for every sample, of parts ``u [N, G, D, M]``."""
     out.zero_()
     for u in parts:
         out.add_(torch.matmul(u, u.mT).sum(0))

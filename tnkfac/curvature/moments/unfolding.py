@@ -150,7 +150,7 @@ class Unfolding:
 
 @dataclass(frozen=True)
 class TransposedUnfolding(Unfolding):
-    """The same of a transposed convolution.
+    """Which numbers of an input a transposed convolution multiplies with its weight.
 
     Attributes:
         output_padding: Pixels that its output has more, per spatial dimension.
