@@ -22,12 +22,14 @@ class Owner:
         module: The module.
         attribute: Name of the parameter in the module.
         called: Whether the module is ever called as a module.
+        indices: Whether layers that read integers are supported.
     """
 
     name: str
     module: nn.Module
     attribute: str
     called: bool = True
+    indices: bool = False
 
     @property
     def parameter_name(self) -> str:
@@ -40,7 +42,7 @@ class Owner:
         kind = type(self.module).__name__
         if not self.called:
             return "its MultiheadAttention reads it without calling it"
-        if layer_type(self.module) is not None:
+        if layer_type(self.module, self.indices) is not None:
             return None
         if self.attribute in ("weight", "bias") and any(
             layer_type_name in {c.__name__ for c in type(self.module).__mro__}

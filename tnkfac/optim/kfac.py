@@ -90,6 +90,10 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
         **aliases: ``stat_decay`` or ``curvature_ema`` for ``factor_decay``, ``TCov`` for
             ``factor_update_steps``, ``TInv`` for ``inv_update_steps``.
+        capture_embeddings: Whether ``Embedding`` layers have curvature as well; their input factor
+            has a row for every index. Those with ``sparse``, ``max_norm`` or
+            ``scale_grad_by_freq``, and those that share their weight with another kind of layer,
+            are left to the fallback.
 
     What is left at ``"auto"`` goes together: updates of AdamW's size with a damping relative to
     the curvature, which need no tuning; or, as soon as ``damping`` or ``kl_clip`` is a number,
@@ -145,6 +149,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         fallback_options: dict[str, Any] | None = None,
         grad_scaler: Any = None,
         relative_damping: float = 0.03,
+        capture_embeddings: bool = False,
         **aliases: Any,
     ) -> None:
         """See the class."""
@@ -153,6 +158,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             "momentum": momentum,
             "damping": damping,
             "relative_damping": relative_damping,
+            "capture_embeddings": capture_embeddings,
             "weight_decay": weight_decay,
             "factor_decay": factor_decay,
             "factor_update_steps": factor_update_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -108,6 +108,8 @@ def sort(
         weight = by_id.get(key)
         if weight is None or key in done or all(o.attribute == "bias" for o in found):
             continue
+        if group_of(weight).get("capture_embeddings"):
+            found = _with_embeddings(found)
         reason = _refusal(weight, found, sharded) or _skipped(found, group_of(weight))
         if reason is not None:
             reasons[key] = reason
@@ -186,6 +188,13 @@ def _joint_bias(
     if id(bias) not in by_id or id(bias) in done:
         return None, "it is not trained together with its weight"
     return bias, ""
+
+
+def _with_embeddings(found: list[Owner]) -> list[Owner]:
+    """Owners of which embeddings are supported, unless they share the weight with another layer."""
+    if any(entry.refusal is None for entry in found):
+        return found
+    return [replace(entry, indices=True) for entry in found]
 
 
 def _skipped(found: list[Owner], group: dict[str, Any]) -> str | None:

@@ -72,6 +72,10 @@ class SINGD(CurvatureOptimizer):
         max_state_ratio: With ``"auto"``, bound on the state relative to AdamW's.
         max_step_ratio: With ``"auto"``, bound on the cost of a step relative to AdamW's.
         relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
+        capture_embeddings: Whether ``Embedding`` layers have curvature as well; their input factor
+            has a row for every index. Those with ``sparse``, ``max_norm`` or
+            ``scale_grad_by_freq``, and those that share their weight with another kind of layer,
+            are left to the fallback.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type.
@@ -126,6 +130,7 @@ class SINGD(CurvatureOptimizer):
         max_state_ratio: float | None = None,
         max_step_ratio: float | None = None,
         relative_damping: float = 0.03,
+        capture_embeddings: bool = False,
     ) -> None:
         """See the class."""
         if kfac_like and alpha1 != 0:
@@ -135,6 +140,7 @@ class SINGD(CurvatureOptimizer):
             "momentum": momentum,
             "damping": damping,
             "relative_damping": relative_damping,
+            "capture_embeddings": capture_embeddings,
             "alpha1": alpha1,
             "weight_decay": weight_decay,
             "T": T,
