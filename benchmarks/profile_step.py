@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnkfac
 from tnkfac import curvature
-from tnkfac.curvature.routes import squares
+from tnkfac.curvature.moments import position_sums
 from tnkfac.optim import base
 from tnkfac.optim.step import pipeline
 
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         f"({in_hooks['without']} in hooks)"
     )
     by_kernels = (structures, approx) == ("diagonal", "reduce")
-    if by_kernels and squares._kernels(x) is not None:
+    if by_kernels and position_sums.triton_kernels(x) is not None:
         print("\nTriton's kernels read every input and output gradient once.")
         return 0
     print(f"\n{'layer':28}{'input':>24}{'MB read':>12}{'least':>10}{'ratio':>8}")

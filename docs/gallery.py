@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tnkfac.einsum import Network, Plan, networks, simplify
-from tnkfac.einsum.draw import draw_network
+from tnkfac.einsum.drawing.draw import draw_network
 from tnkfac.einsum.geometry import conv_axes
 
 DOCS = Path(__file__).parent
@@ -27,10 +27,10 @@ BATCH, GROUPS, C_IN, C_OUT, VECTORS = 2, 2, 6, 4, 3
 KERNEL, LARGE, SMALL = (3, 4), (7, 10), (4, 5)
 HYPER: dict[str, Any] = {"stride": 2, "padding": 1, "groups": GROUPS}
 
-THEMES = {  # modules of `tnkfac.einsum.rows`, in the order of the page
+THEMES = {  # modules of `tnkfac.einsum.operations`, in the order of the page
     "forward": "Forward operations",
     "derivatives": "Derivatives",
-    "kronecker": "Kronecker factors",
+    "kronecker_factors": "Kronecker factors",
     "ggn": "GGN and Fisher",
     "hessian": "Backpropagated curvature",
 }
@@ -81,7 +81,7 @@ INTRO = """\
 <!-- Written by docs/gallery.py; do not edit. -->
 
 Every operation of `tnkfac.einsum.networks`, in two dimensions, as drawn by
-`tnkfac.einsum.draw.draw_network`. White boxes are the tensors that the caller supplies, shaded
+`tnkfac.einsum.Network.draw`. White boxes are the tensors that the caller supplies, shaded
 ones the index patterns Π of the spatial dimensions (equal patterns have the same shade), black
 discs Kronecker deltas. Every line is a leg. Small dots are legs on three or more tensors, or legs
 that are only summed. Open legs are blue; those that form one axis of the result end at a bar. A

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from tnkfac.curvature.routes.kernels import _squares_of_sums
+from tnkfac.curvature.moments.triton_sums import _squares_of_sums
 from tnkfac.optim.step.triton_kernels import _squares, _to_size
 
 FLOATS, NUMBERS = "*fp32", "*i64"

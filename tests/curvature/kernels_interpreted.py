@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import input_gram, output_gram
-from tnkfac.curvature.routes import kernels
+from tnkfac.curvature.layers import Convolution
+from tnkfac.curvature.moments import triton_sums
 
 CASES = {
     "linear": (nn.Linear(5, 3), (4, 7, 5)),
@@ -33,31 +33,38 @@ def check(name: str, dtype: torch.dtype, channels_last: bool) -> None:
     if channels_last and x.ndim == 4:
         x, g = (t.to(memory_format=torch.channels_last) for t in (x, g))
     layer = describe(module)
-    size = (x.shape[1],) if layer.kind == "linear" else tuple(g.shape[2:])
-    a = input_gram(layer, x.double(), g.shape, "reduce").diagonal()
-    b = output_gram(layer, g.double(), "reduce").diagonal()
-    found = kernels.input_sums(layer, layer.standard_input(x), size)
-    assert found is not None
-    positions = torch.Size(size).numel()
-    found = found.reshape(layer.groups, -1) / positions**2
-    torch.testing.assert_close(found.double(), a[:, :-1], rtol=1e-5, atol=1e-6)
-    sums = kernels.output_sums(layer, layer.standard_output(g)).reshape(layer.groups, -1)
-    torch.testing.assert_close(sums.double(), b, rtol=1e-5, atol=1e-5)
+    a, b = layer.moments(x.double(), g.double(), "reduce")
+    X, G = layer.standard_input(x), layer.standard_output(g)
+    if isinstance(layer, Convolution):
+        sums = triton_sums.squared_sums(X, layer.unfolding, tuple(g.shape[2:]))
+    else:
+        X, G = X.mT, G.mT
+        sums = triton_sums.squared_sums(X)
+    assert sums is not None
+    found = sums.reshape(layer.groups, -1) / a.positions**2
+    torch.testing.assert_close(found.double(), a.rows.diagonal(), rtol=1e-5, atol=1e-6)
+    sums = triton_sums.squared_sums(G)
+    assert sums is not None
+    found = sums.reshape(layer.groups, -1)
+    torch.testing.assert_close(found.double(), b.diagonal(), rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":
     for case in CASES:
         for kind in (torch.float32, torch.float16):  # the interpreter mistakes bfloat16
             for last in (False, True):
-                kernels._PROGRAMS = 2 if last else 2048  # several samples to a program
+                triton_sums._PROGRAMS = 2 if last else 2048  # several samples to a program
                 check(case, kind, last)
         print(case, "agrees")
-    assert kernels.input_sums(describe(nn.Conv3d(2, 2, 2)), torch.zeros(1, 2, 3, 3, 3), ()) is None
-    kernels.check(torch.device("cpu"))
-    launch = kernels._launch
-    kernels._launch = lambda *arguments: 1.001 * launch(*arguments)
+    cube = describe(nn.Conv3d(2, 2, 2))
+    assert isinstance(cube, Convolution)
+    images = torch.zeros(1, 2, 3, 3, 3)
+    assert triton_sums.squared_sums(images, cube.unfolding, (2, 2, 2)) is None
+    triton_sums.check(torch.device("cpu"))
+    launch = triton_sums.squared_sums
+    triton_sums.squared_sums = lambda *arguments: 1.001 * launch(*arguments)
     try:
-        kernels.check(torch.device("cpu"))
+        triton_sums.check(torch.device("cpu"))
     except AssertionError:
         sys.exit(0)
     sys.exit("A trial passes kernels that are wrong by a thousandth.")

@@ -98,7 +98,7 @@ def test_mc_converges_like_its_square_root(loss: str) -> None:
 @each_loss
 def test_rademacher_is_unbiased(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over all signs is the diagonal, exactly."""
-    from tnkfac.curvature.estimators import probes
+    from tnkfac.curvature.estimators import hutchinson
 
     model, data = make("linear", loss, sizes=(2,))
     loss_fn = LOSSES[loss]()
@@ -109,7 +109,7 @@ def test_rademacher_is_unbiased(loss: str, monkeypatch: pytest.MonkeyPatch) -> N
             torch.tensor([[1.0 - 2 * (bits >> (2 * c + n) & 1)] for n in range(2)])
             for c in range(columns)
         )
-        monkeypatch.setattr(probes, "_signs", lambda like, generator, signs=signs: next(signs))
+        monkeypatch.setattr(hutchinson, "_signs", lambda like, generator, signs=signs: next(signs))
         for key, value in diagonal(model, loss_fn, data, kind="ggn-rademacher").items():
             total[key] = total.get(key, 0) + value / 2 ** (2 * columns)
     assert_same(total, diagonal(model, loss_fn, data), EXACT)
@@ -152,10 +152,10 @@ def test_generators(kind: str) -> None:
 @pytest.mark.parametrize("name", [name for name in KNOWN if name.startswith("conv")])
 def test_folding_and_unfolding(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to the gradients of every sample."""
-    from tnkfac.curvature.routes import folding
+    from tnkfac.curvature.moments import per_sample
 
     model, data = make(name)
-    monkeypatch.setattr(folding, "UNFOLDED", most)
+    monkeypatch.setattr(per_sample, "UNFOLDED", most)
     rows = sample_gradients(model, nn.CrossEntropyLoss(), data)
     found = per_sample_gradients(model, nn.CrossEntropyLoss(), data)
     stacked = torch.cat([found[key].flatten(1) for key in dict(model.named_parameters())], 1)
@@ -175,7 +175,7 @@ def test_squares_are_summed_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPa
 def test_supported_layers_need_no_loop_over_samples(name: str) -> None:
     """Also normalisation: one backward pass per class, and one to check the first sample."""
     from tnkfac.curvature.capture import recording
-    from tnkfac.curvature.estimators.rows import SampleRows, owners, trainable
+    from tnkfac.curvature.estimators.jacobian_rows import SampleRows, owners, trainable
 
     model, data = make(name)
     parameters = trainable(model)

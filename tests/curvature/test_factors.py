@@ -273,7 +273,12 @@ def test_unknown_structure(function: Factor, structure: str | None) -> None:
 @pytest.mark.parametrize("function", [input_factor, grad_factor], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "module",
-    [nn.BatchNorm1d(4), nn.Embedding(4, 4), nn.Bilinear(4, 4, 4), nn.Sequential(nn.Linear(4, 4))],
+    [
+        nn.BatchNorm1d(4),
+        nn.Embedding(4, 4, sparse=True),
+        nn.Bilinear(4, 4, 4),
+        nn.Sequential(nn.Linear(4, 4)),
+    ],
     ids=lambda module: type(module).__name__,
 )
 def test_unknown_module(function: Factor, module: nn.Module) -> None:

@@ -59,7 +59,7 @@ def test_gram(name: str, loss: str, reduction: str) -> None:
 
 
 def test_kernels_form_rows_a_few_channels_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnkfac.curvature.estimators import kernels
+    from tnkfac.curvature.estimators import ntk as kernels
 
     model, data = make("conv_transpose1d")
     expected = ntk(model, data[0][0])

@@ -1,21 +1,31 @@
-"""Every reading of a Gram matrix equals its plain twin, which torch.compile traces."""
+"""Every reading of a second moment equals its plain twin, which torch.compile traces."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
-from tnkfac.curvature import describe
-from tnkfac.curvature.grams import Gram, gram_pair
+from tnkfac.curvature import Layer, describe
 
 
-def read_all(gram: Gram) -> dict[str, torch.Tensor]:
-    blocks, last = gram.blocks(3)
-    return {
-        "dense": gram.dense(),
-        "diagonal": gram.diagonal(),
-        "blocks": blocks,
-        "last block": last,
-    }
+def read_all(layer: Layer, x: Tensor, g: Tensor, approx: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for side, moment in zip(("input", "output"), layer.moments(x, g, approx), strict=True):
+        blocks, last = moment.blocks(3)
+        V = torch.arange(2.0 * moment.dim, dtype=x.dtype).cos().view(moment.dim, 2)
+        first = min(2, moment.dim - 1)
+        readings = {
+            "dense": moment.dense(),
+            "diagonal": moment.diagonal(),
+            "blocks": blocks,
+            "last block": last,
+            "product": moment.product(V.expand(moment.groups, -1, -1)),
+            "columns": moment.columns(first, 1),
+        }
+        found |= {f"{side}, {reading}": value for reading, value in readings.items()}
+    return found
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -23,12 +33,11 @@ def read_all(gram: Gram) -> dict[str, torch.Tensor]:
 def test_routes_equal_plain(case: int | str, approx: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x, *_ = random_layer(case) if isinstance(case, int) else special_layer(case)
     g = torch.randn_like(module(x))
-    for gram in gram_pair(describe(module), x, g, approx):
-        found = read_all(gram)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            expected = read_all(gram)
-        for reading, value in expected.items():
-            torch.testing.assert_close(
-                found[reading], value, rtol=1e-11, atol=1e-12, msg=lambda m, r=reading: f"{r}: {m}"
-            )
+    found = read_all(describe(module), x, g, approx)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        expected = read_all(describe(module), x, g, approx)
+    for reading, value in expected.items():
+        torch.testing.assert_close(
+            found[reading], value, rtol=1e-11, atol=1e-12, msg=lambda m, r=reading: f"{r}: {m}"
+        )

@@ -11,7 +11,8 @@ from torch.nn import functional
 from oracles.loops import state_by_name
 from oracles.zoo import Everyday, everyday_batch
 from tnkfac import SINGD
-from tnkfac.curvature import grams, input_factor, kfac
+from tnkfac.curvature import input_factor, kfac
+from tnkfac.curvature.moments import second_moment
 from tnkfac.curvature.precision import FullPrecision
 
 
@@ -95,13 +96,13 @@ def test_training_is_in_full_precision_where_it_matters(
 ) -> None:
     """Statistics in the backward pass and preconditioning in the step."""
     seen = []
-    read = grams.Gram.dense
+    read = second_moment.SecondMoment.dense
 
-    def dense(gram: grams.Gram) -> Tensor:
+    def dense(moment: second_moment.SecondMoment) -> Tensor:
         seen.append(settings()[0])
-        return read(gram)
+        return read(moment)
 
-    monkeypatch.setattr(grams.Gram, "dense", dense)
+    monkeypatch.setattr(second_moment.SecondMoment, "dense", dense)
     found = train()
     assert set(seen) == {"ieee"}
     torch.set_float32_matmul_precision("highest")

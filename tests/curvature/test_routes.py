@@ -1,7 +1,7 @@
-"""Routes of a Gram matrix: all of them exact, each taken where it should be, little memory."""
+"""Routes of a second moment: all of them exact, each taken where it should be, little memory."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from memory import peak_bytes
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature import describe, explain, input_factor
-from tnkfac.curvature.grams import Gram, gram_pair
-from tnkfac.curvature.routes import planned, readings
-from tnkfac.curvature.routes.correlation import fill_correlation_gram
-from tnkfac.curvature.routes.lags import symmetric_lags
-from tnkfac.curvature.routes.pairs import Lags
-from tnkfac.curvature.routes.plain import output_size, unfolded
-from tnkfac.curvature.routes.symmetric import FEW, fill_gram
-from tnkfac.curvature.routes.taps import tap_classes
-from tnkfac.curvature.routes.windows import fill_windows_gram
+from tnkfac.curvature.layers import Convolution
+from tnkfac.curvature.moments import contraction, patches
+from tnkfac.curvature.moments.contraction import fill_from_network
+from tnkfac.curvature.moments.lags.autocorrelation import symmetric_lags
+from tnkfac.curvature.moments.lags.borders import Lags
+from tnkfac.curvature.moments.lags.gather import fill_from_lags
+from tnkfac.curvature.moments.second_moment import SecondMoment
+from tnkfac.curvature.moments.syrk import FEW, fill_product
+from tnkfac.curvature.moments.unfolding import tap_classes
+from tnkfac.curvature.moments.windows import fill_from_windows
 
 Case = tuple[nn.Module, tuple[int, ...]]
 
@@ -28,22 +29,22 @@ Case = tuple[nn.Module, tuple[int, ...]]
 def test_every_route_is_exact(case: int | str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lags are also those of phases and of tap classes: whatever the layer asks for."""
     module, x, *_ = random_layer(case) if isinstance(case, int) else special_layer(case)
-    layer = replace(describe(module), bias=False)
-    if layer.kind == "linear":
+    layer = describe(module)
+    if not isinstance(layer, Convolution):
         pytest.skip("Linear layers have a single route.")
-    x = layer.standard_input(x)
-    sizes = tuple(output_size(layer, x.shape, None))
-    rows = unfolded(layer, x, True, sizes).flatten(1, 2)
-    expected = 0.5 * rows.mT @ rows
+    x, unfolding = layer.standard_input(x), layer.unfolding
+    sizes = tuple(unfolding.output_size(x.shape[2:]))
+    rows = unfolding.unfolded(x, sizes).flatten(1, 2)
+    expected = rows.mT @ rows
     out = torch.full_like(expected, float("nan"))
     if route == "network, group by group":
-        monkeypatch.setattr(planned, "HELD", 1)
+        monkeypatch.setattr(contraction, "HELD", 1)
     if route.startswith("network"):
-        planned.fill_planned_gram(out, layer, x, sizes, 0.5)
+        fill_from_network(out, unfolding, x, sizes)
     else:
-        classes = tap_classes(layer, tuple(x.shape[2:]), sizes)
-        fill = fill_correlation_gram if route == "lags" else fill_windows_gram
-        fill(out, x, classes, 0.5)
+        classes = tap_classes(unfolding, tuple(x.shape[2:]), sizes)
+        fill = fill_from_lags if route == "lags" else fill_from_windows
+        fill(out, x, classes)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
     if route == "lags":
         assert torch.equal(out, out.mT)
@@ -148,12 +149,19 @@ def test_every_route_is_named() -> None:
 WITHOUT_UNFOLDING = ["3x3", "5x5", "3x3 without padding", "3x3 of 32 groups", "7x7 depthwise"]
 
 
-def small(name: str, batch: int = 2) -> Gram:
-    """The Gram of a named layer, on a smaller batch."""
-    module, shape, approx, *_ = NAMED[name]
-    x = torch.randn(batch, *shape[1:])
-    layer = replace(describe(module), bias=False)
-    return Gram(layer, x, "reduce" if approx == "reduce" else "expand", True)
+def without_bias(name: str) -> nn.Module:
+    """A named module, as if it had no bias."""
+    module = copy.deepcopy(NAMED[name][0])
+    module.bias = None
+    return module
+
+
+def small(name: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> SecondMoment:
+    """The input moment of a named layer, on a smaller batch, read in some precision."""
+    _, shape, approx, *_ = NAMED[name]
+    x = torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(0))
+    kind = "reduce" if approx == "reduce" else "expand"
+    return describe(without_bias(name)).input_moment(x, kind, dtype=dtype)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_UNFOLDING, "reduce"])
@@ -161,18 +169,18 @@ def test_layers_that_are_never_unfolded(name: str, monkeypatch: pytest.MonkeyPat
     def refuse(*args: object) -> None:
         raise AssertionError("unfolded")
 
-    monkeypatch.setattr(readings, "fill_windows_gram", refuse)
-    monkeypatch.setattr(readings, "fill_planned_gram", refuse)
+    for unfolding in ("im2col", "view", "network"):
+        monkeypatch.setitem(patches.FILL, unfolding, refuse)
     monkeypatch.setattr(nn.functional, "unfold", refuse)
     small(name, batch=8).dense()
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_UNFOLDING, "7x7 with stride", "3x3 with stride"])
 def test_memory_beyond_the_result_is_a_quarter_of_im2col(name: str) -> None:
-    gram = small(name, batch=8)
-    positions, groups = gram.positions, gram.layer.groups
-    unfolded_bytes = 4 * gram.samples * groups * gram.dim * positions
-    extra = peak_bytes(gram.dense) - 4 * groups * gram.dim**2
+    moment = small(name, batch=8)
+    groups, positions = moment.groups, moment.positions
+    unfolded_bytes = 4 * moment.samples * groups * moment.dim * positions
+    extra = peak_bytes(moment.dense) - 4 * groups * moment.dim**2
     assert extra <= unfolded_bytes / 4
 
 
@@ -201,8 +209,7 @@ def test_reduce_needs_no_more_than_one_padded_input(name: str, structure: str) -
 )
 def test_accuracy_in_float32(name: str) -> None:
     """Against float64, symmetric, and positive semi-definite to round-off."""
-    gram = small(name)
-    found, exact = gram.dense(), replace(gram, tensor=gram.tensor.double()).dense()
+    found, exact = small(name).dense(), small(name, dtype=torch.float64).dense()
     error = (found - exact).norm() / exact.norm()
     assert error <= 2e-5
     torch.testing.assert_close(found, found.mT, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
@@ -230,19 +237,22 @@ def test_layouts(name: str, layout: str) -> None:
         "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
         "strided": lambda x: torch.stack([x, -x], -1)[..., 0],
     }
-    module, shape, *_ = NAMED[name]
-    channels = describe(module).in_channels // describe(module).groups * min(4, shape[1])
-    layer = replace(describe(module), bias=False)
-    if layer.groups > 1:
-        layer = replace(layer, groups=4, in_channels=channels)
+    module, shape = without_bias(name), NAMED[name][1]
+    groups = module.groups
+    if groups > 1:
+        channels = module.in_channels // groups * 4
+        module.groups, module.in_channels = 4, channels
+    layer = describe(module)
+    assert isinstance(layer, Convolution)
     x = layouts[layout](
         torch.randn(3, layer.in_channels, *(min(s, 20) for s in shape[2:])).double()
     )
-    gram = Gram(layer, x, "expand", True)
-    rows = unfolded(layer, x, True, None).flatten(1, 2)
-    torch.testing.assert_close(gram.dense(), rows.mT @ rows, rtol=1e-10, atol=1e-9)
-    means = Gram(layer, x, "reduce", True).dense()
-    plain = unfolded(layer, x, True, None).mean(2)
+    rows = layer.unfolding.unfolded(x, layer.unfolding.output_size(x.shape[2:]))
+    found = layer.input_moment(x, "expand").dense()
+    each = rows.flatten(1, 2)
+    torch.testing.assert_close(found, each.mT @ each, rtol=1e-10, atol=1e-9)
+    means = layer.input_moment(x, "reduce").dense()
+    plain = rows.mean(2)
     torch.testing.assert_close(means, plain.mT @ plain, rtol=1e-10, atol=1e-10)
 
 
@@ -285,8 +295,8 @@ def test_lags_of_single_channels_equal_those_of_a_convolution(dims: int, step: i
 def test_products_in_halves(dim: int, columns: int) -> None:
     rows = torch.randn(1, dim, columns, dtype=torch.float64)
     out = torch.full((1, dim, dim), float("nan"), dtype=torch.float64)
-    fill_gram(out, rows, 2.0)
-    torch.testing.assert_close(out, 2 * rows @ rows.mT, rtol=1e-12, atol=1e-12)
+    fill_product(out, (rows,), columns)
+    torch.testing.assert_close(out, rows @ rows.mT, rtol=1e-12, atol=1e-12)
 
 
 def test_the_whole_factor_through_the_public_function() -> None:
@@ -295,9 +305,9 @@ def test_the_whole_factor_through_the_public_function() -> None:
         module, shape, *_ = NAMED[name]
         x = torch.randn(2, *shape[1:])
         layer = describe(module)
-        size = tuple(output_size(layer, x.shape, None))
-        rows = nn.functional.pad(unfolded(layer, x, True, size).flatten(1, 2), (0, 1), value=1.0)
-        rows = rows.double()
+        assert isinstance(layer, Convolution)
+        rows = layer.unfolding.unfolded(x, layer.unfolding.output_size(x.shape[2:]))
+        rows = nn.functional.pad(rows.flatten(1, 2), (0, 1), value=1.0).double()
         expected = rows.mT @ rows / rows.shape[1]
         found = input_factor(module, x)
         assert isinstance(found, Tensor)
@@ -307,11 +317,12 @@ def test_the_whole_factor_through_the_public_function() -> None:
 def test_blocks_in_slabs_equal_the_dense_matrix() -> None:
     module, x = nn.Conv2d(24, 4, 3, padding=1), torch.randn(4, 24, 28, 28, dtype=torch.float64)
     for size in (40, 54, 217, 300):
-        gram = gram_pair(describe(module), x, torch.zeros(4, 4, 28, 28), "expand")[0]
-        blocks, last = gram.blocks(size)
-        dense = gram.dense()
-        for at, first in enumerate(range(0, gram.dim - size + 1, size)):
+        moment = describe(module).input_moment(x, "expand")
+        blocks, last = moment.blocks(size)
+        dense = moment.dense()
+        for at, first in enumerate(range(0, moment.dim - size + 1, size)):
             end = first + size
             torch.testing.assert_close(blocks[:, at], dense[:, first:end, first:end])
-        rest = dense[:, gram.dim - gram.dim % size :, gram.dim - gram.dim % size :]
+        start = moment.dim - moment.dim % size
+        rest = dense[:, start:, start:]
         torch.testing.assert_close(last, rest)

@@ -1,5 +1,6 @@
 """Both diagonals with few operations, against the routes that they stand for."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,7 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import gram_pair
-from tnkfac.curvature.routes import boxes
-from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
-from tnkfac.curvature.routes.taps import tap_classes
+from tnkfac.curvature.moments import position_sums
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(5, 3), (4, 5)),
@@ -46,14 +44,14 @@ def test_equals_the_routes(name: str, approx: Any, layout: str) -> None:
         if x.ndim == len(module.weight.shape):
             x, g = x.to(memory_format=order), g.to(memory_format=order)
     layer = describe(module)
-    a, b = gram_pair(layer, x, g, approx)
-    X, G = layer.standard_input(x), layer.standard_output(g)
-    size = output_size(layer, X, G)
-    found = input_squares(layer, X, size, approx, torch.float64)
-    torch.testing.assert_close(found, a.diagonal(), rtol=1e-11, atol=1e-12)
-    found = output_squares(layer, G, approx, torch.float64)
-    torch.testing.assert_close(found, b.diagonal(), rtol=1e-11, atol=1e-12)
-    assert len(X) * torch.Size(size).numel() == a.samples * a.positions
+    for moment in layer.moments(x, g, approx):
+        dense = moment.dense()  # takes other routes
+        found = moment.diagonal()
+        expected = dense.diagonal(dim1=1, dim2=2)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+        rows = replace(moment, has_one=False).rows.unfolded()
+        squares = rows.square().sum((1, 2))
+        torch.testing.assert_close(found[:, : rows.shape[3]], squares, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("small", [0, 10**9], ids=["axis by axis", "all axes at once"])
@@ -67,65 +65,20 @@ def test_ways_to_sum_over_positions(
     channels_last: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(boxes, "SMALL", small)
+    monkeypatch.setattr(position_sums, "SMALL", small)
     layer = describe(nn.Conv2d(3, 5, kernel, stride=2, padding=1))
     x = torch.randn(4, 3, 8, 9, dtype=dtype)
     expected = torch.nn.functional.unfold(x.double(), kernel, stride=2, padding=1)
-    size = tuple(positions(kernel, pixels) for pixels in (8, 9))
     expected = expected.mean(2).square().sum(0)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    found = input_squares(layer, x, size, "reduce", dtype)
+    found = layer.input_moment(x, "reduce").diagonal()
     torch.testing.assert_close(found[0, :-1], expected.to(dtype), rtol=1e-5, atol=1e-7)
-
-
-def positions(kernel: int, pixels: int) -> int:
-    """Positions of a kernel with stride 2 and padding 1."""
-    return (pixels + 2 - kernel) // 2 + 1
-
-
-STRIPS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "padding": (lambda: nn.Conv2d(3, 2, 3, padding=1), (2, 3, 30, 28)),
-    "no padding": (lambda: nn.Conv2d(2, 3, 2), (3, 2, 24, 20)),
-    "every tap meets every pixel": (lambda: nn.Conv2d(2, 3, 2, padding=1), (3, 2, 24, 20)),
-    "uneven": (lambda: nn.Conv2d(2, 2, (4, 1), padding=(1, 0)), (2, 2, 64, 9)),
-    "dilation": (lambda: nn.Conv2d(2, 2, 3, padding=3, dilation=3), (2, 2, 70, 8)),
-    "strided, a pixel is left over": (lambda: nn.Conv2d(2, 2, 3, 2, 1), (2, 2, 114, 5)),
-    "patches": (lambda: nn.Conv2d(3, 4, 4, 4), (2, 3, 113, 12)),
-    "a tap that meets nothing": (lambda: nn.Conv2d(1, 1, (3, 2), 200, 1), (2, 1, 120, 9)),
-    "three axes": (lambda: nn.Conv3d(2, 2, 3, padding=1), (2, 2, 24, 26, 5)),
-    "depthwise": (lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4), (2, 4, 56, 10)),
-    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, 2, 1, 1), (2, 2, 33, 14)),
-}
-
-
-@pytest.mark.parametrize("small", [0, 400], ids=["axis by axis", "then all axes at once"])
-@pytest.mark.parametrize("layout", ["as is", "channels last"])
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("name", STRIPS)
-def test_strips_of_pixels_that_the_same_taps_meet(
-    name: str, approx: Any, layout: str, small: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build, shape = STRIPS[name]
-    module = build()
-    x = torch.randn(shape)
-    x[0, 0, 0, 0] = 1e6  # taps that do not meet it lose no digits to it
-    if layout == "channels last":
-        order = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        x = x.to(memory_format=order)
-    layer = describe(module)
-    size = output_size(layer, x, module(x))
-    plain = input_squares(layer, x.double(), size, approx, torch.float64)
-    monkeypatch.setattr(boxes, "SMALL", small)
-    monkeypatch.setattr(boxes, "LARGE", 0)
-    assert boxes._product(tap_classes(layer, shape[2:], size), x.dtype, x.device, 0, True).strips[0]
-    found = input_squares(layer, x, size, approx, torch.float32)
-    torch.testing.assert_close(found.double(), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_low_precision_is_summed_in_float32() -> None:
     layer = describe(nn.Linear(3, 3))
     x = torch.full((4096, 1, 3), 1.0, dtype=torch.bfloat16)
-    found = input_squares(layer, x, (1,), "expand", torch.float32)
+    found = layer.input_moment(x, "expand", dtype=torch.float32).diagonal()
     assert found.dtype == torch.float32
     assert found.tolist() == [[4096.0] * 4]

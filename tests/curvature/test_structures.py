@@ -10,7 +10,6 @@ from oracles.factors import grad_factor, input_factor
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from oracles.singd_reference import project, structure_support
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import gram_pair
 from tnkfac.curvature.structures import Structure, resolve_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -113,20 +112,20 @@ def test_what_is_read_of_a_layer(case: int | str, approx: str) -> None:
     """``Pi(K^T A K)`` of every structure, from the identity and from another ``K``."""
     module, x, *_ = random_layer(case) if isinstance(case, int) else special_layer(case)
     g = torch.randn_like(module(x))
-    grams = gram_pair(describe(module), x, g, approx)  # type: ignore[arg-type]
+    moments = describe(module).moments(x, g, approx)  # type: ignore[arg-type]
     given = getattr(module, "output_padding", None)
     A = input_factor(module, x, approx, output_padding=given)
     B = grad_factor(module, g, approx, loss_terms=1.0)
     assert isinstance(A, Tensor)
     assert isinstance(B, Tensor)
-    rows = grams[0].samples * (grams[0].positions if approx == "expand" else 1)
-    for gram, dense in zip(grams, (A * rows, B), strict=True):
+    rows = moments[0].samples * (moments[0].positions if approx == "expand" else 1)
+    for moment, dense in zip(moments, (A * rows, B), strict=True):
         groups, dim = dense.shape[:2]
         for name in NAMES:
             structure = resolve_structure(name, dim)
             eye = structure.identity(groups, dense.dtype, dense.device)
             for K, current in ((eye, None), (random_parts(structure, groups, 5),) * 2):
-                read = structure.statistic(gram, current)
+                read = structure.statistic(moment, current)
                 assert tuple(part.shape[1:] for part in read) == structure.statistic_shapes
                 if current is None:
                     close(structure.statistic_trace(read), structure.trace(structure.pull(K, read)))
@@ -142,26 +141,14 @@ def test_what_is_read_of_a_layer(case: int | str, approx: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.37])
-@each_name
-def test_scaled_grams(name: str, scale: float) -> None:
-    """A Gram matrix with a factor is read with it."""
-    module, x, *_ = special_layer("convT1d-output-padding-holes")
-    gram, _ = gram_pair(describe(module), x, module(x), "expand")
-    structure = resolve_structure(name, gram.dim)
-    plain = structure.statistic(gram)
-    scaled = structure.statistic(type(gram)(**{**gram.__dict__, "scale": scale}))
-    for one, other in zip(plain, scaled, strict=True):
-        close(other, scale * one, 10)
-
-
 @each_name
 def test_empty_batches_read_zeros(name: str) -> None:
     module = torch.nn.Conv2d(2, 4, 3, groups=2)
-    grams = gram_pair(describe(module), torch.zeros(0, 2, 5, 5), torch.zeros(0, 4, 3, 3), "expand")
-    for gram in grams:
-        structure = resolve_structure(name, gram.dim)
-        for part, shape in zip(structure.statistic(gram), structure.statistic_shapes, strict=True):
+    x, g = torch.zeros(0, 2, 5, 5), torch.zeros(0, 4, 3, 3)
+    for moment in describe(module).moments(x, g, "expand"):
+        structure = resolve_structure(name, moment.dim)
+        read = structure.statistic(moment)
+        for part, shape in zip(read, structure.statistic_shapes, strict=True):
             assert part.shape == (2, *shape)
             assert not part.any()
 
@@ -170,15 +157,13 @@ def test_wide_matrices_are_never_written_out() -> None:
     """Structures with O(d) numbers work where a dense matrix would need 160 GB."""
     dim = 200_000
     x = torch.randn(3, dim)
-    gram, _ = gram_pair(
-        describe(torch.nn.Linear(dim - 1, 2)), x[:, 1:], torch.zeros(3, 2), "expand"
-    )
+    moment = describe(torch.nn.Linear(dim - 1, 2)).input_moment(x[:, 1:], "expand")
     for name in NAMES:
         structure = resolve_structure(name, dim)
         if name == "dense":
             continue
         K = structure.identity(1, x.dtype, x.device)
-        pulled = structure.pull(K, structure.statistic(gram, K))
+        pulled = structure.pull(K, structure.statistic(moment, K))
         K = structure.matmul(K, pulled)
         assert structure.apply(K, x.T.unsqueeze(0)).isfinite().all(), name
         assert structure.norm(structure.gram(K)).isfinite().all(), name

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tnkfac.curvature import describe, trial
-from tnkfac.curvature.routes import squares
+from tnkfac.curvature import describe, triton_check
+from tnkfac.curvature.moments import position_sums
 
 CPU = torch.device("cpu")
 
@@ -35,20 +35,20 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     module.check = check
     module.load = lambda: module
-    monkeypatch.setattr(trial, "find_spec", lambda name: object())
-    trial.trusted.cache_clear()
+    monkeypatch.setattr(triton_check, "find_spec", lambda name: object())
+    triton_check.trusted.cache_clear()
     yield module
-    trial.trusted.cache_clear()
+    triton_check.trusted.cache_clear()
 
 
 def test_working_kernels_are_tried_once(kernels: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert trial.trusted(kernels.load, CPU) is kernels
-        assert trial.trusted(kernels.load, CPU) is kernels
+        assert triton_check.trusted(kernels.load, CPU) is kernels
+        assert triton_check.trusted(kernels.load, CPU) is kernels
     assert kernels.calls == 1
     assert kernels.grad is False  # a trial is no part of anyone's graph
-    assert trial.trusted(kernels.load, torch.device("cpu", 0)) is kernels
+    assert triton_check.trusted(kernels.load, torch.device("cpu", 0)) is kernels
     assert kernels.calls == 2
 
 
@@ -56,11 +56,11 @@ def test_working_kernels_are_tried_once(kernels: Any) -> None:
 def test_others_are_named_once_and_left_alone(failure: Any, kernels: Any) -> None:
     kernels.check = failure
     with pytest.warns(RuntimeWarning, match="do not work on cpu") as found:
-        assert trial.trusted(kernels.load, CPU) is None
+        assert triton_check.trusted(kernels.load, CPU) is None
     assert len(found) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert trial.trusted(kernels.load, CPU) is None
+        assert triton_check.trusted(kernels.load, CPU) is None
 
 
 def test_kernels_that_cannot_be_imported(kernels: Any) -> None:
@@ -68,14 +68,14 @@ def test_kernels_that_cannot_be_imported(kernels: Any) -> None:
         raise ImportError("libcuda.so.1: cannot open shared object file")
 
     with pytest.warns(RuntimeWarning, match="libcuda"):
-        assert trial.trusted(broken, CPU) is None
+        assert triton_check.trusted(broken, CPU) is None
 
 
 def test_without_triton_nothing_is_said(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_check, "find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert trial.trusted(kernels.load, CPU) is None
+        assert triton_check.trusted(kernels.load, CPU) is None
     assert kernels.calls == 0
 
 
@@ -83,10 +83,10 @@ def test_statistics_where_kernels_fail(kernels: Any, monkeypatch: pytest.MonkeyP
     """What is summed by torch instead is the same."""
     layer = describe(nn.Conv2d(2, 3, 3, padding=1))
     x = torch.randn(2, 2, 5, 6)
-    expected = squares.input_squares(layer, x, (5, 6), "reduce", torch.float32)
+    expected = layer.input_moment(x, "reduce").diagonal()
     kernels.check = no_compiler
-    tried = lambda tensor: trial.trusted(lambda: kernels, tensor.device)  # noqa: E731
-    monkeypatch.setattr(squares, "_kernels", tried)
+    tried = lambda tensor: triton_check.trusted(lambda: kernels, tensor.device)  # noqa: E731
+    monkeypatch.setattr(position_sums, "triton_kernels", tried)
     with pytest.warns(RuntimeWarning, match="C compiler"):
-        found = squares.input_squares(layer, x, (5, 6), "reduce", torch.float32)
+        found = layer.input_moment(x, "reduce").diagonal()
     torch.testing.assert_close(found, expected)

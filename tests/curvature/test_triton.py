@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +12,6 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import describe
-from tnkfac.curvature.grams import input_gram, output_gram
-from tnkfac.curvature.routes.squares import input_squares, output_squares
 
 TESTS = Path(__file__).parent.parent
 SCRIPTS = {"curvature/kernels_interpreted.py": 11, "optim/kernels_interpreted.py": 14}
@@ -27,7 +26,11 @@ def test_the_kernels_equal_their_twins(script: str) -> None:
     """In a process of its own: a switch before Triton is imported decides who runs kernels."""
     found = subprocess.run(
         [sys.executable, str(TESTS / script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -52,11 +55,10 @@ def test_the_kernel_on_cuda(module: nn.Module, kind: torch.dtype, channels_last:
     layer = describe(module)
     x = torch.randn(8, layer.in_channels, 33, 31, device="cuda").to(kind, memory_format=layout)
     g = torch.randn_like(module.cuda()(x.float())).to(kind, memory_format=layout)
-    size = tuple(g.shape[2:])
-    a = input_squares(layer, x, size, "reduce", torch.float32)
-    b = output_squares(layer, g, "reduce", torch.float32)
-    A = input_gram(layer, x.double(), g.shape, "reduce").diagonal()
-    B = output_gram(layer, g.double(), "reduce").diagonal()
+    pair = layer.moments(x, g, "reduce", torch.float32)
+    a, b = (replace(moment, has_one=False).diagonal() for moment in pair)
+    exact = layer.moments(x.double(), g.double(), "reduce")
+    A, B = (replace(moment, has_one=False).diagonal() for moment in exact)
     torch.testing.assert_close(a.double(), A, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(b.double(), B, rtol=1e-4, atol=1e-4)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tnkfac.einsum import networks, simplify
-from tnkfac.einsum.draw import draw_network
+from tnkfac.einsum.drawing.draw import draw_network
 from tnkfac.einsum.geometry import conv_axes
 from tnkfac.einsum.network import Network, parse
 from tnkfac.einsum.operands import Delta, Ones, Pattern, Variable

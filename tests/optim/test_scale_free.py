@@ -10,7 +10,6 @@ from oracles.loops import dense_factor, fit, squares, weights
 from oracles.zoo import STRUCTURES, AllLayers, all_layers_batch, fixed_weights, mlp
 from tnkfac import KFAC, SINGD
 from tnkfac.curvature import grad_factor, input_factor
-from tnkfac.curvature.grams import Gram
 from tnkfac.curvature.layers import describe
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.optim.kfac import CLASSIC, UNTUNED
@@ -181,10 +180,10 @@ def test_toeplitz_measures_the_trace_beside_its_statistic(lower: str) -> None:
     layer, x, _ = one_conv(groups=1)
     structure = resolve_structure(lower, describe(layer).in_dim)
     K = structure.identity(1, torch.float64, x.device)[0] * 3
-    gram = Gram(describe(layer), x, "expand", True)
-    expected = gram.dense().diagonal(dim1=1, dim2=2).mean(1)
+    moment = describe(layer).input_moment(x, "expand")
+    expected = moment.dense().diagonal(dim1=1, dim2=2).mean(1)
     for factor in (None, (K,)):
-        found = structure.statistic_trace(structure.statistic(gram, factor))
+        found = structure.statistic_trace(structure.statistic(moment, factor))
         torch.testing.assert_close(found, expected)
 
 

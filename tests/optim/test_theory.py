@@ -9,7 +9,6 @@ from torch import Tensor
 from oracles.singd_reference import mean_trace, project
 from oracles.zoo import STRUCTURES
 from tnkfac.curvature import describe, preconditioner, stationary_points
-from tnkfac.curvature.grams import gram_pair
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.rules.singd_rule import singd_update
@@ -130,8 +129,8 @@ def test_a_thousand_random_updates(structure: str) -> None:
         read = []
         for factor, data, s, dim in ((K, rows, k, 7), (C, columns, c, 5)):
             module = torch.nn.Linear(dim, 1, bias=False)
-            gram, _ = gram_pair(describe(module), data[0].T, torch.zeros(9, 1), "expand")
-            read.append(tuple(part / 9 for part in s.statistic(gram, factor)))
+            moment = describe(module).input_moment(data[0].T, "expand")
+            read.append(tuple(part / 9 for part in s.statistic(moment, factor)))
         K, C, _, _ = singd_update(
             k,
             c,

@@ -4,14 +4,11 @@ from tnkfac.curvature.accumulate import Factors, LossAverage, Statistics
 from tnkfac.curvature.callers import warn
 from tnkfac.curvature.capture import FirstForward, Tap, attach, output_shapes
 from tnkfac.curvature.discover import Owner, find_owners, root_of
-from tnkfac.curvature.estimators import (
-    Kronecker,
-    diagonal,
-    gram,
-    kfac,
-    ntk,
-    per_sample_gradients,
-)
+from tnkfac.curvature.estimators.diagonals import diagonal
+from tnkfac.curvature.estimators.fisher import kfac
+from tnkfac.curvature.estimators.kronecker import Kronecker
+from tnkfac.curvature.estimators.ntk import gram, ntk
+from tnkfac.curvature.estimators.sample_gradients import per_sample_gradients
 from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
@@ -28,7 +25,7 @@ from tnkfac.curvature.structures import (
     resolve_structure,
 )
 from tnkfac.curvature.switch import fast, plain_path
-from tnkfac.curvature.trial import trusted
+from tnkfac.curvature.triton_check import trusted
 
 __all__ = [
     "Decomposable",

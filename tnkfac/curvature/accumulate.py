@@ -11,21 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tnkfac.curvature.grams import Approx, accumulation_dtype, gram_pair
+from tnkfac.curvature.eigenbasis import second_moments
 from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.moments.second_moment import Approx, accumulation_dtype
 from tnkfac.curvature.resets import Resets, handing
-from tnkfac.curvature.routes.squares import input_squares, output_size, output_squares
-from tnkfac.curvature.scales import projected_squares
 from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
-from tnkfac.curvature.structures.diagonal import Diagonal
-from tnkfac.curvature.switch import fast
 
 LossTerms = Callable[..., float]
 LossAverage = str | None | LossTerms
@@ -140,8 +136,6 @@ class Statistics:
             k = c = "dense"  # a matrix without entries has no structure
         self.k = resolve_structure(k, layer.in_dim)
         self.c = resolve_structure(c, layer.out_dim, output=True)
-        both = isinstance(self.k, Diagonal) and isinstance(self.c, Diagonal)
-        self._diagonal = both and self.outputs and not self.squares
 
     def expect(self, structures: tuple[str, str]) -> None:
         """Take these structures once the shape is known."""
@@ -238,10 +232,7 @@ class Statistics:
             if self._counting:
                 self._count(draws, x.numel())
         dtype = self._leaves[0].dtype
-        if self._diagonal and x.numel() and fast() and not torch.compiler.is_compiling():
-            return self._measure_squares(layer, x, g, terms)
-        x, g = x.to(dtype), g.to(dtype)
-        a, b = gram_pair(layer, x, g, self.approx)
+        a, b = layer.moments(x, g, self.approx, dtype)
         rows = a.samples * a.positions
         if terms is None:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
@@ -252,30 +243,17 @@ class Statistics:
         if self.outputs:
             parts += self.c.statistic(b, C)
         if self.squares:
-            parts.append(self._squared(layer, x, g))
+            parts.append(self._squared(layer, x, g.to(dtype)))
         return (*(part for part in parts if part.numel()), counts)
-
-    def _measure_squares(
-        self, layer: Layer, x: Tensor, g: Tensor, terms: float | None
-    ) -> tuple[Tensor, ...]:
-        """The same where both factors are diagonal and nothing else is asked for."""
-        x, g = layer.standard_input(x), layer.standard_output(g)
-        size = output_size(layer, x, g)
-        samples, rows = len(x), len(x) * prod(size)
-        if terms is None:
-            terms = rows if self.loss_average == "batch+sequence" else samples
-        dtype = self._leaves[0].dtype
-        counts = _kept_counts(samples, rows, terms, dtype, x.device)
-        A = input_squares(layer, x, size, self.approx, dtype)
-        return A, output_squares(layer, g, self.approx, dtype), counts
 
     def _squared(self, layer: Layer, x: Tensor, g: Tensor) -> Tensor:
         if self._basis is None:
-            return x.new_zeros(layer.groups, self.c.dim, self.k.dim)
+            return g.new_zeros(layer.groups, self.c.dim, self.k.dim)
         assert isinstance(self.k, Decomposable)
         assert isinstance(self.c, Decomposable)
-        basis = tuple(tuple(part.to(x.dtype) for part in parts) for parts in self._basis)
-        return projected_squares(layer, x, g, self.k, self.c, (basis[0], basis[1]))
+        x = x if layer.reads_indices else x.to(g.dtype)
+        basis = tuple(tuple(part.to(g.dtype) for part in parts) for parts in self._basis)
+        return second_moments(layer, x, g, self.k, self.c, (basis[0], basis[1]))
 
     def project(self, basis: tuple[Parts, Parts] | None) -> None:
         """Square gradients in this eigenbasis from now on."""

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture import recording
+from tnkfac.curvature.estimators.data import check_model, predict, undisturbed
 from tnkfac.curvature.estimators.diagonals import diagonal
-from tnkfac.curvature.estimators.evaluation import check_model, predict, undisturbed
 from tnkfac.curvature.estimators.fisher import kfac
+from tnkfac.curvature.estimators.jacobian_rows import (
+    SampleRows,
+    check_independent,
+    owners,
+    trainable,
+)
 from tnkfac.curvature.estimators.losses import describe_loss, vectors
-from tnkfac.curvature.estimators.rows import SampleRows, check_independent, owners, trainable
-from tnkfac.curvature.estimators.samples import all_rows, per_sample_gradients
+from tnkfac.curvature.estimators.sample_gradients import all_rows, per_sample_gradients
 
 Fields = dict[str, Any]
 Quantity = Callable[[nn.Module, nn.Module, Tensor, Tensor, int], Fields]
@@ -157,7 +162,8 @@ def _kronecker(fisher_type: str) -> Quantity:
             layer = kronecker.layer
             features = layer.in_dim - layer.bias
             prefix = f"{name}." if name else ""
-            A, B = kronecker.A[:, :features, :features], kronecker.B
+            A, B = kronecker.A, kronecker.B
+            A = torch.diag_embed(A) if A.ndim == 2 else A[:, :features, :features]
             fields[f"{prefix}weight"] = [_grouped(B), _grouped(A)]
             if layer.bias:
                 fields[f"{prefix}bias"] = [_grouped(summed[name].B)]

@@ -20,19 +20,16 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature.accumulate import Statistics
-from tnkfac.curvature.graph import is_compiled, is_product, kept_input
-from tnkfac.curvature.layers import (
+from tnkfac.curvature.forward import (
     REPLACED_FORWARD,
-    Layer,
-    describe,
     forward_of,
     geometry,
     has_known_wrappers,
     hashable,
-    is_wrapped,
-    layer_type,
     snapshot,
 )
+from tnkfac.curvature.graph import is_compiled, is_product, kept_input
+from tnkfac.curvature.layers import Layer, describe, is_wrapped, layer_type
 from tnkfac.curvature.precision import FullPrecision, without_autocast
 
 
@@ -296,7 +293,7 @@ class Tap:
 
     def _examine(self, module: nn.Module) -> bool:
         """Look at a ``forward`` that is new here."""
-        if layer_type(module) is None:
+        if layer_type(module, indices=True) is None:
             self.statistics.refuse(REPLACED_FORWARD)
             return False
         self._look(module)
@@ -318,7 +315,7 @@ class Tap:
         layer = self.layer
         if layer is None:  # lazy modules know their shape only now
             return self.describe(module)
-        if layer.kind != "linear" and (found := geometry(module)) != self._geometry:
+        if layer.has_geometry and (found := geometry(module)) != self._geometry:
             layer = layer.called(hashable(found))
         if id(weight) != self._weight_id and layer.weight_shape != tuple(weight.shape):
             self.statistics.refuse(f"a weight of shape {tuple(weight.shape)} took its place")
@@ -332,7 +329,7 @@ class Tap:
         """Take up what the module is now; its shape must be known."""
         self.layer = self.statistics.bind(module)
         self._look(module)
-        if self.layer.kind != "linear":
+        if self.layer.has_geometry:
             self._geometry = snapshot(module)
         return self.layer
 
@@ -493,7 +490,7 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
     edges = [call.edge for call in calls]
     found = torch.autograd.grad(outputs, edges, vector, retain_graph=True, allow_unused=True)
     return [
-        call.x.new_zeros(call.shape) if g is None else g.reshape(call.shape)
+        vector.new_zeros(call.shape) if g is None else g.reshape(call.shape)
         for call, g in zip(calls, found, strict=True)
     ]
 
@@ -516,7 +513,7 @@ def _edge(output: Tensor, reshaped: bool) -> GradientEdge:
 
 def _ran(module: nn.Module, x: Tensor, output: Tensor) -> Layer | None:
     """The layer that a call was, if a supported one ran its own ``forward``."""
-    if layer_type(module) is None:
+    if layer_type(module, indices=True) is None:
         return None
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     wrapped = is_wrapped(module) and not is_compiled(output)

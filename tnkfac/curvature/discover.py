@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature.layers import LAYERS, REPLACED_FORWARD, STOCK, layer_type
+from tnkfac.curvature.forward import REPLACED_FORWARD
+from tnkfac.curvature.layers import LAYERS, STOCK, layer_type
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Owner:
         module: The module.
         attribute: Name of the parameter in the module.
         called: Whether the module is ever called as a module.
+        indices: Whether layers that read integers are supported.
     """
 
     name: str
     module: nn.Module
     attribute: str
     called: bool = True
+    indices: bool = False
 
     @property
     def parameter_name(self) -> str:
@@ -51,9 +54,10 @@ class Owner:
         kind = type(self.module).__name__
         if not self.called:
             return "its MultiheadAttention reads it without calling it"
-        if layer_type(self.module) is not None:
+        if layer_type(self.module, self.indices) is not None:
             return None
-        if self.attribute in ("weight", "bias") and isinstance(self.module, tuple(LAYERS)):
+        known = tuple(kind for kind, layer in LAYERS.items() if not layer.reads_indices)
+        if self.attribute in ("weight", "bias") and isinstance(self.module, known):
             overrides = getattr(type(self.module), "forward", None) not in STOCK.values()
             return f"{kind} overrides forward" if overrides else REPLACED_FORWARD
         return f"{kind} is not a supported layer"

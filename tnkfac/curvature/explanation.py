@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from tnkfac.curvature.factors import check_approx
 from tnkfac.curvature.layers import Layer, describe
-from tnkfac.curvature.routes import plain
-from tnkfac.curvature.routes.costs import Route, block_routes, expand_routes
+from tnkfac.curvature.moments.algorithms import Algorithm
+from tnkfac.curvature.moments.second_moment import Approx
 from tnkfac.curvature.structures import check_factor_structure, resolve_structure
-from tnkfac.curvature.structures.blocks import BlockDiagonal
+from tnkfac.curvature.structures.block_diagonal import BlockDiagonal
 from tnkfac.curvature.structures.diagonal import Diagonal
 
 
@@ -28,7 +27,7 @@ class Explanation:
     """
 
     title: str
-    routes: tuple[Route, ...]
+    routes: tuple[Algorithm, ...]
 
     @property
     def chosen(self) -> str:
@@ -78,30 +77,19 @@ def explain(
         >>> explanation.chosen
         'lags'
     """
-    layer = describe(module)
-    x = layer.standard_input(torch.empty(tuple(x_shape), device="meta"))
     title = f"{type(module).__name__}, input {tuple(x_shape)}, {check_approx(approx)}, {structure}"
-    explanation = Explanation(title, _routes(layer, tuple(x.shape), approx, structure))
+    routes = _routes(describe(module), x_shape, check_approx(approx), structure)
+    explanation = Explanation(title, routes)
     print(explanation)
     return explanation
 
 
-def _routes(layer: Layer, shape: tuple[int, ...], approx: str, structure: str) -> tuple[Route, ...]:
-    kind = resolve_structure(check_factor_structure(structure), layer.in_dim)
-    features, batch, size = layer.in_dim - layer.bias, shape[0], prod(shape)
-    squared = batch * features**2 * layer.groups
-    diagonal = isinstance(kind, Diagonal)
-    if layer.kind == "linear":
-        rows = shape[1] if approx == "expand" else 1
-        return (Route("view", size if diagonal else squared * rows, 0, squared * rows / 70),)
-    if approx == "reduce":
-        sums = size * layer.kernel_size[0]
-        held = batch * layer.groups * features + size // shape[2] * layer.kernel_size[0]
-        products = batch * layer.groups * features if diagonal else squared
-        return (Route("average", sums + products, held, 0.5 * size + products / 25),)
-    if diagonal:
-        return (Route("box sums", 2 * size, size // batch, 0.5 * size),)
-    output_size = tuple(plain.output_size(layer, torch.Size(shape), None))
-    if isinstance(kind, BlockDiagonal):
-        return block_routes(layer, shape, output_size, kind.size)
-    return expand_routes(layer, shape, output_size)
+def _routes(
+    layer: Layer, shape: Sequence[int], approx: Approx, structure: str
+) -> tuple[Algorithm, ...]:
+    dtype = torch.int64 if layer.reads_indices else None
+    x = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    rows = replace(layer, bias=False).input_moment(x, approx).rows
+    asked = resolve_structure(check_factor_structure(structure), layer.in_dim)
+    width = 1 if isinstance(asked, Diagonal) else rows.dim
+    return rows.algorithms(asked.size if isinstance(asked, BlockDiagonal) else width)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.grams import APPROXIMATIONS, Approx, Gram, accumulation_dtype
-from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.layers import describe
+from tnkfac.curvature.moments.second_moment import (
+    APPROXIMATIONS,
+    Approx,
+    SecondMoment,
+    accumulation_dtype,
+)
 from tnkfac.curvature.precision import FullPrecision
 from tnkfac.curvature.structures import Parts, check_factor_structure, resolve_structure
 
@@ -37,7 +41,7 @@ def input_factor(
     ``v`` over positions (reduce), for every channel group (arXiv 2311.00636).
 
     Args:
-        module: ``Linear``, ``Conv1d/2d/3d`` or ``ConvTranspose1d/2d/3d``.
+        module: ``Linear``, ``Conv1d/2d/3d``, ``ConvTranspose1d/2d/3d`` or ``Embedding``.
         x: Input as the module receives it, batched or not.
         approx: ``"expand"`` (KFC) or ``"reduce"``.
         structure: ``"dense"``, ``"diagonal"`` or ``"block{k}diagonal"``.
@@ -57,10 +61,10 @@ def input_factor(
         torch.Size([1, 28, 28])
     """
     layer = describe(module)
-    x = layer.standard_input(_accumulating(x))
-    gram = Gram(layer, x, check_approx(approx), is_input=True)
-    terms = gram.samples * (gram.positions if approx == "expand" else 1)
-    return _read(replace(gram, scale=1 / max(terms, 1)), structure)
+    if not layer.reads_indices:
+        x = _accumulating(x)
+    moment = layer.input_moment(x, check_approx(approx))
+    return _read(moment, structure, 1 / max(moment.rows.count, 1))
 
 
 def grad_factor(
@@ -76,7 +80,7 @@ def grad_factor(
     positions (reduce), for every channel group.
 
     Args:
-        module: ``Linear``, ``Conv1d/2d/3d`` or ``ConvTranspose1d/2d/3d``.
+        module: ``Linear``, ``Conv1d/2d/3d``, ``ConvTranspose1d/2d/3d`` or ``Embedding``.
         g: Gradient of the back-propagated scalar, shaped like the module's output.
         approx: ``"expand"`` or ``"reduce"``.
         structure: ``"dense"``, ``"diagonal"`` or ``"block{k}diagonal"``.
@@ -96,11 +100,9 @@ def grad_factor(
         >>> grad_factor(torch.nn.Conv2d(3, 8, 3), g, structure="diagonal").shape
         torch.Size([1, 8])
     """
-    layer: Layer = describe(module)
-    g = layer.standard_output(_accumulating(g))
-    gram = Gram(layer, g, check_approx(approx), is_input=False)
-    scale = gram.samples if loss_terms is None else loss_terms
-    return _read(replace(gram, scale=float(scale)), structure)
+    moment = describe(module).output_moment(_accumulating(g), check_approx(approx))
+    scale = moment.samples if loss_terms is None else loss_terms
+    return _read(moment, structure, float(scale))
 
 
 def _accumulating(tensor: Tensor) -> Tensor:
@@ -109,10 +111,9 @@ def _accumulating(tensor: Tensor) -> Tensor:
     return tensor.detach().to(accumulation_dtype(tensor.dtype))
 
 
-def _read(gram: Gram, structure: str) -> Factor:
-    device = gram.tensor.device
+def _read(moment: SecondMoment, structure: str, scale: float) -> Factor:
+    device = moment.device
+    structured = resolve_structure(check_factor_structure(structure), moment.dim)
     with torch.autocast(device.type, enabled=False), FullPrecision(device):
-        parts: Parts = resolve_structure(check_factor_structure(structure), gram.dim).statistic(
-            gram
-        )
+        parts: Parts = tuple(part.mul_(scale) for part in structured.statistic(moment))
     return parts[0] if len(parts) == 1 else parts

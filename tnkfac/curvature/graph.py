@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,12 +60,7 @@ def kept_input(node: Any, layer: Layer, shape: torch.Size) -> tuple[Layer, Tenso
         return None
     if x is None:
         return None
-    if layer.kind == "linear":
-        return layer, x.reshape(*shape[:-1], layer.in_channels)
-    if layer.kind == "conv":
-        pads = tuple((p, p) for p in node._saved_padding)
-        layer = replace(layer, padding=pads, padding_mode="zeros", prepad=())
-    return layer, x
+    return layer.of_kept(x, getattr(node, "_saved_padding", ()), shape)
 
 
 def is_product(output: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:

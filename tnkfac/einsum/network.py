@@ -100,7 +100,7 @@ class Network:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        from tnkfac.einsum.draw import draw_network
+        from tnkfac.einsum.drawing.draw import draw_network
 
         return draw_network(self, path, title)
 

@@ -11,7 +11,7 @@ output, as in the convolution that it transposes. ``c`` counts backpropagated ve
 additional leading axes. A primed leg is that of a second copy.
 """
 
-from tnkfac.einsum.rows.derivatives import (
+from tnkfac.einsum.operations.derivatives import (
     bias_vjp,
     input_jacobian,
     input_jacobian_transpose,
@@ -29,7 +29,7 @@ from tnkfac.einsum.rows.derivatives import (
     weight_vjp,
     weight_vjp_transpose,
 )
-from tnkfac.einsum.rows.forward import (
+from tnkfac.einsum.operations.forward import (
     avg_pool,
     conv,
     conv_transpose,
@@ -43,7 +43,7 @@ from tnkfac.einsum.rows.forward import (
     unfold_kernel_transpose,
     unfold_transpose,
 )
-from tnkfac.einsum.rows.ggn import (
+from tnkfac.einsum.operations.ggn import (
     bias_ggn_diagonal,
     bias_ggn_gram,
     ggn_block,
@@ -61,7 +61,7 @@ from tnkfac.einsum.rows.ggn import (
     sqrt_ggn,
     sqrt_ggn_transpose,
 )
-from tnkfac.einsum.rows.hessian import (
+from tnkfac.einsum.operations.hessian import (
     hessian_diagonal_bias,
     hessian_diagonal_input,
     hessian_diagonal_input_transpose,
@@ -71,7 +71,7 @@ from tnkfac.einsum.rows.hessian import (
     kfra_output_factor,
     kfra_transpose,
 )
-from tnkfac.einsum.rows.kronecker import (
+from tnkfac.einsum.operations.kronecker_factors import (
     kfac_reduce_factor,
     kfac_reduce_factor_transpose,
     kfac_reduce_grad_factor,

@@ -97,6 +97,10 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         capture_tied: Also capture a weight that a module other than a supported layer has as well,
             like that of an embedding tied to the output layer, from the calls of its layers alone;
             otherwise the fallback trains it.
+        capture_embeddings: Whether ``Embedding`` layers have curvature as well; their input factor
+            has a row for every index. Those with ``sparse``, ``max_norm`` or
+            ``scale_grad_by_freq``, and those that share their weight with another kind of layer,
+            are left to the fallback.
         **aliases: ``stat_decay`` or ``curvature_ema`` for ``factor_decay``, ``TCov`` for
             ``factor_update_steps``, ``TInv`` for ``inv_update_steps``.
 
@@ -156,6 +160,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         relative_damping: float = 0.03,
         process_group: Any = "auto",
         capture_tied: bool = False,
+        capture_embeddings: bool = False,
         **aliases: Any,
     ) -> None:
         """See the class."""
@@ -164,6 +169,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             "momentum": momentum,
             "damping": damping,
             "relative_damping": relative_damping,
+            "capture_embeddings": capture_embeddings,
             "weight_decay": weight_decay,
             "factor_decay": factor_decay,
             "factor_update_steps": factor_update_steps,

@@ -144,6 +144,7 @@ def shared(group: Mapping[str, Any], given: dict[str, Any]) -> None:
         TypeError: For a value of the wrong type.
         ValueError: For a value out of range.
     """
+    flag("capture_embeddings", group.get("capture_embeddings", False))
     if "fallback_options" in given:
         settings = fallback_settings(str(group["fallback"]), given.pop("fallback_options"))
         given.update({k: v for k, v in settings.items() if k not in given})

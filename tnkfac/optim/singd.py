@@ -82,6 +82,10 @@ class SINGD(CurvatureOptimizer):
         capture_tied: Also capture a weight that a module other than a supported layer has as well,
             like that of an embedding tied to the output layer, from the calls of its layers alone;
             otherwise the fallback trains it.
+        capture_embeddings: Whether ``Embedding`` layers have curvature as well; their input factor
+            has a row for every index. Those with ``sparse``, ``max_norm`` or
+            ``scale_grad_by_freq``, and those that share their weight with another kind of layer,
+            are left to the fallback.
 
     Raises:
         TypeError: For a hyper-parameter of the wrong type.
@@ -139,6 +143,7 @@ class SINGD(CurvatureOptimizer):
         process_group: Any = "auto",
         skip_layers: Sequence[str] = (),
         capture_tied: bool = False,
+        capture_embeddings: bool = False,
     ) -> None:
         """See the class."""
         if kfac_like and alpha1 != 0:
@@ -148,6 +153,7 @@ class SINGD(CurvatureOptimizer):
             "momentum": momentum,
             "damping": damping,
             "relative_damping": relative_damping,
+            "capture_embeddings": capture_embeddings,
             "alpha1": alpha1,
             "weight_decay": weight_decay,
             "T": T,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture import recording
-from tnkfac.curvature.estimators.evaluation import (
+from tnkfac.curvature.estimators.data import (
     Data,
     batches,
     check_choice,
@@ -17,15 +17,20 @@ from tnkfac.curvature.estimators.evaluation import (
     undisturbed,
 )
 from tnkfac.curvature.estimators.hesscale import add_recursive_diagonal
-from tnkfac.curvature.estimators.losses import describe_loss, vectors
-from tnkfac.curvature.estimators.probes import (
+from tnkfac.curvature.estimators.hutchinson import (
     add_hutchinson,
     add_square,
     signed_columns,
     twice_differentiable,
 )
-from tnkfac.curvature.estimators.rows import SampleRows, check_independent, owners, trainable
-from tnkfac.curvature.grams import accumulation_dtype
+from tnkfac.curvature.estimators.jacobian_rows import (
+    SampleRows,
+    check_independent,
+    owners,
+    trainable,
+)
+from tnkfac.curvature.estimators.losses import describe_loss, vectors
+from tnkfac.curvature.moments.second_moment import accumulation_dtype
 
 KINDS = (
     "ggn",

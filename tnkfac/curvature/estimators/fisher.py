@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnkfac.curvature.callers import warn
 from tnkfac.curvature.capture import Call, gradients, recording
-from tnkfac.curvature.estimators.evaluation import (
+from tnkfac.curvature.estimators.data import (
     Data,
     batches,
     check_choice,
@@ -23,8 +23,8 @@ from tnkfac.curvature.estimators.evaluation import (
 from tnkfac.curvature.estimators.kronecker import Kronecker
 from tnkfac.curvature.estimators.losses import Loss, describe_loss, vectors
 from tnkfac.curvature.factors import check_approx
-from tnkfac.curvature.grams import Approx, Gram, accumulation_dtype, input_gram, output_gram
 from tnkfac.curvature.layers import LAYERS, Layer, describe, layer_type
+from tnkfac.curvature.moments.second_moment import Approx, SecondMoment, accumulation_dtype
 
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only")
 LOSS_AVERAGES = ("batch", "batch+sequence", None)
@@ -154,30 +154,37 @@ class _Sums:
             return None
         return layer
 
-    def add_input(self, gram: Gram) -> None:
-        self.A = _plus(self.A, gram)
-        self.rows += gram.samples * (gram.positions if self.approx == "expand" else 1)
+    def add_input(self, moment: SecondMoment) -> None:
+        self.A = _plus(self.A, moment)
+        self.rows += moment.rows.count
 
-    def add_gradient(self, gram: Gram) -> None:
-        self.B = _plus(self.B, gram)
+    def add_gradient(self, moment: SecondMoment) -> None:
+        self.B = _plus(self.B, moment)
 
     def kronecker(self, weight: float | None, like: Tensor) -> Kronecker:
-        sizes = (self.layer.in_dim, self.layer.out_dim)
-        dtype = accumulation_dtype(like.dtype)
-        A, B = (like.new_zeros((self.layer.groups, d, d), dtype=dtype) for d in sizes)
+        dtype, (d, out) = accumulation_dtype(like.dtype), (self.layer.in_dim, self.layer.out_dim)
+        B = like.new_zeros((self.layer.groups, out, out), dtype=dtype)
         if self.A is not None:
             A = self.A / self.rows
+        else:
+            diagonal = self.layer.reads_indices and self.approx == "expand"
+            shape = (self.layer.groups, d) if diagonal else (self.layer.groups, d, d)
+            A = like.new_zeros(shape, dtype=dtype)
         if weight is None:
-            B = B + torch.eye(sizes[1], dtype=dtype, device=like.device)
+            B = B + torch.eye(out, dtype=dtype, device=like.device)
         elif self.B is not None:
             B = self.B * weight
         return Kronecker(self.layer, A.detach(), B.detach())
 
 
-def _plus(total: Tensor | None, gram: Gram) -> Tensor:
-    with torch.autocast(gram.tensor.device.type, enabled=False):
-        part = gram.dense()
-    return part if total is None else total.add_(part)
+def _plus(total: Tensor | None, moment: SecondMoment) -> Tensor:
+    with torch.autocast(moment.device.type, enabled=False):
+        part = moment.diagonal() if moment.rows.is_diagonal else moment.dense()
+    if total is None:
+        return part
+    if total.ndim != part.ndim:  # one of them is diagonal
+        total, part = (torch.diag_embed(t) if t.ndim == 2 else t for t in (total, part))
+    return total.add_(part)
 
 
 def _add(
@@ -195,22 +202,22 @@ def _add(
             total.lost = True
             continue
         layer = replace(taken, bias=total.layer.bias)
-        total.add_input(
-            input_gram(layer, x.to(accumulation_dtype(x.dtype)), call.shape, total.approx)
-        )
+        dtype = accumulation_dtype(x.dtype if x.is_floating_point() else outputs.dtype)
+        total.add_input(layer.input_moment(x, total.approx, call.shape, dtype))
     for vector in propagated:
         found = gradients([call for _, call in flat], outputs, vector)
         for (total, _), layer, g in zip(flat, layers, found, strict=True):
             if layer is not None:
-                g = g.to(accumulation_dtype(g.dtype))
-                total.add_gradient(output_gram(layer, g, total.approx))
+                total.add_gradient(
+                    layer.output_moment(g, total.approx, accumulation_dtype(g.dtype))
+                )
 
 
 def _trainable_layers(model: nn.Module) -> dict[nn.Module, tuple[str, Layer]]:
     """Supported layers with a trainable weight, and their names."""
     layers = {}
     for name, module in model.named_modules():
-        if layer_type(module) is None:
+        if layer_type(module, indices=True) is None:
             continue
         weight, bias = (module._parameters.get(p) for p in ("weight", "bias"))
         if weight is not None and weight.requires_grad:

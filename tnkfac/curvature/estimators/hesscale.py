@@ -155,7 +155,8 @@ def _chain(module: nn.Module, name: str) -> Iterator[nn.Module]:
     )
     known = layer_type(module) is not None or isinstance(module, ELEMENTWISE + SELECTING)
     if not (known or dropping or normalising or type(module) in AVERAGING):
-        listed = (*LAYERS, *ELEMENTWISE, *SELECTING, *AVERAGING)
+        linear = (kind for kind, layer in LAYERS.items() if not layer.reads_indices)
+        listed = (*linear, *ELEMENTWISE, *SELECTING, *AVERAGING)
         names = ", ".join(kind.__name__ for kind in listed)
         mode = " in training mode" if isinstance(module, (*DROPOUT, _BatchNorm)) else ""
         raise ValueError(

@@ -96,6 +96,7 @@ class Kronecker(Operator):
 
     Attributes:
         A: Input factors ``[G, D, D]``; ``D`` counts ``C_in / G * K`` features, and the bias last.
+            Of an embedding under KFAC-expand their diagonals ``[G, D]``: the rest is zero.
         B: Output-gradient factors ``[G, C_out / G, C_out / G]``.
 
     Example:
@@ -112,11 +113,11 @@ class Kronecker(Operator):
 
     def apply(self, matrix: Tensor) -> Tensor:
         """``B M A``, in the dtype of ``M``."""
-        return (self.B @ matrix.to(self.B.dtype) @ self.A).to(matrix.dtype)
+        return _times(self.B @ matrix.to(self.B.dtype), self.A).to(matrix.dtype)
 
     def to_dense(self) -> Tensor:
         """The matrix ``[P, P]``."""
-        pairs = zip(self.B, self.A, strict=True)
+        pairs = zip(self.B, _written_out(self.A), strict=True)
         return _block_diagonal([_kron(b, a) for b, a in pairs])
 
     def eigenvalues(self) -> Tensor:
@@ -126,8 +127,8 @@ class Kronecker(Operator):
 
     def trace(self) -> Tensor:
         """Sum of the products of traces."""
-        a, b = (factor.diagonal(dim1=1, dim2=2).sum(1) for factor in (self.A, self.B))
-        return (a * b).sum()
+        a = (self.A if self.A.ndim == 2 else self.A.diagonal(dim1=1, dim2=2)).sum(1)
+        return (a * self.B.diagonal(dim1=1, dim2=2).sum(1)).sum()
 
     def inverse(self, damping: float, damping_type: str = "tikhonov") -> Operator:
         """The inverse after damping, decomposed in float64.
@@ -157,7 +158,9 @@ class Kronecker(Operator):
         dtype = self.A.dtype
         if damping == 0 and (_singular(a, dtype) or _singular(b, dtype)):
             raise ValueError(f"damping: got {damping!r}, but the factors are singular.")
-        return Eigenbasis(self.layer, *(t.to(dtype) for t in (vectors_a, vectors_b, 1 / damped)))
+        Q_A = None if vectors_a is None else vectors_a.to(dtype)
+        assert vectors_b is not None
+        return Eigenbasis(self.layer, Q_A, vectors_b.to(dtype), (1 / damped).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -165,24 +168,29 @@ class Eigenbasis(Operator):
     """``(Q_B (x) Q_A) diag(values) (Q_B (x) Q_A)^T`` for every channel group of a layer.
 
     Attributes:
-        Q_A: Eigenvectors ``[G, D, D]``, in columns.
+        Q_A: Eigenvectors ``[G, D, D]``, in columns; None for the unit vectors.
         Q_B: Eigenvectors ``[G, C_out / G, C_out / G]``, in columns.
         values: Eigenvalues ``[G, C_out / G, D]``.
     """
 
-    Q_A: Tensor
+    Q_A: Tensor | None
     Q_B: Tensor
     values: Tensor
 
     def apply(self, matrix: Tensor) -> Tensor:
         """``Q_B ((Q_B^T M Q_A) * values) Q_A^T``, in the dtype of ``M``."""
-        inner = self.Q_B.mT @ matrix.to(self.Q_B.dtype) @ self.Q_A
+        inner = self.Q_B.mT @ matrix.to(self.Q_B.dtype)
+        if self.Q_A is None:
+            return (self.Q_B @ (inner * self.values)).to(matrix.dtype)
+        inner = inner @ self.Q_A
         return (self.Q_B @ (inner * self.values) @ self.Q_A.mT).to(matrix.dtype)
 
     def to_dense(self) -> Tensor:
         """The matrix ``[P, P]``."""
         blocks = []
-        for a, b, values in zip(self.Q_A, self.Q_B, self.values, strict=True):
+        ones = torch.ones_like(self.values[:, 0])
+        Q_A = torch.diag_embed(ones) if self.Q_A is None else self.Q_A
+        for a, b, values in zip(Q_A, self.Q_B, self.values, strict=True):
             basis = _kron(b, a)
             blocks.append(basis * values.flatten() @ basis.T)
         return _block_diagonal(blocks)
@@ -205,13 +213,26 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
     return matrix
 
 
-def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
+def _written_out(factor: Tensor) -> Tensor:
+    return torch.diag_embed(factor) if factor.ndim == 2 else factor
+
+
+def _times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """Product with a factor ``[G, D, D]`` or a diagonal one ``[G, D]`` from the right."""
+    return matrix * factor.unsqueeze(1) if factor.ndim == 2 else matrix @ factor
+
+
+def _eigen(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues, with rounding errors below zero set to it, and eigenvectors; in float64."""
+    if factor.ndim == 2:
+        return factor.double(), None
     values, vectors = torch.linalg.eigh(factor.double())
     return _without_noise(values), vectors
 
 
 def _eigenvalues(factor: Tensor) -> Tensor:
+    if factor.ndim == 2:
+        return factor.double()
     return _without_noise(torch.linalg.eigvalsh(factor.double()))
 
 
@@ -223,8 +244,8 @@ def _without_noise(values: Tensor) -> Tensor:
 
 def _singular(values: Tensor, dtype: torch.dtype) -> bool:
     """Whether eigenvalues of a matrix known in some precision may be zero."""
-    least = values.shape[1] * torch.finfo(dtype).eps * values[:, -1]
-    return bool((values[:, 0] <= least).any())
+    least = values.shape[1] * torch.finfo(dtype).eps * values.amax(1)
+    return bool((values.amin(1) <= least).any())
 
 
 def _split(a: Tensor, b: Tensor, damping: float, damping_type: str) -> tuple[Tensor, Tensor]:

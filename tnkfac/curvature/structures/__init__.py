@@ -5,13 +5,13 @@ A structured matrix is a tuple of tensors with the channel group as leading axis
 such that ``(Pi(M) + Pi(M)^T) / 2`` is ``M`` on the support (arXiv 2312.05705, section 3.2).
 """
 
-from tnkfac.curvature.structures.interface import Decomposable, Matrices, Parts, Structure
-from tnkfac.curvature.structures.names import (
+from tnkfac.curvature.structures.catalog import (
     check_factor_structure,
     check_structure,
     resolve_structure,
 )
 from tnkfac.curvature.structures.ragged_diagonal import RaggedDiagonal
+from tnkfac.curvature.structures.structure import Decomposable, Matrices, Parts, Structure
 
 __all__ = [
     "Decomposable",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.algebra import cholesky_inverse, eigh, eyes, symmetric_norm, tr
-from tnkfac.curvature.structures.interface import Decomposable, Parts
+from tnkfac.curvature.moments.second_moment import SecondMoment
+from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.structure import Decomposable, Parts
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Dense(Decomposable):
         """``d x d``."""
         return ((self.dim, self.dim),)
 
-    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
-        """The whole Gram matrix."""
-        return (gram.dense(),)
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
+        """The whole matrix."""
+        return (moment.dense(),)
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Identity matrices."""

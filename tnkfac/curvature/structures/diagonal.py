@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.interface import Decomposable, Parts
+from tnkfac.curvature.moments.second_moment import SecondMoment
+from tnkfac.curvature.structures.structure import Decomposable, Parts
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Diagonal(Decomposable):
         """The unit vectors are not kept."""
         return ()
 
-    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
         """The diagonal only; nothing is unfolded."""
-        return (gram.diagonal(),)
+        return (moment.diagonal(),)
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Ones."""

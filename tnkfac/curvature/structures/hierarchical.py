@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.algebra import eyes, tr
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.moments.second_moment import SecondMoment
+from tnkfac.curvature.structures.linalg import eyes, tr
+from tnkfac.curvature.structures.structure import Parts, Structure
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Hierarchical(Structure):
         t, c, e = self._sizes
         return (t, self.dim), (e, self.dim), (c,)
 
-    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
-        """A few columns and the diagonal of the Gram matrix."""
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
+        """A few columns and the diagonal."""
         t, c, e = self._sizes
-        columns = tr(gram.columns(t, e))
-        return columns[:, :t], columns[:, t:], gram.diagonal()[:, t : t + c]
+        columns = tr(moment.columns(t, e))
+        return columns[:, :t], columns[:, t:], moment.diagonal()[:, t : t + c]
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Identity blocks and ones, zeros beside them."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.structures.interface import Matrices, Parts
+from tnkfac.curvature.structures.structure import Matrices, Parts
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.grams import Gram
-from tnkfac.curvature.structures.interface import Parts, Structure
+from tnkfac.curvature.moments.second_moment import SecondMoment
+from tnkfac.curvature.structures.structure import Parts, Structure
 
 
 @lru_cache(maxsize=4096)
@@ -55,12 +55,12 @@ class Toeplitz(Structure):
         """Diagonals of ``Pi(K^T A K)``, and the mean of the diagonal of ``A``."""
         return (self.dim,), (1,)
 
-    def statistic(self, gram: Gram, K: Parts | None = None) -> Parts:
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
         """``Pi(K^T A K)`` itself, from the power spectrum of ``K^T X`` for the rows ``X``."""
         length = self.length
-        total = gram.tensor.new_zeros(gram.layer.groups, length // 2 + 1)
-        trace = gram.tensor.new_zeros(gram.layer.groups, 1)
-        for rows in gram.rows():
+        total = moment.rows.zeros(moment.groups, length // 2 + 1)
+        trace = moment.rows.zeros(moment.groups, 1)
+        for rows in moment.vectors():
             trace = trace + rows.square().sum((1, 2)).unsqueeze(1)
             if K is not None:
                 rows = self._multiply(K[0].to(rows.dtype), rows, correlate=self.lower)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -123,6 +123,8 @@ def sort(
         if weight is None or key in done or all(o.attribute == "bias" for o in found):
             continue
         group = group_of(weight)
+        if group["capture_embeddings"]:
+            found = _with_embeddings(found)
         reason = _refusal(weight, found, sharded, group) or skipped(found, group)
         begun = state.get(weight)
         if reason is None and begun and "last_update" not in begun:
@@ -235,6 +237,13 @@ def _lonely(owner: Owner, by_id: dict[int, Tensor], reasons: dict[int, str]) -> 
     return "its weight is not captured" + (f": {why}" if why else "")
 
 
+def _with_embeddings(found: list[Owner]) -> list[Owner]:
+    """Owners of which embeddings are supported, unless they share the weight with another layer."""
+    if any(entry.refusal is None for entry in found):
+        return found
+    return [replace(entry, indices=True) for entry in found]
+
+
 def _refusal(
     weight: Tensor, found: list[Owner], sharded: set[int], group: dict[str, Any]
 ) -> str | None:
@@ -268,9 +277,7 @@ def _refusal(
     if first.weight_shape != tuple(weight.shape):
         return f"its shape {tuple(weight.shape)} is not that of the layer"
     for entry in supported[1:]:
-        other = describe(entry.module)
-        same = first.kind, first.groups, first.weight_shape
-        if same != (other.kind, other.groups, other.weight_shape):
+        if describe(entry.module).weight_layout != first.weight_layout:
             return "layers of different kinds share it"
     return None
 

@@ -26,7 +26,7 @@ def normalized(factors: Factors, statistics: Statistics, normalization: str) -> 
     samples, rows, terms = factors.counts.unbind()
     positions = rows / samples
     mean = 1 / (rows if statistics.loss_average is None else rows * terms)
-    more = 1.0 if statistics.layer.kind == "linear" else 1 / positions**2
+    more = 1 / positions**2 if statistics.layer.dims else 1.0
     on_A, on_B = more, mean * more
     return replace(
         factors,

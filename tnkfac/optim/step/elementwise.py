@@ -59,23 +59,11 @@ def square(chosen: Sequence[tuple[CapturedLayer, Scaling]]) -> list[Squares]:
 
 def _broadcasting(layer: CapturedLayer, right: Tensor, left: Tensor) -> Squares:
     """Squares of ``K`` and ``C`` in the shape of the weight, and their products for the bias."""
-    described, shape = layer.statistics.layer, layer.weight.shape
-    groups, outputs = left.shape
     bias = None
     if layer.bias is not None:
         bias = (left * right[:, -1:]).view(-1)
         right = right[:, :-1]
-    if described.kind == "linear":
-        return Squares(right, left.view(-1, 1), bias)
-    kernel = shape[2:]
-    ones = [1] * len(kernel)
-    if described.kind == "conv_transpose":
-        right = right.reshape(groups, shape[0] // groups, 1, *kernel)
-        left = left.view(groups, 1, outputs, *ones)
-    else:
-        right = right.reshape(groups, 1, *shape[1:])
-        left = left.view(groups, outputs, 1, *ones)
-    return Squares(right[0], left[0], bias) if groups == 1 else Squares(right, left, bias)
+    return Squares(*layer.statistics.layer.broadcast(right, left), bias)
 
 
 def scaled_gradients(

@@ -45,12 +45,12 @@ class Lookup(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def lookup(
-    kind: str, shape: tuple[int, ...], stride: tuple[int, ...], groups: int, rows: int
+    inputs_first: bool, shape: tuple[int, ...], stride: tuple[int, ...], groups: int, rows: int
 ) -> Lookup | None:
     """That of a weight; None where it lies neither row by row nor with channels last.
 
     Args:
-        kind: Kind of the layer.
+        inputs_first: Whether the first axis counts inputs.
         shape: Shape of the weight.
         stride: Its strides.
         groups: Channel groups ``G``.
@@ -61,7 +61,7 @@ def lookup(
     if last and not _lies(shape, stride, (0, *range(2, len(shape)), 1)):
         return None
     n1, n2 = (taps, second) if last else (second, taps)
-    if kind == "conv_transpose":
+    if inputs_first:
         inner = (1, 0) if last else (0, 1)
         outer = (0, 1) if last else (1, 0)
         return Lookup(n1, n2, first // groups, rows, taps, *inner, second, 0, *outer)
@@ -107,8 +107,8 @@ def suits(chosen: Chosen) -> bool:
 
 def _rule(layer: CapturedLayer, scaling: Scaling) -> Lookup | None:
     weight, rows = layer.weight, scaling.K.shape[1]
-    kind = layer.statistics.layer.kind
-    return lookup(kind, tuple(weight.shape), weight.stride(), len(scaling.C), rows)
+    first = layer.statistics.layer.inputs_first
+    return lookup(first, tuple(weight.shape), weight.stride(), len(scaling.C), rows)
 
 
 def sized_gradients(chosen: Chosen) -> list[apply.Update]:

@@ -1,0 +1,106 @@
+"""Block-diagonal matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature.moments.second_moment import SecondMoment
+from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.structure import Decomposable, Parts
+
+
+@dataclass(frozen=True)
+class BlockDiagonal(Decomposable):
+    """Blocks of ``size`` rows along the diagonal, the last one smaller.
+
+    Two parts: ``[G, d // size, size, size]`` and ``[G, r, r]`` with ``r = d mod size``.
+
+    Attributes:
+        size: Rows of a block.
+    """
+
+    size: int
+
+    @property
+    def name(self) -> str:
+        """E.g. ``block30diagonal``."""
+        return f"block{self.size}diagonal"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The whole blocks and the rest."""
+        rest = self.dim % self.size
+        return (self.dim // self.size, self.size, self.size), (rest, rest)
+
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
+        """The diagonal blocks only."""
+        return moment.blocks(self.size)
+
+    def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
+        """Identity blocks."""
+        return tuple(eyes(groups, shape, dtype, device) for shape in self.shapes)
+
+    def matmul(self, K: Parts, m: Parts) -> Parts:
+        """Block by block."""
+        return tuple(k @ other for k, other in zip(K, m, strict=True))
+
+    def gram(self, K: Parts) -> Parts:
+        """``K_i^T K_i``."""
+        return tuple(tr(k) @ k for k in K)
+
+    def pull(self, K: Parts, A: Parts) -> Parts:
+        """``K_i^T A_i K_i``."""
+        return tuple(tr(k) @ a @ k for k, a in zip(K, A, strict=True))
+
+    def trace(self, m: Parts) -> Tensor:
+        """Mean of the diagonal of all blocks."""
+        whole, rest = (part.diagonal(dim1=-2, dim2=-1) for part in m)
+        return (whole.sum((-1, -2)) + rest.sum(-1)) / self.dim
+
+    def norm(self, m: Parts) -> Tensor:
+        """That of the largest block; they are symmetric."""
+        whole, rest = (symmetric_norm(part) for part in m)
+        return torch.cat([whole, rest.unsqueeze(1)], dim=1).amax(1)
+
+    def apply(self, K: Parts, X: Tensor) -> Tensor:
+        """``K_i K_i^T`` on the rows of block ``i``."""
+        return self.product(K, self.product(K, X, transpose=True))
+
+    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
+        """``Q_i`` times the rows of block ``i``."""
+        count, size, _ = self.shapes[0]
+        whole = X[:, : count * size].reshape(X.shape[0], count, size, X.shape[2])
+        split = whole, X[:, count * size :]
+        done = [(tr(q) if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
+        whole = done[0].flatten(1, 2)
+        return torch.cat([whole, done[1]], dim=1) if done[1].numel() else whole
+
+    def inverse(self, A: Parts, shift: Tensor) -> Parts:
+        """Of every block."""
+        whole, rest = A
+        return cholesky_inverse(whole, shift.unsqueeze(1)), cholesky_inverse(rest, shift)
+
+    def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
+        """Of every block, in the order of the blocks."""
+        (values, vectors), (last, rest) = (eigh(part) for part in A)
+        return torch.cat([values.flatten(1), last], dim=1), (vectors, rest)
+
+    def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
+        """``V_i diag(values_i) V_i^T``."""
+        count, size, _ = self.shapes[0]
+        whole = values[:, : count * size].reshape(values.shape[0], count, size)
+        split = whole, values[:, count * size :]
+        return tuple((v * e.unsqueeze(-2)) @ tr(v) for v, e in zip(vectors, split, strict=True))
+
+    def to_dense(self, K: Parts) -> Tensor:
+        """Blocks written out."""
+        dense = K[0].new_zeros(K[0].shape[0], self.dim, self.dim)
+        start = 0
+        for block in (*K[0].unbind(1), K[1]):
+            end = start + block.shape[-1]
+            dense[:, start:end, start:end] = block
+            start = end
+        return dense

@@ -1,0 +1,181 @@
+"""What every structure can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tnkfac.curvature.moments.second_moment import SecondMoment
+
+Parts = tuple[Tensor, ...]
+_ITERATIONS = 6
+
+
+class Matrices(ABC):
+    """Several matrices, and what an update of SINGD's factors does with them.
+
+    Below ``K`` and ``m`` are the parts of matrices, and ``A`` is what was read of symmetric ones. A
+    number for each matrix is a tensor ``[G]``.
+    """
+
+    @abstractmethod
+    def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
+        """Parts of ``groups`` identity matrices."""
+
+    @abstractmethod
+    def matmul(self, K: Parts, m: Parts) -> Parts:
+        """``K m``."""
+
+    @abstractmethod
+    def gram(self, K: Parts) -> Parts:
+        """``Pi(K^T K)``."""
+
+    @abstractmethod
+    def pull(self, K: Parts, A: Parts) -> Parts:
+        """``Pi(K^T A K)``."""
+
+    @abstractmethod
+    def trace(self, m: Parts) -> Tensor:
+        """Trace divided by the dimension: ``[G]``."""
+
+    @abstractmethod
+    def statistic_trace(self, A: Parts) -> Tensor:
+        """Trace of ``A`` divided by the dimension, ``[G]``."""
+
+    @abstractmethod
+    def norm(self, m: Parts) -> Tensor:
+        """Spectral norm ``[G]``, perhaps estimated."""
+
+    def largest(self, m: Parts) -> Tensor:
+        """Largest magnitude of the numbers of each matrix, ``[G]``."""
+        return torch.stack([part.abs().flatten(1).amax(1) for part in m if part.numel()]).amax(0)
+
+    def scaled(self, m: Parts, by: Tensor | float) -> Parts:
+        """Each matrix times its number."""
+        if not isinstance(by, Tensor):
+            return tuple(by * part for part in m)
+        return tuple(by.reshape(-1, *[1] * (part.ndim - 1)) * part for part in m)
+
+
+@dataclass(frozen=True)
+class Structure(Matrices):
+    """A class of ``[G, dim, dim]`` matrices.
+
+    Below ``K`` and ``m`` are the parts of two of its matrices, and ``A`` is what :meth:`statistic`
+    read of a symmetric matrix.
+
+    Attributes:
+        dim: Number of rows of one matrix.
+        has_eigenbasis: Whether symmetric matrices of the class can be decomposed within it. Where
+            not, :meth:`eigen` knows of them no more than their trace.
+        reads_factor: Whether :meth:`statistic` depends on the current ``K``.
+    """
+
+    dim: int
+    has_eigenbasis: ClassVar[bool] = False
+    reads_factor: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What a user writes to get this structure."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of every part of ``K``, without the leading ``G``."""
+
+    @property
+    def statistic_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of every part of a statistic; by default that of ``K``."""
+        return self.shapes
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a matrix is kept in."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @abstractmethod
+    def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
+        """What :meth:`pull` needs of a second moment; additive over batches.
+
+        Args:
+            moment: The second moment, not yet formed.
+            K: The factor that :meth:`pull` will be called with; None for the identity.
+        """
+
+    @abstractmethod
+    def apply(self, K: Parts, X: Tensor) -> Tensor:
+        """``K K^T X`` for ``X`` of shape ``[G, dim, columns]``."""
+
+    @abstractmethod
+    def to_dense(self, K: Parts) -> Tensor:
+        """The matrix written out: ``[G, dim, dim]``."""
+
+    def norm(self, m: Parts) -> Tensor:
+        """Spectral norm ``[G]``, estimated from below by a few power iterations."""
+        vector = torch.cos(torch.arange(self.dim, dtype=m[0].dtype, device=m[0].device))
+        vector = vector.expand(m[0].shape[0], self.dim).unsqueeze(2)
+        tiny = torch.finfo(vector.dtype).tiny
+        for _ in range(_ITERATIONS):
+            length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+            vector = self.apply(m, vector / length.clamp(min=tiny))
+        norm: Tensor = torch.linalg.vector_norm(vector, dim=(1, 2)).sqrt()
+        return norm
+
+    def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
+        """Eigenvalues ``[G, dim]`` of ``A``, and its eigenvectors as parts.
+
+        Without an eigenbasis in the class all values are their mean.
+        """
+        return self.statistic_trace(A).unsqueeze(1).expand(-1, self.dim), ()
+
+    def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
+        """The symmetric matrix with these eigenvalues ``[G, dim]`` and eigenvectors."""
+        eye = self.identity(values.shape[0], values.dtype, values.device)
+        scale = values.mean(1)
+        return tuple(part * scale.reshape(-1, *[1] * (part.ndim - 1)) for part in eye)
+
+
+@dataclass(frozen=True)
+class Decomposable(Structure):
+    """A structure that holds the eigenvectors and the inverse of its symmetric matrices.
+
+    Its statistic is ``A`` itself, restricted to the support.
+    """
+
+    has_eigenbasis: ClassVar[bool] = True
+
+    @property
+    def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of every part of the eigenvectors; by default that of ``K``."""
+        return self.shapes
+
+    @abstractmethod
+    def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
+        """Eigenvalues ``[G, dim]`` of ``A``, and its eigenvectors as parts."""
+
+    @abstractmethod
+    def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
+        """The symmetric matrix with these eigenvalues ``[G, dim]`` and eigenvectors."""
+
+    @abstractmethod
+    def inverse(self, A: Parts, shift: Tensor) -> Parts:
+        """``(A + shift I)^-1`` for ``shift [G]``, by Cholesky factors.
+
+        Raises:
+            torch.linalg.LinAlgError: If a shifted matrix is not positive definite.
+        """
+
+    @abstractmethod
+    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
+        """``Q X`` or ``Q^T X`` for ``X [G, dim, columns]``; eigenvectors or a symmetric matrix."""
+
+    def statistic_trace(self, A: Parts) -> Tensor:
+        """Trace of ``A`` divided by ``dim``."""
+        return self.trace(A)
