@@ -6,6 +6,7 @@ the root. Only names are read, nothing is imported or run.
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,8 +83,8 @@ def violations(source: str, file: str) -> list[str]:
         words = [word for word in words if isinstance(word, str)]
         if "import_module" in words or "__import__" in words:
             found.append("a dynamic import hides from this check")
-        if any(map(HOOK.fullmatch, words)) and file != "tnkfac/curvature/capture.py":
-            found.append("hooks belong in curvature/capture.py")
+        if any(map(HOOK.fullmatch, words)) and not file.startswith("tnkfac/curvature/capture/"):
+            found.append("hooks belong in curvature/capture")
     return found
 
 
@@ -116,12 +117,83 @@ def test_no_module_is_named_like_an_export(file: str) -> None:
     assert exports(path.read_text(encoding="utf-8"), file) & modules == set()
 
 
+FLOORS = {
+    "einsum": ["", "operations", "crs", "drawing"],
+    "curvature": ["moments", "structures", "layers", "capture", "estimators"],
+    "optim": ["params", "report", "distributed", "rules", "step"],
+}
+"""Folders of each room: one imports those on its left only, and files beside them as they need."""
+MOST_MODULES = 14
+
+
+def modules() -> dict[str, str]:
+    """File of every module, by its dotted name."""
+    return {
+        file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): file for file in FILES
+    }
+
+
+def imported(file: str) -> set[str]:
+    """Modules of the package that a file imports, wherever it does."""
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found |= {full if full in known else node.module} & known.keys()
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & known.keys()
+    return found
+
+
+def folder(module: str) -> tuple[str, str]:
+    """Room and folder of a module; the folder is empty for files beside the folders."""
+    parts = modules()[module].split("/")[1:-1]
+    return (parts[0] if parts else "", parts[1] if len(parts) > 1 else "")
+
+
+@pytest.mark.parametrize("room_name", ["curvature", "optim"])
+def test_a_folder_imports_those_on_its_left(room_name: str) -> None:
+    order = FLOORS[room_name]
+    for module, file in modules().items():
+        here, place = folder(module)
+        if here != room_name or not place:
+            continue
+        for other in imported(file):
+            there, level = folder(other)
+            if there == here and level:
+                assert order.index(level) <= order.index(place), (module, other)
+
+
+def test_folders_are_those_of_the_table() -> None:
+    found = {folder(module) for module in modules()}
+    assert {place for here, place in found if here in FLOORS and place} == {
+        place for places in FLOORS.values() for place in places if place
+    }
+
+
+def test_no_circle_of_imports() -> None:
+    """Not inside of functions, either."""
+    left = {module: imported(file) - {module} for module, file in modules().items()}
+    while leaves := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in leaves:
+            del left[module]
+    assert not left, sorted(left)
+
+
+def test_a_folder_holds_few_modules_and_no_name_comes_twice() -> None:
+    names = [file.rsplit("/", 1) for file in FILES if not file.endswith("__init__.py")]
+    assert max(Counter(place for place, *_ in names).values()) <= MOST_MODULES
+    twice = Counter(name[-1] for name in names if name[-1] != "__main__.py")
+    assert [name for name, count in twice.items() if count > 1] == []
+
+
 SNIPPETS = [  # file under tnkfac/, source, number of violations
     ("einsum/plans.py", "import torch, opt_einsum\nfrom .network import Leg, _check", 0),
     ("einsum/network.py", "import torch.nn", 1),
     ("einsum/network.py", "if TYPE_CHECKING:\n    from torch import Tensor", 1),
     ("einsum/functional.py", "def f():\n    from opt_einsum import contract_path", 1),
-    ("curvature/capture.py", "import opt_einsum", 1),
+    ("curvature/capture/tap.py", "import opt_einsum", 1),
     ("einsum/views.py", "from tnkfac.curvature import dense", 1),
     ("einsum/views.py", "from ..curvature.dense import Dense", 1),
     ("einsum/views.py", "import tnkfac", 1),
@@ -140,7 +212,7 @@ SNIPPETS = [  # file under tnkfac/, source, number of violations
     ("__init__.py", "from .curvature.dense import _dense", 1),
     ("__main__.py", "from tnkfac.optim import KFAC", 0),
     ("other.py", "from tnkfac.optim import KFAC", 1),
-    ("curvature/capture.py", "module.register_forward_hook(f)", 0),
+    ("curvature/capture/tap.py", "module.register_forward_hook(f)", 0),
     ("curvature/dense.py", "tensor.register_hook(f)", 1),
     ("curvature/dense.py", "getattr(module, 'register_full_backward_hook')(f)", 1),
     ("optim/kfac.py", "from torch.nn.modules.module import register_module_forward_hook", 1),

@@ -174,7 +174,7 @@ def test_squares_are_summed_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", KNOWN)
 def test_supported_layers_need_no_loop_over_samples(name: str) -> None:
     """Also normalisation: one backward pass per class, and one to check the first sample."""
-    from tnkfac.curvature.capture import recording
+    from tnkfac.curvature.capture.recording import recording
     from tnkfac.curvature.estimators.jacobian_rows import SampleRows, owners, trainable
 
     model, data = make(name)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import tnkfac
 from oracles.compare import assert_close, relative_error
 from tnkfac.einsum import crs
-from tnkfac.einsum.crs import convolution
+from tnkfac.einsum.crs import sampled_convolution
 
 FLOAT64 = torch.float64
 TOLERANCE = 1e-12
@@ -145,7 +145,7 @@ def drawing(bits: Sequence[int]) -> Iterator[None]:
         return numbers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "uniform", uniform)
+        patch.setattr(sampled_convolution, "uniform", uniform)
         yield
 
 
@@ -506,7 +506,7 @@ def test_checkpointing_repeats_masks_of_a_generator(passes: int) -> None:
     assert_same(found[1], found[0])
     del losses, loss
     gc.collect()
-    assert len(convolution._pending) == 0
+    assert len(sampled_convolution._pending) == 0
 
 
 def test_reentrant_checkpoint_with_a_generator() -> None:

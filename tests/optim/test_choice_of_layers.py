@@ -409,7 +409,7 @@ def test_the_warning_points_at_the_caller() -> None:
 @pytest.mark.parametrize(
     ("patterns", "skipped"),
     [(["^0$"], set()), (["Sequential"], set()), (["0\\."], {"0.0", "0.2"}), (["Tanh"], set())],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_patterns_find_layers_alone(patterns: list[str], skipped: set[str]) -> None:
     """As in kfac-pytorch, modules that contain others are no layers."""

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from oracles.loops import assert_same_state, assert_same_weights, mlp_batch, squares
 from oracles.optimizers import EVERY_CURVATURE
 from tnkfac import KFAC
-from tnkfac.curvature.resets import Resets
+from tnkfac.curvature.capture.resets import Resets
 
 Reset = Callable[[], None]
 Run = Callable[[Tensor], Tensor]

@@ -1,9 +1,10 @@
 """Curvature of layers: Kronecker factors, structures, and how statistics are captured."""
 
-from tnkfac.curvature.accumulate import Factors, LossAverage, Statistics
 from tnkfac.curvature.callers import warn
-from tnkfac.curvature.capture import FirstForward, Tap, attach, output_shapes
-from tnkfac.curvature.discover import Owner, find_owners, root_of
+from tnkfac.curvature.capture.owners import Owner, find_owners, root_of
+from tnkfac.curvature.capture.recording import output_shapes
+from tnkfac.curvature.capture.statistics import Factors, LossAverage, Statistics
+from tnkfac.curvature.capture.tap import FirstForward, Tap, attach
 from tnkfac.curvature.estimators.diagonals import diagonal
 from tnkfac.curvature.estimators.fisher import kfac
 from tnkfac.curvature.estimators.kronecker import Kronecker

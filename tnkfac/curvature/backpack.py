@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.capture import recording
+from tnkfac.curvature.capture.recording import recording
 from tnkfac.curvature.estimators.data import check_model, predict, undisturbed
 from tnkfac.curvature.estimators.diagonals import diagonal
 from tnkfac.curvature.estimators.fisher import kfac

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.capture import silenced
+from tnkfac.curvature.capture.tap import silenced
 from tnkfac.curvature.precision import FullPrecision
 
 Data = Iterable[Any]

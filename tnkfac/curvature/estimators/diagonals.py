@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.capture import recording
+from tnkfac.curvature.capture.recording import recording
 from tnkfac.curvature.estimators.data import (
     Data,
     batches,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.callers import warn
-from tnkfac.curvature.capture import Call, gradients, recording
+from tnkfac.curvature.capture.recording import Call, gradients, recording
 from tnkfac.curvature.estimators.data import (
     Data,
     batches,

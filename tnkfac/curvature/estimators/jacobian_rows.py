@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tnkfac.curvature.capture import Call, gradients
+from tnkfac.curvature.capture.recording import Call, gradients
 from tnkfac.curvature.estimators.data import check_dependence
 from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.moments.second_moment import accumulation_dtype

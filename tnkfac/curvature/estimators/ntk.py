@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature.capture import recording
+from tnkfac.curvature.capture.recording import recording
 from tnkfac.curvature.estimators.data import (
     Data,
     batches,

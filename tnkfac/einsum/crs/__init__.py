@@ -17,7 +17,7 @@ is saved is memory, not time: the gradients of input and weight are two calls, w
 backward pass makes one.
 """
 
-from tnkfac.einsum.crs.convolution import conv
 from tnkfac.einsum.crs.modules import Handle, apply
+from tnkfac.einsum.crs.sampled_convolution import conv
 
 __all__ = ["Handle", "apply", "conv"]

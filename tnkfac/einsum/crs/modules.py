@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnkfac.einsum.crs.convolution import conv
+from tnkfac.einsum.crs.sampled_convolution import conv
 from tnkfac.einsum.crs.samples import check_generator, fractions_below_one
 
 _STOCK: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

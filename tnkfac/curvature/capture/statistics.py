@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from tnkfac.curvature.capture.resets import Resets, handing
 from tnkfac.curvature.eigenbasis import second_moments
 from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.moments.second_moment import Approx, accumulation_dtype
-from tnkfac.curvature.resets import Resets, handing
 from tnkfac.curvature.structures import Decomposable, Parts, Structure, resolve_structure
 
 LossTerms = Callable[..., float]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature.forward import REPLACED_FORWARD
 from tnkfac.curvature.layers import LAYERS, STOCK, layer_type
+from tnkfac.curvature.layers.stock_forward import REPLACED_FORWARD
 
 
 @dataclass(frozen=True)

@@ -121,3 +121,11 @@ def _reaches(node: Any, wanted: Any) -> bool:
 
 def _arguments(node: Any) -> Iterator[Any]:
     return (before for before, _ in node.next_functions if before is not None)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Detached, dense, and of no subclass."""
+    if type(tensor) is not Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor = tensor.detach().as_subclass(Tensor)
+    return (tensor if tensor.layout is torch.strided else tensor.to_dense()).detach()

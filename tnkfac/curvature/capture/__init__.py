@@ -1,0 +1,1 @@
+"""Seeing what passes through layers: the only folder that registers hooks."""
