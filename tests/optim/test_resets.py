@@ -55,6 +55,12 @@ IN_PLACE: dict[str, Callable[[nn.Module], None]] = {
     "zeros assigned": each(assign_zeros),
     "another optimizer": other_optimizer,
 }
+UNNOTICED: dict[str, Callable[[nn.Module], None]] = {
+    "zero_ of data": each(lambda p: p.grad.data.zero_()),
+    "data assigned": each(lambda p: setattr(p.grad, "data", torch.zeros_like(p))),
+    "NumPy": each(lambda p: p.grad.numpy().fill(0)),
+}
+"""No version of a gradient tells of these."""
 TO_NONE: dict[str, Callable[[nn.Module], None]] = {
     "model.zero_grad": lambda model: model.zero_grad(),
     "None assigned": each(assign_none),
@@ -170,6 +176,16 @@ def test_gradients_reset_in_place(kind: str, loop: Callable[..., None]) -> None:
 def test_every_way_to_reset(name: str, loop: Callable[..., None]) -> None:
     way = {**IN_PLACE, **TO_NONE}[name]
     assert_as_zero_grad("SINGD dense", loop, way, name in TO_NONE)
+
+
+@pytest.mark.parametrize("loop", [sam, dropped, late])
+@pytest.mark.parametrize("name", UNNOTICED)
+@pytest.mark.parametrize("kind", EVERY_CURVATURE)
+def test_resets_that_autograd_does_not_count(
+    kind: str, name: str, loop: Callable[..., None]
+) -> None:
+    """Zero gradients contradict inputs and output gradients that are not."""
+    assert_as_zero_grad(kind, loop, UNNOTICED[name], False)
 
 
 class Reused(nn.Module):

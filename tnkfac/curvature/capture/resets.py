@@ -3,7 +3,8 @@
 ``zero_grad`` of an optimizer drops statistics with the gradients, but others reset gradients, too,
 and tell nobody: by None or in place. The version of a gradient, which every change in place counts
 up, tells where to look: a gradient as a backward pass has left it was not reset. One that was
-changed since (clipped, unscaled, reduced) was reset if nothing of it is left.
+changed since (clipped, unscaled, reduced) was reset if nothing of it is left. Changes by way of
+``.data`` or NumPy are not counted; on the host, a look at the numbers tells.
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ class Resets:
             self._seen,
             (self._seen[0], self._seen[1] + 1),
         )
+
+    @property
+    def between_passes(self) -> bool:
+        """Whether a pass that has added to what was collected has also added to gradients."""
+        task = torch._C._current_graph_task_id()
+        return task == -1 or task != self._task
 
     @property
     def on_host(self) -> bool:

@@ -348,13 +348,25 @@ class Statistics:
 
     def drop_stale(self) -> None:
         """Drop what was collected if the gradients of the same passes were reset since."""
-        if not self.pending or not self._resets.changed:
+        if not self.pending:
             return
-        if self._resets.gone or (self._resets.on_host and self._resets.all_zero()):
+        resets = self._resets
+        if not resets.changed:
+            self._drop_unnoticed()
+            return
+        if resets.gone or (resets.on_host and resets.all_zero()):
             self.clear()
-        elif not self._resets.on_host:
+        elif not resets.on_host:
             self._drop_on_device()
-        self._resets.mark()
+        resets.mark()
+
+    def _drop_unnoticed(self) -> None:
+        """The same for changes that no version tells of, as by way of ``.data`` or NumPy."""
+        resets = self._resets
+        if self.chosen_passes or not resets.on_host or not resets.between_passes:
+            return
+        if self._is_contradicted():
+            self.clear()
 
     def _drop_on_device(self) -> None:
         """The same where gradients cannot be read without waiting."""
@@ -375,12 +387,17 @@ class Statistics:
         """
         if not self.pending:
             return False
-        counts, resets = self.sums()[-1], self._resets
-        unsure = counts is self._doubtful and counts._version == 0  # nothing came since
-        if unsure or resets.gone or (resets.on_host and resets.changed and self._is_contradicted()):
+        resets = self._resets
+        stale = resets.changed and (resets.gone or (resets.on_host and self._is_contradicted()))
+        if stale or self._is_unsure():
             self.clear()
             return False
         return True
+
+    def _is_unsure(self) -> bool:
+        """Whether nothing came since what there is may have been dropped on a device."""
+        doubtful = self._doubtful
+        return doubtful is not None and self.sums()[-1] is doubtful and doubtful._version == 0
 
     def _is_contradicted(self) -> bool:
         """Whether gradients are all zero that should not be."""
