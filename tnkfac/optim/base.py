@@ -385,12 +385,14 @@ class CurvatureOptimizer(Keeping):
 
     def _set_taps(self) -> None:
         """Switch taps on where the next step is to update factors, and off elsewhere."""
+        state = self.state
         for layer in self._registry.layers:
             group = layer.group
             if group is None or self._paused:
                 layer.statistics.on = False
                 continue
-            layer.statistics.on = self._last_update(layer) < self._due_since(layer, group)
+            last = mark(state, layer, "last_update")
+            layer.statistics.on = last < self._due_since(layer, group)
             self._share_state(layer, group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -54,20 +54,24 @@ class Keeping(Stacking, Optimizer):
     # ---------------------------------------------------------------- making
 
     def _ensure_state(self) -> None:
+        state = self.state
         for layer in self._registry.layers:
             if not layer.statistics.bound:
                 continue
-            group, state = layer.group, self.state.get(layer.weight, {})
-            measured = layer.weight.grad is not None or layer.statistics.pending
-            if measured and "last_update" not in state:
-                self.state[layer.weight].update(self._layer_state(layer, group))
-            for param in layer.params():
-                if param.grad is not None:
-                    _complete(self.state[param], param, group)
+            weight, bias, group = layer.weight, layer.bias, layer.group
+            has_gradient = weight.grad is not None
+            if has_gradient or layer.statistics.pending:
+                own = state[weight]
+                if "last_update" not in own:
+                    own.update(self._layer_state(layer, group))
+                if has_gradient:
+                    _complete(own, weight, group)
+            if bias is not None and bias.grad is not None:
+                _complete(state[bias], bias, group)
         for other in self._registry.others:
-            if other.param.grad is not None and not self.state.get(other.param):
+            if other.param.grad is not None and not state.get(other.param):
                 group = other.group
-                self.state[other.param].update(fallback.init_state(other.param, group))
+                state[other.param].update(fallback.init_state(other.param, group))
 
     def _layer_state(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
         state = self._init_layer(layer, group)
@@ -145,13 +149,14 @@ class Keeping(Stacking, Optimizer):
 
     def _naturals(self, layers: list[CapturedLayer], matrices: list[Tensor]) -> list[Tensor]:
         """Precondition the gradient matrices of several layers, in the processes that can."""
-        kept = [i for i, la in enumerate(layers) if self._has_factors(la) and self._plan.keeps(la)]
+        measured = [self._has_factors(layer) for layer in layers]
+        kept = [i for i, la in enumerate(layers) if measured[i] and self._plan.keeps(la)]
         mine = super()._naturals([layers[i] for i in kept], [matrices[i] for i in kept])
         known = dict(zip(kept, mine, strict=True))
         found, copies = [], []
         for i, layer in enumerate(layers):
             row = self._plan.row(layer)
-            if not self._has_factors(layer):
+            if not measured[i]:
                 natural = matrices[i].clone()
             elif len(row) > 1:
                 natural = known[i].contiguous() if i in known else torch.empty_like(matrices[i])

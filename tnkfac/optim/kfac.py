@@ -320,7 +320,9 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
         def averaged(name: str, new: Parts) -> Parts:
             old = read(state, name, len(new))
-            return tuple(o.lerp(n.to(o.dtype), 1 - decay) for o, n in zip(old, new, strict=True))
+            if old[0].dtype != new[0].dtype:  # the model was cast
+                new = tuple(part.to(old[0].dtype) for part in new)
+            return tuple(o.lerp(n, 1 - decay) for o, n in zip(old, new, strict=True))
 
         new = {"A": averaged("A", found.A), "B": averaged("B", found.B)}
         new["factor_weight"] = averaged("factor_weight", (torch.ones_like(found.counts[0]),))
@@ -358,10 +360,13 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
 
     def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
         decomposer = decomposer_of(layers[0], group)
-        weight = self.state[layers[0].weight]["factor_weight"]
-        dtype = torch.promote_types(inverse_dtype(weight.dtype, group), torch.float32)
+        states = [self.state[layer.weight] for layer in layers]
+        kind = inverse_dtype(states[0]["factor_weight"].dtype, group)
+        dtype = torch.promote_types(kind, torch.float32)
         kept = {
-            name: joined([read(self.state[la.weight], name, count, dtype) for la in layers])
+            name: tuple(
+                part.to(dtype) for part in joined([read(state, name, count) for state in states])
+            )
             for name, count in decomposer.counts.items()
         }
         update = decomposer.precondition(kept, gradients.to(dtype), damping_of(group))

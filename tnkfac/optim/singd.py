@@ -216,9 +216,9 @@ class SINGD(CurvatureOptimizer):
 
     def _due_since(self, layer: CapturedLayer, group: Group) -> int:
         """A start that is but a multiple of the identity is followed by frequent updates."""
-        step: int = group["step"]
-        T = group["T"](step) if callable(group["T"]) else group["T"]
-        if self._last_update(layer) >= 0 and _starts_roughly(layer, group):
+        if _starts_roughly(layer, group) and self._last_update(layer) >= 0:
+            step: int = group["step"]
+            T = group["T"](step) if callable(group["T"]) else group["T"]
             start = max(0, mark(self.state, layer, "first_update"))  # older files lack it
             if step < start + T:
                 return step
@@ -227,7 +227,8 @@ class SINGD(CurvatureOptimizer):
     def _advance(self, updated: list[CapturedLayer]) -> None:
         for layer in updated:
             group = layer.group
-            if self._last_update(layer) < 0 and "first_update" in self.state[layer.weight]:
+            starts = _starts_roughly(layer, group) and self._last_update(layer) < 0
+            if starts and "first_update" in self.state[layer.weight]:  # older files lack it
                 set_mark(self.state, layer, "first_update", group["step"])
         super()._advance(updated)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class Registry:
         self.others: list[Uncaptured] = []
         self._roots: list[weakref.ref[nn.Module]] = []
         self._unmatched = Unmatched()
+        self._sorted: list[Tensor] = []
+        self._groups: list[Group] = []
 
     def spell_out(self, params: Any) -> list[Any]:
         """List what may hold parameters, remembering the module that it comes from.
@@ -76,12 +79,16 @@ class Registry:
             owner, params, owners, lambda p: group_of[id(p)], state, taken, before
         )
         self.layers += layers
+        self._sorted, self._groups = [], []
         if owners:
             self._unmatched.check(groups, owners, roots)
         return bool(owners)
 
     def link(self, groups: list[Group]) -> bool:
         """Tell every parameter its group; tell whether all are still those that were sorted."""
+        listed = [param for group in groups for param in group["params"]]
+        if _are(listed, self._sorted) and _are(groups, self._groups):
+            return True
         group_of = by_parameter(groups)
         if group_of.keys() != {id(param) for param in self.params()}:
             return False
@@ -91,6 +98,7 @@ class Registry:
                 layer.bias_group = group_of[id(layer.bias)]
         for other in self.others:
             other.group = group_of[id(other.param)]
+        self._sorted, self._groups = listed, list(groups)
         return True
 
     def drop_departed(self, groups: list[Group]) -> None:
@@ -155,6 +163,11 @@ class Registry:
             yield from layer.named()
         for other in self.others:
             yield other.name, other.param
+
+
+def _are(these: list[Any], those: list[Any]) -> bool:
+    """Whether two lists have the very same entries."""
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def by_parameter(groups: list[Group]) -> dict[int, Group]:

@@ -90,8 +90,8 @@ class Notices:
         causes: dict[str, list[str]] = {}
         for layer in due:
             if (
-                mark(state, layer, "last_update") < 0
-                and not layer.statistics.pending
+                not layer.statistics.pending
+                and mark(state, layer, "last_update") < 0
                 and layer.weight.grad is not None
                 and id(layer.weight) not in self._silent
             ):
