@@ -131,18 +131,25 @@ class CurvatureOptimizer(Keeping):
 
         Pruning, growing and resets replace parameters and move states; restarts empty them.
         """
-        if self._registry.link(self.param_groups):
-            layers = self._registry.layers
-            rests = (la for la in layers if not la.statistics.on and not self._has_factors(la))
-            if any(True for _ in rests):
-                self._read_marks()
+        if self._regroup():
             return
+        state = self.state
+        for layer in self._registry.layers:
+            if not layer.statistics.on and "last_update" not in state.get(layer.weight, ()):
+                self._read_marks()
+                return
+
+    def _regroup(self) -> bool:
+        """Take up what was changed by hand in ``param_groups`` alone; tell whether anything was."""
+        if self._registry.link(self.param_groups):
+            return False
         self._registry.drop_departed(self.param_groups)
         before = {id(layer) for layer in self._registry.layers}
         self._sort()
         for layer in self._registry.layers:
             if id(layer) not in before:
                 self._drop_misfit(layer)
+        return True
 
     def _search_module(self, module: nn.Module) -> bool:
         """Look for layers in a module that is about to run; tell whether there are any."""
@@ -214,7 +221,7 @@ class CurvatureOptimizer(Keeping):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._catch_up()
+        self._regroup()  # an emptied state is taken up in the end
         due = [layer for layer in self._registry.layers if layer.statistics.on]
         self._processes.look(self._registry.params, bool(due))
         self._notices.check_processes(self._processes.overlooked, self._registry, due)

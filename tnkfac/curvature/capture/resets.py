@@ -43,6 +43,12 @@ class Resets:
             self._task = task
             torch.autograd.Variable._execution_engine.queue_callback(self.mark)
 
+    def mark_pass(self) -> None:
+        """Both, at the first of the calls of a pass: gradients come when all have been there."""
+        if torch._C._current_graph_task_id() != self._task:
+            self.mark()
+            self.mark_after_pass()
+
     @property
     def gone(self) -> bool:
         """Whether gradients were set to None."""

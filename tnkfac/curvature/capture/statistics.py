@@ -223,8 +223,6 @@ class Statistics:
             terms: Loss terms of this call if a callable told them.
             draws: Number of passes through this call that have counted; None for all to count.
         """
-        if not torch.compiler.is_compiling():
-            self._begins()
         if draws is not None:
             if not self._heard:
                 self.seen = NOT_SAMPLED
@@ -330,15 +328,15 @@ class Statistics:
         """Say that nothing can be measured any more; the step takes this up."""
         self.refused = why
 
-    def _begins(self) -> None:
+    def begins(self) -> None:
         """A backward pass is about to add to what was collected."""
         if self.chosen_passes:
             if not self._heard:
                 self._resets.mark_after_pass()
             return
-        self.drop_stale()
-        self._resets.mark()  # as they are at all calls of this pass
-        self._resets.mark_after_pass()
+        if self.pending:
+            self.drop_stale()
+        self._resets.mark_pass()
 
     def arrives(self) -> None:
         """A compiled backward pass has ended, and is about to add to what was collected."""

@@ -90,9 +90,9 @@ class _EagerCall(_TracedCall):
         weight: Tensor,
         version: int,
     ) -> None:
-        super().__init__(tap.statistics, layer, shape, terms)
+        self.statistics, self.layer, self.shape, self.terms = tap.statistics, layer, shape, terms
         self.tap, self.weight, self.version = tap, weight, version
-        self.draws = [0] if self.statistics.chosen_passes else None
+        self.draws = [0] if tap.statistics.chosen_passes else None
 
     def backward(self, ctx: Any, g: Tensor) -> tuple[Tensor, ...] | None:
         statistics = self.statistics
@@ -104,6 +104,7 @@ class _EagerCall(_TracedCall):
             self.tap.copies = True
             statistics.spoil(CHANGED_INPUT)
             return None
+        statistics.begins()
         with without_autocast(g.device.type), FullPrecision(g.device):
             measured = self.measure(found[0], plain(found[1]), plain(g))
         if measured is None or torch._C._will_engine_execute_node(statistics.sink):
@@ -198,7 +199,7 @@ class Tap:
         if not compiling and torch._C._is_tracing():  # before anything that a trace would record
             return None
         weight = module._parameters.get("weight")
-        if isinstance(weight, nn.Parameter) and not weight.requires_grad:
+        if weight is not None and not weight.requires_grad and isinstance(weight, nn.Parameter):
             return None
         if compiling:
             return self._trace(module, weight, args, kwargs, output)

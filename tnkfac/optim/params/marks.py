@@ -28,10 +28,11 @@ def mark(state: State, layer: CapturedLayer, name: str) -> int:
     kept: Tensor | None = own.get(name) if own else None
     if kept is None:
         return -1
-    tensor, version, value = layer.seen.get(name, (None, 0, 0))
-    if tensor is not kept or kept.is_inference() or version != kept._version:
-        value = int(kept)
-        _remember(layer, name, kept, value)
+    seen = layer.seen.get(name)
+    if seen is not None and seen[0] is kept and seen[1] == kept._version:
+        return seen[2]
+    value = int(kept)
+    _remember(layer, name, kept, value)
     return value
 
 
