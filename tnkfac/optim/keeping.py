@@ -81,15 +81,14 @@ class Keeping(Stacking, Optimizer):
         return state
 
     def _drop_misfit(self, layer: CapturedLayer) -> None:
-        """Let go of the curvature of another shape, which was handed on to a new weight."""
-        state = self.state.get(layer.weight, {})
+        """Start the curvature anew that was handed on to a new weight, and has another shape."""
         if not self._has_factors(layer) or not layer.statistics.bound:
             return
-        fresh = self._init_layer(layer, layer.group)
+        group, state = layer.group, self.state[layer.weight]
+        fresh = self._init_layer(layer, group)
         fits = [key in state and state[key].shape == part.shape for key, part in fresh.items()]
         if self._plan.keeps(layer) and not all(fits):
-            for key in (*fresh, "last_update"):
-                state.pop(key, None)
+            state.update(self._layer_state(layer, group))
             self._read_marks()
 
     # ---------------------------------------------------------------- placing
@@ -320,7 +319,7 @@ class Keeping(Stacking, Optimizer):
             saved: Its groups; those of older versions captured all tied weights.
             before: The groups before loading.
         """
-        contradicts = self._registry.contradicts(self.state)
+        contradicts = self._registry.contradicts(self.state, self.param_groups)
         if checkpoint.chooses_alike(self.param_groups, before) and not contradicts:
             return
         for group, own in zip(self.param_groups, saved, strict=True):

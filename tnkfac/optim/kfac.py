@@ -396,8 +396,10 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         """Decompositions that are missing are made anew."""
         super()._restore(saved, before)
         for layer in self._registry.layers:
-            state, group = self.state.get(layer.weight), layer.group
-            if state and self._plan.keeps(layer) and not any(map(_is_derived, state)):
+            if not self._has_factors(layer) or not self._plan.keeps(layer):
+                continue
+            state, group = self.state[layer.weight], layer.group
+            if not any(map(_is_derived, state)):
                 fresh = self._init_layer(layer, group)
                 state.update({key: value for key, value in fresh.items() if _is_derived(key)})
                 set_mark(self.state, layer, "last_inverse", -1)

@@ -235,9 +235,11 @@ class SINGD(CurvatureOptimizer):
     def _share_state(self, layer: CapturedLayer, group: Group) -> None:
         statistics = layer.statistics
         if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
-            state = self.state.get(layer.weight)
-            pair = load(layer, state, ("K", "C")) if state else None
-            statistics.use(None if pair is None else (pair[0], pair[1]))
+            if not self._has_factors(layer):
+                statistics.use(None)
+                return
+            K, C = load(layer, self.state[layer.weight], ("K", "C"))
+            statistics.use((K, C))
 
     def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
         statistics, weight = layer.statistics, layer.weight

@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
 from tnkfac.optim.options import Group
+from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.scaling import Scaling
 from tnkfac.optim.params.sharding import fully_sharded, is_distributed
 from tnkfac.optim.params.skipping import skipped
@@ -126,15 +127,12 @@ def sort(
         if group["capture_embeddings"]:
             found = _with_embeddings(found)
         reason = _refusal(weight, found, sharded, group) or skipped(found, group)
-        begun = state.get(weight)
-        if reason is None and begun and "last_update" not in begun:
+        if reason is None and begun_by_fallback(state.get(weight, {}), group):
             reason = _BEGUN
         if reason is not None:
             reasons[key] = reason
             continue
-        bias, why = _joint_bias(weight, found, by_id, done, owners, group_of)
-        if bias is not None and "exp_avg" in state.get(bias, ()):
-            bias, why = None, _BEGUN
+        bias, why = _joint_bias(weight, found, by_id, done, owners, group_of, state)
         bias_group = group if bias is None else group_of(bias)
         layers.append(_capture(owner, weight, bias, found, group, bias_group))
         done |= {id(param) for param in layers[-1].params()}
@@ -204,6 +202,7 @@ def _joint_bias(
     done: set[int],
     owners: dict[int, list[Owner]],
     group_of: Callable[[Tensor], Group],
+    state: Mapping[Tensor, Any],
 ) -> tuple[Tensor | None, str]:
     """The bias that is trained together with the weight, or why there is none."""
     biases = [o.module._parameters.get("bias") for o in found if o.refusal is None]
@@ -212,14 +211,33 @@ def _joint_bias(
         return None, "its weight is shared by layers with other biases"
     if bias is None:
         return None, ""
-    if not weight.requires_grad:
-        return None, "its weight was frozen when the optimizer was built"
-    if not bias.requires_grad:
-        return None, "it was frozen when the optimizer was built"
     if id(bias) not in by_id or id(bias) in done:
+        if not (weight.requires_grad and bias.requires_grad):
+            return None, _frozen(weight)
         return None, "it is not trained together with its weight"
+    own = state.get(bias, {})
+    if "exp_avg" in own:
+        return None, _BEGUN
+    if not begun_in_layer(own, group_of(bias)):
+        module = next(entry.module for entry in found if entry.refusal is None)
+        row = _row_for_bias(state.get(weight), module, group_of(weight))
+        if row is False:
+            return None, "its weight was measured without it"
+        if row is None and not (weight.requires_grad and bias.requires_grad):
+            return None, _frozen(weight)
     why = skipped(owners[id(bias)], group_of(bias))
     return (bias, "") if why is None else (None, why)
+
+
+def _row_for_bias(state: Any, module: nn.Module, group: dict[str, Any]) -> bool | None:
+    return has_row_for_bias(state, describe(module), group) if state else None
+
+
+def _frozen(weight: Tensor) -> str:
+    """Why a bias of which one is frozen is not trained together with its weight."""
+    return (
+        f"{'it' if weight.requires_grad else 'its weight'} was frozen when the optimizer was built"
+    )
 
 
 def _lonely(owner: Owner, by_id: dict[int, Tensor], reasons: dict[int, str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tnkfac.curvature import find_owners, root_of
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, sort
+from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.skipping import Unmatched
 
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
@@ -134,13 +135,17 @@ class Registry:
         self.close()
         self.layers, self.others = [], []
 
-    def contradicts(self, state: dict[Tensor, Any]) -> bool:
-        """Whether a state is that of another choice of layers."""
-        trained = [(layer.weight, True) for layer in self.layers]
-        trained += [(other.param, False) for other in self.others]
-        return any(
-            state.get(param) and ("last_update" in state[param]) != captured
-            for param, captured in trained
+    def contradicts(self, state: dict[Tensor, Any], groups: list[Group]) -> bool:
+        """Whether a state is that of another choice of layers, or of their biases.
+
+        Args:
+            state: State of the optimizer.
+            groups: Its parameter groups.
+        """
+        group_of = by_parameter(groups)
+        others = ((state.get(other.param, {}), other.param) for other in self.others)
+        return any(begun_in_layer(own, group_of[id(param)]) for own, param in others) or any(
+            _is_of_another(layer, state, group_of[id(layer.weight)]) for layer in self.layers
         )
 
     def close(self) -> None:
@@ -173,3 +178,16 @@ def _are(these: list[Any], those: list[Any]) -> bool:
 def by_parameter(groups: list[Group]) -> dict[int, Group]:
     """The group of every parameter, by ``id``."""
     return {id(param): group for group in groups for param in group["params"]}
+
+
+def _is_of_another(layer: CapturedLayer, state: dict[Tensor, Any], group: Group) -> bool:
+    """Whether a state is one of the fallback, or of the layer with or without its bias."""
+    own = state.get(layer.weight, {})
+    if begun_by_fallback(own, group):
+        return True
+    if layer.bias is not None and "exp_avg" in state.get(layer.bias, {}):
+        return True
+    row = None
+    if layer.statistics.bound:
+        row = has_row_for_bias(own, layer.statistics.layer, group)
+    return row is not None and row != (layer.bias is not None)
