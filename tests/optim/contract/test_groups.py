@@ -37,36 +37,51 @@ def options_of_a_group_win(make: Make) -> None:
     assert (two["lr"], two["weight_decay"]) == (0.125, 0.0)
 
 
-@behaviour
-def a_group_steps_by_its_own_lr(make: Make) -> None:
+SPLITS: dict[str, tuple[str, ...]] = {
+    "a layer": ("first.weight", "first.bias"),
+    "biases": ("first.bias", "norm.bias"),
+    "no layer": ("norm.weight", "norm.bias", "scale"),
+}
+
+
+def split(model: nn.Module, names: tuple[str, ...]) -> list[list[nn.Parameter]]:
+    """Parameters of these names, and all others."""
+    named = list(model.named_parameters())
+    return [[p for name, p in named if (name in names) == chosen] for chosen in (True, False)]
+
+
+@behaviour.over(SPLITS)
+def a_group_steps_by_its_own_lr(make: Make, case: tuple[str, ...]) -> None:
     """A learning rate of zero rests one group only; doubling it doubles its first step."""
     steps = []
     for lr in (0.0, 0.01, 0.02):
         model = tiny()
-        first, rest = halves(model)
+        first, rest = split(model, case)
         before = weights(model)
         optimizer = make([{"params": first, "lr": lr}, {"params": rest}], lr=0.01)
         fit(model, optimizer, batches(0, 1))
         steps.append({name: p - before[name] for name, p in weights(model).items()})
     for name, step in steps[1].items():
-        scale = 1 if name not in ("first.weight", "first.bias") else 0
+        scale = 0 if name in case else 1
         torch.testing.assert_close(steps[0][name], scale * step, rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(steps[2][name], (2 - scale) * step, rtol=1e-9, atol=1e-15)
 
 
-@behaviour
-def a_group_decays_by_its_own_weight_decay(make: Make) -> None:
+@behaviour.over(SPLITS)
+def a_group_decays_by_its_own_weight_decay(make: Make, case: tuple[str, ...]) -> None:
     """It changes the first step of its own parameters only, towards zero."""
     models = []
     for decay in (0.0, 0.5):
         model = tiny()
-        first, rest = halves(model)
+        for p in model.parameters():
+            p.data += 0.25  # none is zero
+        first, rest = split(model, case)
         groups = [{"params": first, "weight_decay": decay}, {"params": rest}]
         fit(model, make(groups, lr=0.01, weight_decay=0.0), batches(0, 1))
         models.append(model)
     without, decayed = map(weights, models)
-    assert moved(models[1], without) == {"first.weight", "first.bias"}
-    assert decayed["first.weight"].norm() < without["first.weight"].norm()
+    assert moved(models[1], without) == set(case)
+    assert all(decayed[name].norm() < without[name].norm() for name in case)
 
 
 @behaviour
