@@ -1,6 +1,7 @@
 """torch's contract: groups of parameters, and hyper-parameters."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,21 +51,31 @@ def split(model: nn.Module, names: tuple[str, ...]) -> list[list[nn.Parameter]]:
     return [[p for name, p in named if (name in names) == chosen] for chosen in (True, False)]
 
 
-@behaviour.over(SPLITS)
-def a_group_steps_by_its_own_lr(make: Make, case: tuple[str, ...]) -> None:
-    """A learning rate of zero rests one group only; doubling it doubles its first step."""
+def assert_steps_by_its_own_lr(make: Make, case: tuple[str, ...], kind: Any) -> None:
     steps = []
     for lr in (0.0, 0.01, 0.02):
         model = tiny()
         first, rest = split(model, case)
         before = weights(model)
-        optimizer = make([{"params": first, "lr": lr}, {"params": rest}], lr=0.01)
+        optimizer = make([{"params": first, "lr": kind(lr)}, {"params": rest}], lr=kind(0.01))
         fit(model, optimizer, batches(0, 1))
         steps.append({name: p - before[name] for name, p in weights(model).items()})
     for name, step in steps[1].items():
         scale = 0 if name in case else 1
         torch.testing.assert_close(steps[0][name], scale * step, rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(steps[2][name], (2 - scale) * step, rtol=1e-9, atol=1e-15)
+
+
+@behaviour.over(SPLITS)
+def a_group_steps_by_its_own_lr(make: Make, case: tuple[str, ...]) -> None:
+    """A learning rate of zero rests one group only; doubling it doubles its first step."""
+    assert_steps_by_its_own_lr(make, case, float)
+
+
+@behaviour.over(SPLITS)
+def a_group_steps_by_its_own_tensor(make: Make, case: tuple[str, ...]) -> None:
+    """The same where learning rates are tensors."""
+    assert_steps_by_its_own_lr(make, case, partial(torch.tensor, dtype=torch.float64))
 
 
 @behaviour.over(SPLITS)
