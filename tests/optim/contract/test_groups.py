@@ -81,18 +81,19 @@ def a_group_steps_by_its_own_tensor(make: Make, case: tuple[str, ...]) -> None:
 @behaviour.over(SPLITS)
 def a_group_decays_by_its_own_weight_decay(make: Make, case: tuple[str, ...]) -> None:
     """It changes the first step of its own parameters only, towards zero."""
-    models = []
-    for decay in (0.0, 0.5):
-        model = tiny()
-        for p in model.parameters():
-            p.data += 0.25  # none is zero
-        first, rest = split(model, case)
-        groups = [{"params": first, "weight_decay": decay}, {"params": rest}]
-        fit(model, make(groups, lr=0.01, weight_decay=0.0), batches(0, 1))
-        models.append(model)
-    without, decayed = map(weights, models)
-    assert moved(models[1], without) == set(case)
-    assert all(decayed[name].norm() < without[name].norm() for name in case)
+    for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
+        models = []
+        for decay in (0.0, 0.5):
+            model = tiny()
+            for p in model.parameters():
+                p.data += 0.25  # none is zero
+            first, rest = split(model, case)
+            groups = [{"params": first, "weight_decay": decay}, {"params": rest}]
+            fit(model, make(groups, lr=lr, weight_decay=0.0), batches(0, 1))
+            models.append(model)
+        without, decayed = map(weights, models)
+        assert moved(models[1], without) == set(case)
+        assert all(decayed[name].norm() < without[name].norm() for name in case)
 
 
 @behaviour
