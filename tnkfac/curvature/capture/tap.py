@@ -233,8 +233,11 @@ class Tap:
         if obstacle is None:
             x = args[0] if args else kwargs["input"]
             if type(x) is not Tensor and _has_own_dispatch(x):
-                obstacle = _opaque("input", x)
-            elif not (x.numel() and output.numel()):
+                if hasattr(x, "trigger_wait"):  # of a collective, which the layer has waited for
+                    x = x.trigger_wait()
+                else:
+                    obstacle = _opaque("input", x)
+            if obstacle is None and not (x.numel() and output.numel()):
                 obstacle = EMPTY
         if obstacle is not None:
             statistics.seen = obstacle or statistics.seen
