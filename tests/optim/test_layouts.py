@@ -230,3 +230,36 @@ def test_gradients_assigned_by_hand(name: str, layout: str) -> None:
             optimizer.step()
     for ours, expected in zip(assigned[0].parameters(), control[0].parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10)
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a sign that is yet to be applied": lambda t: torch._neg_view(-t),
+    "complex": lambda t: torch.complex(t, t.flip(0)),
+    "conjugated": lambda t: torch.complex(t, -t.flip(0)).conj(),
+    "complex columns of a wider one": lambda t: torch.complex(
+        torch.cat([t, t], 1), torch.cat([t, t], 1)
+    )[:, : t.shape[1]],
+}
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_a_skip_on_the_device_respects_numbers(numbers: str, control: str, skips: bool) -> None:
+    """Whatever the gradient is made of, a flag that is one leaves everything as it is."""
+    options, torchs = CONTROLS[control]
+    gradient = NUMBERS[numbers](torch.arange(1.0, 25.0).view(4, 6))
+    start = torch.ones(4, 6, dtype=gradient.dtype)
+    ours, theirs = held([start.clone()]), held([start.clone()])
+    (group,) = OPTIMIZERS["SINGD dense"](
+        ours.parameters(), lr=0.01, weight_decay=0.1, fallback=control, **options
+    ).param_groups
+    states = [fallback.init_state(ours[0], group)]
+    reference = torchs(theirs.parameters())
+    for turn in range(3):
+        ours[0].grad, theirs[0].grad = gradient, gradient.clone()
+        skipped = skips and turn == 1
+        fallback.update(list(ours), states, group, torch.tensor(float(skipped)))
+        if not skipped:
+            reference.step()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-6)

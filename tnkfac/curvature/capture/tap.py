@@ -308,8 +308,7 @@ class Tap:
     def _called(self, module: nn.Module, weight: Tensor) -> Layer | None:
         """The layer as it is called now; None if its factors would have another shape."""
         layer = self.layer
-        if layer is None:  # lazy modules know their shape only now
-            return self.describe(module)
+        assert layer is not None  # since every call begins with it
         if layer.has_geometry and (found := geometry(module)) != self._geometry:
             layer = layer.called(hashable(found))
         if id(weight) != self._weight_id and layer.weight_shape != tuple(weight.shape):

@@ -1,7 +1,8 @@
-"""Layers of equal shape, whose matrices are stacked: products and decompositions of all at once.
+"""Batches of layers: products, updates and decompositions of many matrices at once.
 
 Every part of a structured matrix has the channel groups ``G`` in front; the groups of several
-layers are as independent as those of one.
+layers are as independent as those of one. So layers of equal shape are stacked, and diagonals of
+whatever sizes lie end to end.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def mark(state: State, layer: CapturedLayer, name: str) -> int:
     Args:
         state: State of the optimizer.
         layer: The layer.
-        name: ``"last_update"`` or ``"last_inverse"``.
+        name: ``"first_update"``, ``"last_update"`` or ``"last_inverse"``.
     """
     own = state.get(layer.weight)
     kept: Tensor | None = own.get(name) if own else None

@@ -41,6 +41,11 @@ def _single(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _real(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts as numbers of their own, which share its memory."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def update(
     params: list[Tensor], states: list[State], group: dict[str, Any], skip: Tensor | None = None
 ) -> None:
@@ -66,13 +71,20 @@ def update(
         grads = [grad for _, grad, _ in entries]
         owns = [own for _, _, own in entries]
         single = [_single(whole) for whole in wholes]
-        if alike or skip is None:
+        if skip is None or (alike and not single[0].is_complex()):
             _update(single, grads, owns, group, skip, alike)
         else:  # only a fused kernel can skip a step without waiting for the device
             single = [param.contiguous() for param in single]
-            grads = [grad.contiguous() for grad in grads]
+            grads = [grad.resolve_conj().resolve_neg().contiguous() for grad in grads]
             compact = [{key: value.contiguous() for key, value in own.items()} for own in owns]
-            _update(single, grads, compact, group, skip, True)
+            _update(
+                [_real(param) for param in single],
+                [_real(grad) for grad in grads],
+                [{key: _real(value) for key, value in own.items()} for own in compact],
+                group,
+                skip,
+                True,
+            )
             for own, new in zip(owns, compact, strict=True):
                 torch._foreach_copy_(list(own.values()), list(new.values()))
         changed = [i for i, whole in enumerate(wholes) if whole is not single[i]]
