@@ -29,8 +29,7 @@ from tnkfac import KFAC, SINGD
 from tnkfac.optim.distributed import reduction
 from tnkfac.optim.distributed.assignment import Plan, update_cost
 from tnkfac.optim.distributed.buckets import BUCKET
-from tnkfac.optim.params.checkpoint import ON_HOST
-from tnkfac.optim.refresh import DERIVED
+from tnkfac.optim.params.state import ON_HOST
 
 RESULTS = Path(__file__).parent / "results"
 INTERVAL = 10
@@ -107,7 +106,6 @@ def simulate(
         workers: How many keep the preconditioner of a layer.
     """
     layers = [layer for layer in optimizer._registry.layers if layer.statistics.bound]
-    group = optimizer.param_groups[0]
     plan = Plan(world)
     costs = [
         update_cost(la.statistics.layer.groups, (la.statistics.k, la.statistics.c)) for la in layers
@@ -118,11 +116,15 @@ def simulate(
     gathered = [0.0] * world
     for layer in layers:
         own, place = layer.statistics, plan.place(layer)
-        state = optimizer._init_layer(layer, group)
+        state = optimizer._runner.fresh(layer)
         size = {k: v.numel() * v.element_size() for k, v in state.items() if k not in ON_HOST}
         item = layer.weight.element_size()
         statistics += item * (own.layer.groups * (_sent(own.k) + _sent(own.c)) + 3)
-        sent = sum(v for k, v in size.items() if name == "SINGD" or k.split(".")[0] in DERIVED)
+        sent = sum(
+            v
+            for k, v in size.items()
+            if name == "SINGD" or k.split(".")[0] in optimizer.rule.derived
+        )
         natural = item * own.layer.groups * own.k.dim * own.c.dim
         if place.owner is not None and len(place.keepers) > 1:
             shared += sent

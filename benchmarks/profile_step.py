@@ -30,6 +30,7 @@ import tnkfac
 from tnkfac import curvature
 from tnkfac.curvature.moments import position_sums
 from tnkfac.optim import base
+from tnkfac.optim.rules import runner
 from tnkfac.optim.step import pipeline
 
 CLASSES = 100
@@ -76,16 +77,15 @@ def parts_named() -> Iterator[None]:
         _named(curvature.Tap, "__call__", PARTS[1]),
         _named(curvature.Statistics, "measure", PARTS[3]),
         _named(base, "non_finite", PARTS[4]),
-        _named(tnkfac.SINGD, "_update_factors", PARTS[5]),
+        _named(runner.RuleRunner, "update", PARTS[5]),
         _named(pipeline, "scaled_gradients", PARTS[6]),
         _named(pipeline.triton_step, "sized_gradients", PARTS[6]),
-        _named(tnkfac.SINGD, "_scalings", PARTS[6]),
-        _named(tnkfac.SINGD, "_naturals", PARTS[6]),
-        _named(pipeline.apply, "step_many", PARTS[7]),
-        _named(pipeline.apply, "step_sized", PARTS[7]),
-        _named(pipeline.row_chunks, "norm", PARTS[6]),
-        _named(pipeline.row_chunks, "step_large", PARTS[7]),
-        _named(pipeline, "_step_layer", PARTS[7]),
+        _named(runner.RuleRunner, "diagonals", PARTS[6]),
+        _named(runner.RuleRunner, "precondition", PARTS[6]),
+        _named(pipeline, "graft_", PARTS[7]),
+        _named(pipeline, "apply_", PARTS[7]),
+        _named(pipeline.elementwise, "norm", PARTS[6]),
+        _named(pipeline.elementwise, "step_large", PARTS[7]),
         _named(base, "step_others", PARTS[7]),
     ]
     try:

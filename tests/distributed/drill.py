@@ -45,7 +45,7 @@ def main(folder: Path, kind: str, name: str, fatal: int) -> None:
         first = checkpoints.load(newest, model, optimizer, schedule=schedule, step=0)["step"]
     for step in range(first, STEPS):
         if step == fatal and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and rank == 1:
-            optimizer._move = die
+            optimizer._step_params = die
         x, y = (torch.chunk(t, world)[rank] for t in batch(step, 8))
         optimizer.zero_grad()
         value = loss(model(x), y) + 1e-3 * torch.rand(())  # drawn, so that generators count

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tnkfac import KFAC, SINGD
 from tnkfac.optim import base, keeping
 from tnkfac.optim.distributed import buckets, reduction
-from tnkfac.optim.params import checkpoint
+from tnkfac.optim.params import state as states
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SINGD": (SINGD, {"T": 2}),
@@ -308,7 +308,7 @@ def kept_bytes(optimizer: Any) -> int:
     found = 0
     for layer in optimizer._registry.layers:
         state = optimizer.state[layer.weight]
-        names = [k for k in state if k not in ("momentum_buffer", *checkpoint.ON_HOST)]
+        names = [k for k in state if k not in ("momentum_buffer", *states.ON_HOST)]
         found += sum(state[name].numel() * state[name].element_size() for name in names)
     return found
 
@@ -389,7 +389,7 @@ def a_decomposition_that_fails_is_reported_by_all() -> None:
         for step in range(2):
             train(model, optimizer, "KFAC", step, even(8), 1)
         layer = next(la for la in optimizer._registry.layers if la.name == "mix")
-        if optimizer._plan.keeps(layer):
+        if optimizer._runner.placing.plan.keeps(layer):
             optimizer.state[layer.weight]["A"][:] = float("nan")
         with pytest.warns(UserWarning, match="mix.weight could not be decomposed"):
             train(model, optimizer, "KFAC", 2, even(8), 1)
@@ -444,7 +444,7 @@ def what_placements_send_is_what_the_formula_says() -> None:
             train(model, optimizer, "SINGD", step, even(8), 1)
             expected = 0
             for layer in optimizer._registry.layers:
-                own, plan = layer.statistics, optimizer._plan
+                own, plan = layer.statistics, optimizer._runner.placing.plan
                 sides = own.layer.groups * (own.k.dim**2 + own.c.dim**2)
                 if due and workers > 1 and plan.place(layer).owner == dist.get_rank():
                     expected += 2 * sides  # K, C and their momenta

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tnkfac import KFAC, SINGD
-from tnkfac.optim.params.sharding import local
+from tnkfac.optim.params.sharding import local_shard
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SINGD": (SINGD, {"T": 2, "weight_decay": 0.1}),
@@ -203,7 +203,7 @@ def tensor_parallel_parameters_use_the_fallback() -> None:
     texts = [str(w.message) for w in caught if "tensor parallelism" in str(w.message)]
     assert len(texts) == 1
     assert texts[0].startswith("0.weight, 0.bias, 2.weight, 2.bias: ")
-    before = [local(p).clone() for p in model.parameters()]
+    before = [local_shard(p).clone() for p in model.parameters()]
     for step in range(4):
         torch.manual_seed(step)
         x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
@@ -215,8 +215,8 @@ def tensor_parallel_parameters_use_the_fallback() -> None:
     assert optimizer.skipped_updates == 1
     assert optimizer._processes.count == 1
     for old, param in zip(before, model.parameters(), strict=True):
-        assert not torch.equal(old, local(param))
-        assert local(param).isfinite().all()
+        assert not torch.equal(old, local_shard(param))
+        assert local_shard(param).isfinite().all()
     assert optimizer.report()[0].last_update == 2
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from oracles.loops import fit, state_by_name, weights
 from oracles.zoo import AllLayers, all_layers_batch, fixed_weights
 from tnkfac import KFAC, SINGD
-from tnkfac.curvature import fast, plain_path
+from tnkfac.curvature import plain_path, switch
 from tnkfac.optim import base
-from tnkfac.optim.step import apply, pipeline, row_chunks
+from tnkfac.optim.step import apply, elementwise, grafting, pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -74,7 +74,7 @@ def test_the_fast_path_equals_the_plain_one(name: str, frozen: bool) -> None:
     cls, options = CASES[name]
     model, optimizer = trained(cls, options, frozen)
     with plain_path():
-        assert not fast()
+        assert switch.plain
         twin, other = trained(cls, options, frozen)
     low = "half" in name
     close: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3} if low else {"rtol": 1e-9, "atol": 1e-12}
@@ -91,13 +91,13 @@ def test_the_fast_path_equals_the_plain_one(name: str, frozen: bool) -> None:
 def test_the_fast_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the comparison above compares two paths."""
     seen: list[int] = []
-    known = apply.step_many
+    known = pipeline.scaled_gradients
 
-    def counted(chosen: Any, *args: Any) -> None:
-        seen.append(len(chosen))
-        known(chosen, *args)
+    def counted(scaled: Any) -> Any:
+        seen.append(len(scaled))
+        return known(scaled)
 
-    monkeypatch.setattr(pipeline.apply, "step_many", counted)
+    monkeypatch.setattr(pipeline, "scaled_gradients", counted)
     _, optimizer = trained(SINGD, {"structures": "diagonal"})
     assert seen == [len(optimizer._registry.layers)] * 7
     seen.clear()
@@ -123,15 +123,15 @@ def test_layers_taken_by_rows_equal_the_plain_path(
     name: str, block: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As large ones are; here all of them are large."""
-    monkeypatch.setattr(row_chunks, "BLOCK", block)
+    monkeypatch.setattr(elementwise, "BLOCK", block)
     taken: list[str] = []
-    known = row_chunks.step_large
+    known = elementwise.step_large
 
-    def counted(layer: Any, *args: Any) -> bool:
-        taken.append(layer.name)
-        return known(layer, *args)
+    def counted(scaled: Any, *args: Any) -> bool:
+        taken.append(scaled[0].name)
+        return known(scaled, *args)
 
-    monkeypatch.setattr(row_chunks, "step_large", counted)
+    monkeypatch.setattr(elementwise, "step_large", counted)
     cls, options = CASES[name]
     model, _ = trained(cls, options, frozen)
     assert taken
@@ -146,7 +146,7 @@ def test_a_large_gradient_that_is_not_finite_is_skipped(
     T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is found out after factors were updated, which may stand: their statistics are finite."""
-    monkeypatch.setattr(row_chunks, "BLOCK", 7)
+    monkeypatch.setattr(elementwise, "BLOCK", 7)
     model = fixed_weights(AllLayers())
     optimizer = SINGD(model.parameters(), structures="diagonal", T=T)
     fit(model, optimizer, [all_layers_batch(seed) for seed in range(2)])
@@ -155,7 +155,7 @@ def test_a_large_gradient_that_is_not_finite_is_skipped(
     x, y = all_layers_batch(2)
     optimizer.zero_grad()
     (model(x) - y).square().mean().backward()
-    large = next(la.weight for la in optimizer._registry.layers if row_chunks.suits(la))
+    large = next(la.weight for la in optimizer._registry.layers if elementwise.is_large(la))
     large.grad.view(-1)[-1] = float("inf")  # by the loop: statistics are finite
     optimizer.step()
     assert optimizer.skipped_updates == 1
@@ -183,7 +183,7 @@ def test_large_gradients_are_not_read_to_see_that_they_are_finite(
         seen.append({tensor.data_ptr() for tensor in listed})
         return known(listed)
 
-    monkeypatch.setattr(row_chunks, "BLOCK", 7)
+    monkeypatch.setattr(elementwise, "BLOCK", 7)
     monkeypatch.setattr(base, "non_finite", counted)
     for options, guarded in (({}, False), ({"grafting": None}, True), ({"kl_clip": 1e-3}, True)):
         model = fixed_weights(AllLayers())
@@ -191,7 +191,7 @@ def test_large_gradients_are_not_read_to_see_that_they_are_finite(
         x, y = all_layers_batch(0)
         (model(x) - y).square().mean().backward()
         optimizer.step()
-        weight = next(la.weight for la in optimizer._registry.layers if row_chunks.suits(la))
+        weight = next(la.weight for la in optimizer._registry.layers if elementwise.is_large(la))
         assert (weight.grad.data_ptr() in seen[-1]) == guarded, options
 
 
@@ -280,7 +280,7 @@ def test_tensors_that_do_not_fit_together_go_the_plain_way(change: str) -> None:
 @pytest.mark.parametrize("size", [1e25, 1e-25, 0.0, 1.0])
 def test_norms_of_huge_and_tiny_updates(size: float) -> None:
     """Squares of these overflow or vanish in float32."""
-    found = apply._host_norms([torch.full((4, 9), size), torch.ones(3)])
+    found = grafting._host_norms([torch.full((4, 9), size), torch.ones(3)])
     assert found == pytest.approx([6 * size, 3**0.5], rel=1e-6)
 
 

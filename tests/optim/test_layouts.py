@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oracles.loops import fit, squares
 from oracles.optimizers import OPTIMIZERS
 from tnkfac.optim.step import fallback
-from tnkfac.optim.step.grafting import share_layout
+from tnkfac.optim.step.fallback import share_layout
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),

@@ -111,17 +111,17 @@ def test_a_restarted_layer_is_measured_at_the_next_step(method: str, pending: bo
     spoil(model, optimizer)
     state = optimizer.state[model.up.weight]
     if not pending:  # a decomposition that is due for another reason
-        state["last_inverse"].fill_(-1)
+        state["last_refresh"].fill_(-1)
     train(model, optimizer, 5, 1)
     restarted = {key: state[key].clone() for key in ("A", "factor_weight", "last_update")}
-    assert int(restarted["last_update"]) == int(state["last_inverse"]) == -1
+    assert int(restarted["last_update"]) == int(state["last_refresh"]) == -1
     assert float(restarted["factor_weight"]) == 0.0
     assert not bool(restarted["A"].any())
     row = next(row for row in optimizer.report() if row.name == "up.weight")
     assert (row.last_update, row.failures) == (None, 1)
     step = optimizer.param_groups[0]["step"]
     train(model, optimizer, 6, 1)
-    assert int(state["last_update"]) == int(state["last_inverse"]) == step
+    assert int(state["last_update"]) == int(state["last_refresh"]) == step
     assert int(state["failures"]) == 0
     assert float(state["factor_weight"]) > 0.0
     others = optimizer.state[model.conv.weight]

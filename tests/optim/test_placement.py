@@ -10,7 +10,7 @@ from torch import nn
 
 from tnkfac import KFAC, SINGD, KFACPreconditioner
 from tnkfac.optim.distributed.assignment import Place, Plan, assign, workers
-from tnkfac.optim.params.checkpoint import ON_HOST
+from tnkfac.optim.params.state import ON_HOST
 
 
 @pytest.mark.parametrize(

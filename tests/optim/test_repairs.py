@@ -11,7 +11,7 @@ from oracles.loops import dense_factor, fit, squares
 from oracles.zoo import mlp
 from tnkfac import KFAC, KFACPreconditioner
 from tnkfac.curvature import Decomposable, resolve_structure
-from tnkfac.optim.params.parts import store
+from tnkfac.optim.params.state import pack
 from tnkfac.optim.rules.decompositions import METHODS, Decomposer
 
 WAYS = [(method, damping) for method, types in METHODS.items() for damping in types]
@@ -251,5 +251,5 @@ def test_helpers_agree() -> None:
         structure = resolve_structure(name, 14)
         matrix = rank_deficient(14, 5, 1.0, 0)
         state: dict[str, Tensor] = {}
-        store(state, "A", parts_of(structure, matrix))
+        state.update(pack("A", parts_of(structure, matrix)))
         assert torch.equal(dense_factor(state, "A")[0], restricted(structure, matrix))

@@ -12,7 +12,7 @@ from tnkfac import KFAC, SINGD
 from tnkfac.curvature import grad_factor, input_factor
 from tnkfac.curvature.layers import describe
 from tnkfac.curvature.structures import resolve_structure
-from tnkfac.optim.kfac import CLASSIC, UNTUNED
+from tnkfac.optim.rules.kfac_rule import CLASSIC, UNTUNED
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

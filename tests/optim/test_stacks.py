@@ -82,19 +82,24 @@ def test_what_goes_together(cls: Any) -> None:
     """So the comparison above compares something."""
     _, optimizer = trained(cls, {"structures": "dense"})
     layers = optimizer._registry.layers
-    assert params_batches.stacked(layers, lambda layer: None) == [[0, 1], [2], [3, 4, 5]]
-    assert params_batches.stacked(layers, id) == [[i] for i in range(6)]
+    state = optimizer.state
+    assert params_batches.stacks(layers, state) == [[0, 1], [2], [3, 4, 5]]
     with plain_path():
-        assert params_batches.stacked(layers, lambda layer: None) == [[i] for i in range(6)]
+        assert params_batches.stacks(layers, state) == [[i] for i in range(6)]
+    kept = next(key for key in state[layers[3].weight] if key in ("K", "A"))
+    state[layers[3].weight][kept] = state[layers[3].weight][kept].bfloat16()
+    assert params_batches.stacks(layers, state) == [[0, 1], [2], [3], [4, 5]]
+    layers[0].group = dict(layers[0].group)
+    assert params_batches.stacks(layers, state) == [[0], [1], [2], [3], [4, 5]]
 
 
 def test_stacks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     _, optimizer = trained(SINGD, {"structures": "dense"})
     layers = optimizer._registry.layers[3:]
     monkeypatch.setattr(params_batches, "TOGETHER", 2 * (7 * 7 + 6 * 6))
-    assert params_batches.stacked(layers, lambda layer: None) == [[0, 1], [2]]
+    assert params_batches.stacks(layers, optimizer.state) == [[0, 1], [2]]
     monkeypatch.setattr(params_batches, "SMALL", 80)
-    assert params_batches.stacked(layers, lambda layer: None) == [[0], [1], [2]]
+    assert params_batches.stacks(layers, optimizer.state) == [[0], [1], [2]]
 
 
 @pytest.mark.filterwarnings("error")
@@ -154,4 +159,4 @@ def test_numbers_that_are_lost_in_float32_are_found_in_float64(
         assert state["Q_A"].isfinite().all()
         assert state["Q_A"].dtype == torch.float32
         assert int(state["failures"]) == 0
-        assert int(state["last_inverse"]) == 1
+        assert int(state["last_refresh"]) == 1

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from oracles.singd_reference import mean_trace, project
 from oracles.zoo import STRUCTURES
-from tnkfac.curvature import describe, preconditioner, stationary_points
+from tnkfac.curvature import describe
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.curvature.structures.diagonal import Diagonal
+from tnkfac.optim.rules import singd_start
 from tnkfac.optim.rules.singd_rule import singd_update
 
 ARGUMENTS: dict[str, Any] = {"alpha1": 0.0, "kfac_like": False, "normalize": False}
@@ -90,9 +91,9 @@ def test_starts_are_found_in_a_few_iterations(monkeypatch: pytest.MonkeyPatch) -
         A = torch.rand(1 + place % 3, 5 + place, dtype=torch.float64).pow(1 + 3 * place)
         B = torch.rand(1 + place % 3, 3 + place, dtype=torch.float64) * 10.0 ** (place - 6)
         problems.append((Diagonal(5 + place), Diagonal(3 + place), (A,), (B,)))
-    expected = [stationary_points([problem], 0.1)[0] for problem in problems]
-    monkeypatch.setattr(preconditioner, "_ITERATIONS", 12)
-    for found, one in zip(stationary_points(problems, 0.1), expected, strict=True):
+    expected = [singd_start.stationary_points([problem], 0.1)[0] for problem in problems]
+    monkeypatch.setattr(singd_start, "_ITERATIONS", 12)
+    for found, one in zip(singd_start.stationary_points(problems, 0.1), expected, strict=True):
         for (actual,), (wanted,) in zip(found, one, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=0)
 

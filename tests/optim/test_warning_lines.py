@@ -43,8 +43,8 @@ def with_broken_factors(model: Any, optimizer: Any) -> None:
         group["inv_update_steps"] = 1
     squares(model(x), y).backward()
     for state in inner.state.values():
-        if "last_inverse" in state:
-            state["last_inverse"].fill_(-1)
+        if "last_refresh" in state:
+            state["last_refresh"].fill_(-1)
 
 
 def plainly(model: Any, optimizer: Any) -> None:

@@ -14,7 +14,6 @@ from tnkfac.curvature.explanation import explain
 from tnkfac.curvature.factors import grad_factor, input_factor
 from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.precision import FullPrecision
-from tnkfac.curvature.preconditioner import Preconditioner, stationary_points
 from tnkfac.curvature.structures import (
     Decomposable,
     Matrices,
@@ -25,7 +24,7 @@ from tnkfac.curvature.structures import (
     check_structure,
     resolve_structure,
 )
-from tnkfac.curvature.switch import fast, plain_path
+from tnkfac.curvature.switch import plain_path
 from tnkfac.curvature.triton_check import trusted
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "Matrices",
     "Owner",
     "Parts",
-    "Preconditioner",
     "RaggedDiagonal",
     "Statistics",
     "Structure",
@@ -50,7 +48,6 @@ __all__ = [
     "describe",
     "diagonal",
     "explain",
-    "fast",
     "find_owners",
     "grad_factor",
     "gram",
@@ -62,7 +59,6 @@ __all__ = [
     "plain_path",
     "resolve_structure",
     "root_of",
-    "stationary_points",
     "trusted",
     "warn",
 ]

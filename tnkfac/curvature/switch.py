@@ -6,20 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_plain = os.environ.get("TNKFAC_PLAIN", "0") not in ("", "0")
-
-
-def fast() -> bool:
-    """Whether layers are stepped and updated many at a time."""
-    return not _plain
+plain = os.environ.get("TNKFAC_PLAIN", "0") not in ("", "0")
+"""Whether every layer is stepped and updated by itself."""
 
 
 @contextmanager
 def plain_path() -> Iterator[None]:
     """Inside, every layer is stepped and updated by itself; so is it with ``TNKFAC_PLAIN=1``."""
-    global _plain
-    before, _plain = _plain, True
+    global plain
+    before, plain = plain, True
     try:
         yield
     finally:
-        _plain = before
+        plain = before

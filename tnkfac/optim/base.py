@@ -1,56 +1,85 @@
-"""What SINGD and KFAC share: groups, layers, schedule, the step, checkpoints."""
+"""The optimizer around a rule: groups, layers, schedule, the step, checkpoints."""
 
 from __future__ import annotations
 
 import weakref
-from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
 
 from tnkfac.curvature import FirstForward, FullPrecision
-from tnkfac.optim import options
-from tnkfac.optim.distributed.assignment import Plan
+from tnkfac.optim import checkpoint, options
+from tnkfac.optim.distributed.assignment import Placement
 from tnkfac.optim.distributed.reduction import Processes
 from tnkfac.optim.finite import SkippedUpdates, Verdicts, either, loss_scale, non_finite
-from tnkfac.optim.keeping import Keeping
 from tnkfac.optim.options import Group
+from tnkfac.optim.params import state as states
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.marks import mark, set_mark
 from tnkfac.optim.params.registry import Registry, by_parameter
-from tnkfac.optim.params.scaling import Scaling
-from tnkfac.optim.report.diagnostics import Diagnostics, Spectra, diagnose
+from tnkfac.optim.params.scaling import Diagonals
+from tnkfac.optim.params.state import has_curvature, mark, set_mark
+from tnkfac.optim.report.diagnostics import Diagnostics, diagnose
 from tnkfac.optim.report.notices import Notices
 from tnkfac.optim.report.summary import Report, summarize
-from tnkfac.optim.step.deferred_check import DeferredCheck
+from tnkfac.optim.rules.rule import Rule
+from tnkfac.optim.rules.runner import RuleRunner
+from tnkfac.optim.step import fallback
+from tnkfac.optim.step.elementwise import DeferredCheck
 from tnkfac.optim.step.pipeline import step_layers, step_others
 from tnkfac.optim.uncompiled import uncompiled
 
+_OTHER_KEYS = (
+    "params",
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_lr",
+    "step",
+    "last_due",
+    "last_refresh_due",
+    "fallback_options",
+)
+"""Keys of groups that are no hyper-parameters."""
 
-class CurvatureOptimizer(Keeping):
-    """Base of optimizers that precondition layers and train every other parameter by a fallback.
 
-    A subclass says which state a layer has and how statistics and gradients use it.
+class CurvatureOptimizer(Optimizer):
+    """Preconditions layers by a rule, and trains every other parameter by a fallback.
+
+    A subclass has a ``rule`` and passes on its hyper-parameters, in the easiest case all that it
+    is given::
+
+        class Mine(CurvatureOptimizer):
+            rule = MyRule()
+
+    Args:
+        params: Parameters, named parameters, parameter groups, or a ``torch.nn.Module``.
+        grad_scaler: The ``GradScaler`` in use, if it does not call ``step`` itself.
+        process_group: The processes that average gradients by hand, if any.
+        **given: Hyper-parameters of the rule; all others have the defaults of its table.
+
+    Raises:
+        TypeError: For a hyper-parameter of the wrong type, or an unknown one.
+        ValueError: For a hyper-parameter out of range, or no parameters.
     """
 
-    _counters: ClassVar[tuple[str, ...]] = ("step", "last_due")
+    rule: Rule
 
     def __init__(
-        self, params: Any, defaults: Group, grad_scaler: Any = None, process_group: Any = "auto"
+        self, params: Any, *, grad_scaler: Any = None, process_group: Any = "auto", **given: Any
     ) -> None:
-        """Sort the parameters and put taps on their layers.
-
-        Args:
-            params: Parameters, named parameters, parameter groups, or a module.
-            defaults: Hyper-parameters of groups that do not set them.
-            grad_scaler: The ``GradScaler`` in use, if it does not call ``step`` itself.
-            process_group: The processes that average gradients by hand, if any.
-        """
+        """See the class."""
+        for name in given:
+            if name not in self.rule.options and name != "fallback_options":
+                options.refuse_unknown(name, self.rule.options)
+        defaults = self.rule.complete(given)
+        self.rule.check(defaults, defaults)
         self._prepare(grad_scaler, process_group)
         listed = self._registry.spell_out(params)
         if not listed:
@@ -62,7 +91,7 @@ class CurvatureOptimizer(Keeping):
     def _prepare(self, grad_scaler: Any = None, process_group: Any = "auto") -> None:
         """Set what is neither state nor a group."""
         self._ready = False
-        self._registry = Registry()
+        self._registry: Registry = Registry(self.rule.needs)
         self._grad_scaler = grad_scaler
         self._skipped = SkippedUpdates()
         self._verdicts = Verdicts()
@@ -70,8 +99,9 @@ class CurvatureOptimizer(Keeping):
         self._search: FirstForward | None = None
         self._notices = Notices()
         self._processes = Processes(process_group)
-        self._plan = Plan()
+        self._runner = RuleRunner(self.rule, self._processes)
         self._excluded = self._paused = False
+        self._found_inf: Tensor | None = None
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; layers among them are found like those of the constructor.
@@ -92,18 +122,23 @@ class CurvatureOptimizer(Keeping):
         params = [params] if isinstance(params, Tensor) else self._registry.spell_out(params)
         group["params"] = params
         options.warn_near_misses(group, {*self.defaults, *_OTHER_KEYS})
-        self._check_group({**self.defaults, **group}, group)
+        self.rule.check({**self.defaults, **group}, group)
         group.setdefault("base_lr", float(group.get("lr", self.defaults["lr"])))
-        for counter in self._counters:
+        counters = ("step", "last_due", *(("last_refresh_due",) if self.rule.derived else ()))
+        for counter in counters:
             group.setdefault(counter, 0)
         super().add_param_group(group)
         if self._ready:
             self._sort()
 
     def _sort(self) -> None:
-        found = self._registry.sort(self, self.param_groups, self.state)
-        self._read_marks()
-        if not found and self._search is None:
+        """Find the layers among all parameters that are not sorted yet."""
+        known = {id(layer) for layer in self._registry.layers}
+        has_modules = self._registry.sort(self, self.param_groups, self.state)
+        self._follow_state()
+        new = [layer for layer in self._registry.layers if id(layer) not in known]
+        self.rule.choose_structures(new, self._registry, self.param_groups, self.state)
+        if not has_modules and self._search is None:
             self._search = FirstForward(self, "_search_module")
         for other in self._registry.others:
             group = other.group
@@ -124,7 +159,7 @@ class CurvatureOptimizer(Keeping):
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self.__dict__["state"] = state
         if self.__dict__.get("_ready"):
-            self._read_marks()
+            self._follow_state()
 
     def _catch_up(self) -> None:
         """Take up what was changed by hand in ``param_groups`` and in ``state``.
@@ -136,7 +171,7 @@ class CurvatureOptimizer(Keeping):
         state = self.state
         for layer in self._registry.layers:
             if not layer.statistics.on and "last_update" not in state.get(layer.weight, ()):
-                self._read_marks()
+                self._follow_state()
                 return
 
     def _regroup(self) -> bool:
@@ -159,46 +194,6 @@ class CurvatureOptimizer(Keeping):
         self._registry.remember(module)
         self._sort()
         return True
-
-    # ---------------------------------------------------------------- what subclasses say
-
-    @abstractmethod
-    def _check_group(self, group: Group, given: Group) -> None:
-        """Check all hyper-parameters of a group; bring those in ``given`` to their stored form."""
-
-    @abstractmethod
-    def _update_layers(
-        self,
-        layers: list[CapturedLayer],
-        group: Group,
-        scale: Tensor | float,
-        keep: Tensor | None,
-    ) -> None:
-        """Take the pending statistics of a stack of layers into their states."""
-
-    def _scales(self, layer: CapturedLayer) -> bool:
-        """Whether the preconditioner of a layer scales each number of a gradient."""
-        return False
-
-    def _scalings(self, layers: list[CapturedLayer]) -> list[Scaling | None]:
-        """Preconditioner of every layer where that is so."""
-        return [None] * len(layers)
-
-    @abstractmethod
-    def _spectra(self, layer: CapturedLayer) -> Spectra | None:
-        """Eigenvalues of the damped factors of a layer, or None where others keep them."""
-
-    @abstractmethod
-    def _is_due(self, group: Group, step: int) -> bool:
-        """Whether factors are to be updated at a step."""
-
-    def _due_since(self, layer: CapturedLayer, group: Group) -> int:
-        """Factors of a layer are to be measured if they were last updated before this step."""
-        due: int = group["last_due"]
-        return due
-
-    def _share_state(self, layer: CapturedLayer, group: Group) -> None:
-        """Hand the statistics what they need of the state of a layer."""
 
     # ---------------------------------------------------------------- the step
 
@@ -223,33 +218,37 @@ class CurvatureOptimizer(Keeping):
                 loss = closure()
         self._regroup()  # an emptied state is taken up in the end
         due = [layer for layer in self._registry.layers if layer.statistics.on]
-        self._processes.look(self._registry.params, bool(due))
-        self._notices.check_processes(self._processes.overlooked, self._registry, due)
-        several = self._processes.count > 1
+        several = False
+        if distributed.is_available() and distributed.is_initialized():
+            self._processes.look(self._registry.params, bool(due))
+            self._notices.check_processes(self._processes.overlooked, self._registry, due)
+            several = self._processes.count > 1
         self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
         if any(layer.statistics.refused for layer in self._registry.layers):
             due = self._release(due)
-        self._place()
-        self._notices.check_gradients(self._registry)
+        if several:
+            self._runner.placing.place(self._registry.layers, self.state)
+        if not self._all_have_gradients():
+            self._notices.check_gradients(self._registry)
         self._ensure_state()
-        seen: Tensor | bool | None = None
+        bad_gradients: Tensor | bool | None = None
         pending = [layer for layer in self._registry.layers if layer.statistics.settle()]
         if several and due:
             receive = self._processes.send(due)
-            seen = non_finite(self._gradients())  # while messages travel
+            bad_gradients = non_finite(self._gradients())  # while messages travel
             receive()
             pending = [layer for layer in self._registry.layers if layer.statistics.pending]
-        if not pending and self._rests(due):
+        if not pending and self._all_lrs_zero(due):
             return loss
-        if not self._excluded:
+        if due and not self._excluded:
             self._notices.check_statistics(due, self.state)
             self._notices.check_stale(due, self.state)
-        skip = self._guarded(pending, seen)
-        self._skipped.add(skip)
-        undo = self._undo(pending) if isinstance(skip, Tensor) else None
-        self._advance(pending if skip is not True else [])
-        if isinstance(skip, Tensor):
-            self._verdicts.send(skip, undo)
+        found_inf = self._step_if_finite(pending, bad_gradients)
+        self._skipped.add(found_inf)
+        undo = self._undo(pending) if isinstance(found_inf, Tensor) else None
+        self._advance(self._updated(pending) if found_inf is not True else [])
+        if isinstance(found_inf, Tensor):
+            self._verdicts.send(found_inf, undo)
         return loss
 
     def _release(self, due: list[CapturedLayer]) -> list[CapturedLayer]:
@@ -275,66 +274,88 @@ class CurvatureOptimizer(Keeping):
         self._notices.tell_released(released)
         return [layer for layer in due if not layer.statistics.refused]
 
+    def _all_have_gradients(self) -> bool:
+        """Whether every parameter has a dense gradient."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return all(p.grad is not None and p.grad.layout == torch.strided for p in params)
+
     def _gradients(self) -> list[Tensor]:
         return [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
 
-    def _guarded(
-        self,
-        pending: list[CapturedLayer],
-        seen: Tensor | bool | None,
+    def _step_if_finite(
+        self, pending: list[CapturedLayer], bad_gradients: Tensor | bool | None
     ) -> Tensor | bool:
         """Update factors and step, unless a number is not finite; tell whether one is not.
 
         Args:
             pending: Layers with statistics.
-            seen: Whether a gradient is not finite; None if they were not looked at.
+            bad_gradients: Whether a gradient is not finite; None if they were not looked at.
         """
-        deferred, gradients = DeferredCheck(), self._gradients()
-        if self._processes.count == 1:
-            layers = self._registry.layers
-            deferred = DeferredCheck.among(layers, self.state, self._scales)
+        layers, state, gradients = self._registry.layers, self.state, self._gradients()
+        diagonals, unread = self._runner.diagonals(layers, state), gradients
+        deferred = None
+        if diagonals and self._runner.placing.plan.world == 1:
+            deferred = DeferredCheck(layers, diagonals, state)
+            unread = deferred.others(gradients)
         measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
-        if seen is None:
-            skip = non_finite([*deferred.others(gradients), *measured])
+        if bad_gradients is None:
+            skip = non_finite([*unread, *measured])
         else:
-            skip = either(seen, non_finite(measured))
-        skip = self._processes.agree(skip)
+            skip = either(bad_gradients, non_finite(measured))
+        if self._processes.holders:
+            skip = self._processes.agree(skip)
         if skip is True:
             return True
-        keep = None if isinstance(skip, bool) else 1 - skip
+        found_inf = self._found_inf = skip if isinstance(skip, Tensor) else None
         device = gradients[0].device if gradients else torch.device("cpu")
         with FullPrecision(device):
-            self._update_factors(pending, keep)
-            norms = deferred.norms(self._scalings)
+            if pending:
+                scale = loss_scale(self._grad_scaler)
+                self._runner.update(pending, state, scale, found_inf)
+            self._runner.refresh(layers, pending, state, found_inf)
+            norms = {} if deferred is None else deferred.norms()
             if norms is None:
                 return True
-            self._move(keep, norms)
+            self._step_params(found_inf, diagonals, norms)
         return skip
 
-    def _update_factors(self, pending: list[CapturedLayer], keep: Tensor | None) -> None:
-        scale = loss_scale(self._grad_scaler) if pending else 1.0
-        for places, group in self._stacks(pending):
-            self._update_layers([pending[i] for i in places], group, scale, keep)
+    def _step_params(
+        self, found_inf: Tensor | None, diagonals: Diagonals, norms: Mapping[int, float]
+    ) -> None:
+        """Step every parameter that has a gradient.
 
-    def _move(self, keep: Tensor | None, norms: dict[int, float]) -> None:
-        """Step every parameter that has a gradient."""
-        layers, naturals, scalings = self._registry.layers, self._naturals, self._scalings
-        self._trust = step_layers(layers, naturals, scalings, self.state, keep, norms)
-        skip = None if keep is None else 1 - keep
-        step_others(self._registry.others, self.state, self.param_groups, skip)
+        Args:
+            found_inf: Scalar that turns the step into none where it is one.
+            diagonals: Factors of layers whose gradients are only scaled.
+            norms: What is known of the norms of scaled gradients, by ``id`` of the layer.
+        """
+        layers, state = self._registry.layers, self.state
+        self._trust = step_layers(layers, self._precondition, diagonals, state, found_inf, norms)
+        step_others(self._registry.others, self.state, self.param_groups, found_inf)
         # torch's fused kernels do not tell autograd that they have written
         increment_version([p for g in self.param_groups for p in g["params"] if p.grad is not None])
 
+    def _precondition(self, layers: list[CapturedLayer], gradients: list[Tensor]) -> list[Tensor]:
+        """Precondition the joint gradient matrices of several layers."""
+        return self._runner.precondition(layers, gradients, self.state, self._found_inf)
+
+    # ---------------------------------------------------------------- the clock
+
     def _advance(self, updated: list[CapturedLayer]) -> None:
-        for layer in updated:
-            set_mark(self.state, layer, "last_update", layer.group["step"])
+        """Count a step, and see what the next one is to do."""
+        self._runner.count(updated, self.param_groups, self.state)
         self._registry.clear()
         self._excluded = False
-        for group in self.param_groups:
-            group["step"] += 1
-            if self._is_due(group, group["step"]):
-                group["last_due"] = group["step"]
         self._set_taps()
+
+    def _updated(self, pending: list[CapturedLayer]) -> list[CapturedLayer]:
+        """Layers that a step has taken something of: statistics, or gradients where these do."""
+        taken = [
+            layer
+            for layer in self._registry.layers
+            if not layer.needs.statistics and has_curvature(layer, self.state)
+        ]
+        return [*pending, *taken]
 
     def _undo(self, pending: list[CapturedLayer]) -> Callable[[], None]:
         """What to do once a step turns out to have been skipped on the device."""
@@ -348,7 +369,7 @@ class CurvatureOptimizer(Keeping):
 
         return undo
 
-    def _rests(self, due: list[CapturedLayer]) -> bool:
+    def _all_lrs_zero(self, due: list[CapturedLayer]) -> bool:
         """Whether a step without statistics is none: every learning rate is zero.
 
         It is one where no layer was to be measured, but there was a pass all the same.
@@ -387,20 +408,22 @@ class CurvatureOptimizer(Keeping):
         """Step of the last update of its factors, or -1."""
         return mark(self.state, layer, "last_update")
 
-    def _read_marks(self) -> None:
+    def _follow_state(self) -> None:
+        """Take up what the state says of structures, and of when layers were updated."""
+        for layer in self._registry.layers:
+            states.follow_structures(layer, self.state)
         self._set_taps()
 
     def _set_taps(self) -> None:
         """Switch taps on where the next step is to update factors, and off elsewhere."""
         state = self.state
         for layer in self._registry.layers:
-            group = layer.group
-            if group is None or self._paused:
+            if self._paused or not layer.needs.statistics:
                 layer.statistics.on = False
                 continue
-            last = mark(state, layer, "last_update")
-            layer.statistics.on = last < self._due_since(layer, group)
-            self._share_state(layer, group)
+            layer.statistics.on = self._runner.is_due(layer, state)
+            own = state[layer.weight] if has_curvature(layer, state) else None
+            self.rule.feed_taps(layer, own, mark(state, layer, "last_refresh") >= 0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Capture anew in a copied or unpickled optimizer."""
@@ -409,6 +432,146 @@ class CurvatureOptimizer(Keeping):
             self._prepare()
             self._ready = True
             self._sort()
+
+    # ---------------------------------------------------------------- state
+
+    def _ensure_state(self) -> None:
+        """Make the states of all that are about to be trained."""
+        state = self.state
+        if self.rule.revise_structures(self._registry, self.param_groups, state):
+            self._excluded = True  # statistics that are missing from this step are no surprise
+        for layer in self._registry.layers:
+            if not layer.statistics.bound:
+                continue
+            has_gradient = layer.weight.grad is not None
+            if has_gradient or layer.statistics.pending:
+                own = state[layer.weight]
+                if "last_update" not in own:
+                    own.update(self._runner.kept(layer))
+                if has_gradient:
+                    states.complete(own, layer.weight, layer.group)
+            if layer.bias is not None and layer.bias.grad is not None:
+                states.complete(state[layer.bias], layer.bias, layer.group)
+        for other in self._registry.others:
+            if other.param.grad is not None and not state.get(other.param):
+                state[other.param].update(fallback.init_state(other.param, other.group))
+
+    def _drop_misfit(self, layer: CapturedLayer) -> None:
+        """Start the curvature anew that was handed on to a new weight, and has another shape."""
+        if not has_curvature(layer, self.state) or not layer.statistics.bound:
+            return
+        own = self.state[layer.weight]
+        fresh = {k: v for k, v in self._runner.fresh(layer).items() if k not in states.ON_HOST}
+        fits = [key in own and own[key].shape == part.shape for key, part in fresh.items()]
+        if self._runner.placing.plan.keeps(layer) and not all(fits):
+            own.update(self._runner.kept(layer))
+            self._follow_state()
+
+    def placement(self) -> Placement:
+        """Which process updates the preconditioner of each layer, and which ones keep it.
+
+        Under ``DistributedDataParallel`` or ``fully_shard`` it follows ``grad_worker_fraction``;
+        on one device the only process does and keeps all.
+
+        Returns:
+            A list of rows that prints as a table.
+
+        Raises:
+            ValueError: If ``grad_worker_fraction`` does not fit the number of processes.
+
+        Example:
+            >>> import tnkfac
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> print(tnkfac.SINGD(model.parameters()).placement())
+            name       cost  state bytes  updated by  kept by
+            ---------  ----  -----------  ----------  -------
+            0          152   272          all         all
+            ---------  ----  -----------  ----------  -------
+            process 0  152   272
+        """
+        self._catch_up()
+        self._processes.find(list(self._registry.params()))
+        self._runner.placing.place(self._registry.layers, self.state)
+        return self._runner.placing.table(self._registry.layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every parameter and hyper-parameters of every group, without callables.
+
+        Where processes keep parts of it (``grad_worker_fraction`` below 1) it is put together, for
+        which all of them have to call this.
+
+        Raises:
+            RuntimeError: If processes keep parts of the state and one does not take part.
+        """
+        self._verdicts.receive(wait=True)
+        self._catch_up()
+        hook = self.register_state_dict_post_hook(
+            lambda _, saved: checkpoint.as_saved(saved, self._runner), prepend=True
+        )
+        try:
+            whole = self._runner.placing.whole_state(self._registry.layers, self.state)
+            with whole, checkpoint.without_strangers(self.state, self.param_groups):
+                return super().state_dict()
+        finally:
+            hook.remove()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; the argument is neither changed nor kept.
+
+        Callables and hyper-parameters that it lacks stay as they are. The layers that it had
+        captured are captured, and others are not.
+
+        Args:
+            state_dict: A saved state.
+        """
+        self._catch_up()
+        self._verdicts.receive(wait=True)  # what they undo is of the state that goes
+        before = [dict(group) for group in self.param_groups]
+        given: list[dict[str, Any]] = []  # what hooks of the user have made of the argument
+        last = self.register_load_state_dict_pre_hook(lambda _, saved: given.append(saved))
+        first = self.register_load_state_dict_post_hook(
+            lambda _: self._restore(given[0], before), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def _restore(self, saved: dict[str, Any], before: list[Group]) -> None:
+        """Complete what torch has loaded; hooks of the user come afterwards."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        checkpoint.restore_groups(self.param_groups, before)
+        self._registry.link(self.param_groups)
+        self._choose_layers(saved["param_groups"], before)
+        dtypes = checkpoint.expected_dtypes(self._registry, self._runner)
+        checkpoint.restore_tensors(self.state, saved, params, dtypes)
+        self._registry.clear()
+        for layer in self._registry.layers:
+            checkpoint.split_second_moments(layer, self.state, layer.group["step"])
+        self._follow_state()
+        self._runner.placing.drop(self._registry.layers, self.state)
+        checkpoint.complete_derived(self._registry.layers, self.state, self._runner)
+        self._set_taps()
+
+    def _choose_layers(self, saved: list[Group], before: list[Group]) -> None:
+        """Go on with the layers that the saved optimizer had captured, if they are others.
+
+        Args:
+            saved: Its groups; those of older versions captured all tied weights.
+            before: The groups before loading.
+        """
+        contradicts = self._registry.contradicts(self.state, self.param_groups)
+        if checkpoint.chooses_alike(self.param_groups, before) and not contradicts:
+            return
+        for group, own in zip(self.param_groups, saved, strict=True):
+            if contradicts and "capture_tied" not in own:
+                group["capture_tied"] = True
+        self._registry.forget()
+        self._runner.placing.forget()
+        self._sort()
 
     # ---------------------------------------------------------------- for the user
 
@@ -444,7 +607,8 @@ class CurvatureOptimizer(Keeping):
         """
         self._catch_up()
         layers = self._registry.layers
-        found = diagnose(layers, self.state, lambda layer: layer.group["lr"], self._spectra)
+        spectra = self._runner.spectra
+        found = diagnose(layers, self.state, spectra)
         found.trust_region = None if self._trust is None else float(self._trust)
         found.skipped_updates = self.skipped_updates
         return found
@@ -454,17 +618,3 @@ class CurvatureOptimizer(Keeping):
         self._registry.close()
         if self._search is not None:
             self._search.remove()
-
-
-_OTHER_KEYS = (
-    "params",
-    "param_names",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "base_lr",
-    "step",
-    "last_due",
-    "last_inverse_due",
-    "fallback_options",
-)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts
 from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
-from tnkfac.optim.options import Group
-from tnkfac.optim.params.batches import joined
-from tnkfac.optim.params.captured import CapturedLayer, update_dtype
-from tnkfac.optim.params.marks import mark, set_mark
-from tnkfac.optim.params.parts import overwrite, read, store
-from tnkfac.optim.refresh import DERIVED, Refreshing, damping_of, decomposer_of, inverse_dtype
-from tnkfac.optim.rules import levenberg_marquardt
-from tnkfac.optim.rules.decompositions import METHODS
-from tnkfac.optim.rules.normalization import NORMALIZATIONS, normalized
-from tnkfac.optim.rules.sampled_fisher import FisherPasses
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.rules import levenberg_marquardt, sampled_fisher
+from tnkfac.optim.rules.kfac_rule import KfacRule, averages
 from tnkfac.optim.uncompiled import uncompiled
 
 ALIASES = {
@@ -30,14 +23,9 @@ ALIASES = {
     "TInv": "inv_update_steps",
 }
 """Spellings of other KFAC optimizers."""
-CLASSIC = {"momentum": 0.9, "damping": 1e-3, "kl_clip": 1e-3, "grafting": None}
-"""What ``"auto"`` stands for once a scale of the natural gradient is given."""
-UNTUNED = {"momentum": 0.7, "damping": None, "kl_clip": None, "grafting": 1.0}
-"""What ``"auto"`` stands for otherwise."""
-FISHER_TYPES = ("empirical", "mc", "forward-only")
 
 
-class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
+class KFAC(CurvatureOptimizer):
     r"""Kronecker-factored approximate curvature for every parameter of a model.
 
     For each supported layer it keeps moving averages of the input factor ``A`` and the output
@@ -123,7 +111,7 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         ...     _ = optimizer.step()
     """
 
-    _counters: ClassVar[tuple[str, ...]] = ("step", "last_due", "last_inverse_due")
+    rule = KfacRule()
 
     def __init__(
         self,
@@ -164,77 +152,16 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         **aliases: Any,
     ) -> None:
         """See the class."""
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "capture_embeddings": capture_embeddings,
-            "weight_decay": weight_decay,
-            "factor_decay": factor_decay,
-            "factor_update_steps": factor_update_steps,
-            "inv_update_steps": inv_update_steps,
-            "kl_clip": kl_clip,
-            "kfac_approx": kfac_approx,
-            "loss_average": loss_average,
-            "fisher_type": fisher_type,
-            "mc_samples": mc_samples,
-            "compute_method": compute_method,
-            "damping_type": damping_type,
-            "structures": structures,
-            "inv_dtype": inv_dtype,
-            "skip_layers": skip_layers,
-            "capture_tied": capture_tied,
-            "num_tolerated_failures": num_tolerated_failures,
-            "nesterov": nesterov,
-            "grafting": grafting,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "adaptive_damping": adaptive_damping,
-            "normalization": normalization,
-            "compact_state": compact_state,
-            "grad_worker_fraction": grad_worker_fraction,
-            **options.fallback_settings(fallback, fallback_options),
-        }
-        options.take_aliases(defaults, aliases, ALIASES, KFAC.__init__)
-        scaled = not all(given is None or isinstance(given, str) for given in (damping, kl_clip))
-        classic = scaled or adaptive_damping or normalization == "kfac-pytorch"
-        for name, value in (CLASSIC if classic else UNTUNED).items():
-            if defaults[name] == "auto":
-                defaults[name] = value
-        self._check_group(defaults, defaults)
-        super().__init__(params, defaults, grad_scaler, process_group)
-
-    def _check_group(self, group: Group, given: Group) -> None:
-        options.shared(group, given)
-        options.number("factor_decay", group["factor_decay"], below=1.0)
-        options.interval("factor_update_steps", group["factor_update_steps"])
-        options.interval("inv_update_steps", group["inv_update_steps"])
-        options.choices("fisher_type", group["fisher_type"], FISHER_TYPES)
-        options.whole("mc_samples", group["mc_samples"], least=1)
-        options.whole("num_tolerated_failures", group["num_tolerated_failures"], least=0)
-        options.choices("compute_method", group["compute_method"], METHODS)
-        supported = METHODS[group["compute_method"]]
-        if group["damping_type"] is not None:
-            options.choices(
-                f"damping_type of compute_method={group['compute_method']!r}",
-                group["damping_type"],
-                supported,
-            )
-        given["damping_type"] = group["damping_type"] or supported[0]
-        options.choices("normalization", group["normalization"], NORMALIZATIONS)
-        if group["normalization"] == "kfac-pytorch" and group["kfac_approx"] != "expand":
-            raise ValueError(
-                "kfac_approx: got 'reduce' with normalization='kfac-pytorch', which is for "
-                "'expand'. Supported: kfac_approx='expand', normalization='fisher'."
-            )
-        for name in ("nesterov", "adaptive_damping", "compact_state"):
-            options.flag(name, group[name])
-        if group["adaptive_damping"] and group["damping"] is None:
-            raise ValueError("damping: got None. Supported with adaptive_damping: a number.")
-        given["structures"] = options.structure_pair(group["structures"], factors=True)
-        given["inv_dtype"] = options.dtype_name("inv_dtype", group["inv_dtype"])
-
-    # ---------------------------------------------------------------- the step
+        arguments = locals()
+        options.take_aliases(arguments, aliases, ALIASES, KFAC.__init__)
+        given = {name: arguments[name] for name in self.rule.options if name in arguments}
+        super().__init__(
+            params,
+            grad_scaler=grad_scaler,
+            process_group=process_group,
+            fallback_options=fallback_options,
+            **given,
+        )
 
     @uncompiled
     @torch.inference_mode(False)
@@ -258,12 +185,14 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
             raise ValueError("closure: got None. Supported with adaptive_damping: a closure.")
         if (adaptive[0]["step"] + 1) % levenberg_marquardt.EVERY:
             return super().step(closure)
-        trial = levenberg_marquardt.Trial(p for group in self.param_groups for p in group["params"])
+        trial = levenberg_marquardt.QuadraticModel(
+            p for group in self.param_groups for p in group["params"]
+        )
         loss = super().step(closure)
         with torch.no_grad():
             trial.moved()
             layers = [layer for layer in self._registry.layers if self._last_update(layer) >= 0]
-            curvature = [(layer, *self._factors(layer, layer.group)) for layer in layers]
+            curvature = [(la, *averages(la, self.state[la.weight])) for la in layers]
             predicted = trial.predicted(curvature, adaptive[0]["damping"])
             with self.no_stats():
                 change = trial.evaluate(closure) - float(loss)
@@ -272,144 +201,57 @@ class KFAC(FisherPasses, Refreshing, CurvatureOptimizer):
         self._excluded = False
         return loss
 
-    # ---------------------------------------------------------------- factors
+    # ---------------------------------------------------------------- drawn targets
 
-    def _is_due(self, group: Group, step: int) -> bool:
-        return step % _interval(group["factor_update_steps"], step) == 0
-
-    def _last_inverse(self, layer: CapturedLayer) -> int:
-        """Step of the last decomposition of its factors, or -1."""
-        return mark(self.state, layer, "last_inverse")
-
-    def _init_layer(self, layer: CapturedLayer, group: Group) -> dict[str, Tensor]:
-        statistics, weight = layer.statistics, layer.weight
-        groups, device = statistics.layer.groups, weight.device
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        state: dict[str, Tensor] = {}
-        start = group["normalization"] == "kfac-pytorch"  # its averages start at the identity
-        for name, structure in (("A", statistics.k), ("B", statistics.c)):
-            eye = structure.identity(groups, dtype, device)
-            store(state, name, eye if start else tuple(torch.zeros_like(part) for part in eye))
-        state["factor_weight"] = torch.full((), float(start), dtype=dtype, device=device)
-        kept = decomposer_of(layer, group).identity(groups, inverse_dtype(dtype, group), device)
-        for name, parts in kept.items():
-            store(state, name, parts)
-        state["last_inverse"] = torch.tensor(-1, device="cpu")
-        state["failures"] = torch.tensor(0, device="cpu")
-        return state
-
-    def _update_layers(
+    @uncompiled
+    def sample_fisher(
         self,
-        layers: list[CapturedLayer],
-        group: Group,
-        scale: Tensor | float,
-        keep: Tensor | None,
+        output: Tensor,
+        likelihood: str = "categorical",
+        generator: torch.Generator | None = None,
     ) -> None:
-        for layer in layers:
-            if self._plan.keeps(layer):
-                self._update_layer(layer, group, scale, keep)
+        """Draw targets from the model's own distribution and back-propagate for the factors only.
 
-    def _update_layer(
-        self, layer: CapturedLayer, group: Group, scale: Tensor | float, keep: Tensor | None
-    ) -> None:
-        state, statistics = self.state[layer.weight], layer.statistics
-        if group["fisher_type"] == "mc":
-            scale = 1.0  # the loss of these passes is our own
-        found = normalized(statistics.factors(scale), statistics, group["normalization"])
-        decay = group["factor_decay"]
+        To be called between forward and backward pass, for every micro-batch; every ``.grad`` stays
+        as it is. On steps without a factor update it does nothing. ``B`` is the mean over draws;
+        every call counts as further samples.
 
-        def averaged(name: str, new: Parts) -> Parts:
-            old = read(state, name, len(new))
-            if old[0].dtype != new[0].dtype:  # the model was cast
-                new = tuple(part.to(old[0].dtype) for part in new)
-            return tuple(o.lerp(n, 1 - decay) for o, n in zip(old, new, strict=True))
+        Args:
+            output: Output of the model that the loss is computed from: logits ``[N, C, ..]``, or
+                anything ``[N, ..]`` for the other likelihoods.
+            likelihood: ``"categorical"`` (cross-entropy), ``"gaussian"`` with variance one (half
+                the squared error, summed over outputs) or ``"bernoulli"`` (binary cross-entropy
+                with logits, summed over outputs).
+            generator: Source of random numbers, or torch's own.
 
-        new = {"A": averaged("A", found.A), "B": averaged("B", found.B)}
-        new["factor_weight"] = averaged("factor_weight", (torch.ones_like(found.counts[0]),))
-        if found.squares is not None and self._last_inverse(layer) >= 0:
-            new["scales"] = averaged("scales", (found.squares,))
-        overwrite(state, new, keep)
+        Raises:
+            ValueError: If ``fisher_type`` is not ``"mc"``, or for an unknown likelihood.
+        """
+        options.choices("likelihood", likelihood, sampled_fisher.LIKELIHOODS)
+        sampled_fisher.sample(self._sampled_layers("sample_fisher"), output, likelihood, generator)
 
-    def _share_state(self, layer: CapturedLayer, group: Group) -> None:
-        statistics = layer.statistics
-        if statistics.bound and statistics.squares:
-            state = self.state.get(layer.weight)
-            if state and self._last_inverse(layer) >= 0 and "scales" in state:
-                counts = decomposer_of(layer, group).counts
-                Q_A, Q_B = (read(state, name, counts[name]) for name in ("Q_A", "Q_B"))
-                statistics.project((Q_A, Q_B))
-            else:
-                statistics.project(None)
+    @contextmanager
+    def fisher_pass(self) -> Iterator[None]:
+        """Backward passes inside count for the factors, and leave every ``.grad`` as it is.
 
-    # ---------------------------------------------------------------- decompositions
+        For targets drawn by oneself: the loss has to be averaged like that of training, and not
+        scaled. Keep the graph (``retain_graph=True``) if the training loss follows on it. Passes
+        through the same outputs are draws, over which ``B`` is the mean, here and in later blocks.
 
-    def _update_factors(self, pending: list[CapturedLayer], keep: Tensor | None) -> None:
-        self._restarted = ()
-        super()._update_factors(pending, keep)
-        measured = {id(layer) for layer in pending}
-        due = []
-        for layer in self._registry.layers:
-            group = layer.group
-            if not self.state.get(layer.weight):
-                continue
-            waits = self._last_inverse(layer) < group["last_inverse_due"]
-            if waits and (id(layer) in measured or self._last_update(layer) >= 0):
-                due.append(layer)
-        if due and (keep is None or bool(keep)):
-            self._decompose(due)
+        Raises:
+            ValueError: If ``fisher_type`` is not ``"mc"``.
+        """
+        sampled = self._sampled_layers("fisher_pass")
+        params = [param for group in self.param_groups for param in group["params"]]
+        listeners = [layer.statistics.listening() for layer in sampled]
+        with sampled_fisher.listening(listeners), sampled_fisher.kept_gradients(params):
+            yield
 
-    def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
-        decomposer = decomposer_of(layers[0], group)
-        states = [self.state[layer.weight] for layer in layers]
-        kind = inverse_dtype(states[0]["factor_weight"].dtype, group)
-        dtype = torch.promote_types(kind, torch.float32)
-        kept = {
-            name: tuple(
-                part.to(dtype) for part in joined([read(state, name, count) for state in states])
+    def _sampled_layers(self, caller: str) -> list[CapturedLayer]:
+        """Layers whose output factor is that of drawn targets, and due."""
+        sampled = [layer for layer in self._registry.layers if layer.statistics.chosen_passes]
+        if not sampled:
+            raise ValueError(
+                f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
             )
-            for name, count in decomposer.counts.items()
-        }
-        update = decomposer.precondition(kept, gradients.to(dtype), damping_of(group))
-        return update.to(update_dtype(gradients.dtype))
-
-    def _advance(self, updated: list[CapturedLayer]) -> None:
-        for group in self.param_groups:
-            step = group["step"] + 1
-            if step % _interval(group["inv_update_steps"], step) == 0:
-                group["last_inverse_due"] = step
-        restarted = set(map(id, self._restarted))  # what they had is gone with their factors
-        super()._advance([layer for layer in updated if id(layer) not in restarted])
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def _saved(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Without decompositions in groups with ``compact_state``."""
-        saved = super()._saved(saved)
-        for group in saved["param_groups"]:
-            if group["compact_state"]:
-                for index in group["params"]:
-                    state = saved["state"].get(index, {})
-                    saved["state"][index] = {k: v for k, v in state.items() if not _is_derived(k)}
-        return saved
-
-    def _restore(self, saved: dict[str, Any], before: list[Group]) -> None:
-        """Decompositions that are missing are made anew."""
-        super()._restore(saved, before)
-        for layer in self._registry.layers:
-            if not self._has_factors(layer) or not self._plan.keeps(layer):
-                continue
-            state, group = self.state[layer.weight], layer.group
-            if not any(map(_is_derived, state)):
-                fresh = self._init_layer(layer, group)
-                state.update({key: value for key, value in fresh.items() if _is_derived(key)})
-                set_mark(self.state, layer, "last_inverse", -1)
-        self._read_marks()
-
-
-def _is_derived(key: str) -> bool:
-    """Whether a part of the state follows from the factors."""
-    return key.split(".")[0] in DERIVED
-
-
-def _interval(value: int | Callable[[int], int], step: int) -> int:
-    return value(step) if callable(value) else value
+        return [layer for layer in sampled if layer.statistics.on]

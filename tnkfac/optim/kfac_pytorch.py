@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tnkfac.curvature import warn
 from tnkfac.optim import options
 from tnkfac.optim.kfac import KFAC
-from tnkfac.optim.params.sharding import local, part_of
+from tnkfac.optim.params.scaling import Diagonals
+from tnkfac.optim.params.sharding import local_shard, shard_like
 from tnkfac.optim.report.summary import Report
-from tnkfac.optim.step.pipeline import natural_gradients
+from tnkfac.optim.step.pipeline import preconditioned
 from tnkfac.optim.uncompiled import uncompiled
 
 FRACTIONS = {"comm_opt": 1.0, "hybrid_opt": 0.5, "mem_opt": 0.0}
@@ -51,14 +52,16 @@ Scheduled = float | Callable[[int], float]
 class _Rewriter(KFAC):
     """KFAC that replaces gradients by natural ones and leaves parameters alone."""
 
-    def _move(self, keep: Tensor | None, norms: dict[int, float]) -> None:
-        layers = self._registry.layers
-        updates, self._trust = natural_gradients(layers, self._naturals, keep)
-        for layer, _, update in updates:
-            weight, bias = layer.statistics.layer.from_matrix(update, layer.weight.shape)
-            for param, new in ((layer.weight, weight), (layer.bias, bias)):
-                if param is not None and new is not None and param.grad is not None:
-                    local(param.grad).copy_(part_of(new, param))
+    def _step_params(
+        self, found_inf: Tensor | None, diagonals: Diagonals, norms: Mapping[int, float]
+    ) -> None:
+        layers = [
+            la for la in self._registry.layers if any(p.grad is not None for p in la.params())
+        ]
+        updates, self._trust = preconditioned(layers, self._precondition, found_inf)
+        for param, new in (pair for update in updates for pair in update.parts):
+            assert param.grad is not None
+            local_shard(param.grad).copy_(shard_like(new, param))
 
 
 def _current(name: str, what: str) -> property:

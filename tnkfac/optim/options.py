@@ -1,10 +1,15 @@
-"""Checks of hyper-parameters: every message names argument, value and choices."""
+"""Hyper-parameters: one row each with default, check and meaning.
+
+Every message names argument, value and choices. A check returns the value as groups store it.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +19,9 @@ from tnkfac.curvature import check_factor_structure, check_structure, warn
 
 Group = dict[str, Any]
 """A parameter group, with its hyper-parameters."""
+Check = Callable[[str, Any], Any]
+"""Takes name and value; returns the value as it is stored, or raises."""
+
 GRAFTING = ("rms", "adam", "sgd", None)
 INIT = ("first_batch", "identity")
 FALLBACK = ("adamw", "sgd", "error")
@@ -23,7 +31,33 @@ REFUSED = ("maximize", "differentiable")
 """Keys of groups of torch's optimizers that change what a step does, and are not to be had here."""
 
 
-def choices(name: str, value: object, supported: Iterable[object]) -> None:
+@dataclass(frozen=True)
+class Option:
+    """A hyper-parameter of a parameter group.
+
+    Attributes:
+        default: Its value in groups that do not set it.
+        check: Raises for values that are not supported, and returns others as they are stored.
+        meaning: One line for people.
+    """
+
+    default: Any
+    check: Check
+    meaning: str
+
+    def but(self, default: Any, meaning: str | None = None) -> Option:
+        """The same with another default."""
+        return replace(self, default=default, meaning=meaning or self.meaning)
+
+
+Options = Mapping[str, Option]
+"""Hyper-parameters by name."""
+
+
+# -------------------------------------------------------------------------------- checks
+
+
+def choices(name: str, value: Any, supported: Iterable[object]) -> Any:
     """Raise unless ``value`` is one of ``supported``.
 
     Raises:
@@ -32,29 +66,45 @@ def choices(name: str, value: object, supported: Iterable[object]) -> None:
     supported = tuple(supported)
     if value not in supported:
         raise ValueError(f"{name}: got {value!r}. Supported: {', '.join(map(repr, supported))}.")
+    return value
 
 
-def number(name: str, value: Any, least: float = 0.0, below: float | None = None) -> None:
+def number(name: str, value: Any, least: float = 0.0, below: float | None = None) -> Any:
     """Raise unless ``value`` is a number in ``[least, below)``. Tensors on a device are trusted.
 
     Raises:
         TypeError: If it is no number.
         ValueError: If it lies outside.
     """
+    given = value
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, not a scalar.")
         if value.device.type != "cpu":
-            return
+            return given
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: got {value!r}. Supported: a number.")
     if not value >= least or (below is not None and not value < below):
         end = "" if below is None else f" and below {below:g}"
         raise ValueError(f"{name}: got {value!r}. Supported: at least {least:g}{end}.")
+    return given
 
 
-def flag(name: str, value: Any) -> None:
+def fraction(name: str, value: Any) -> Any:
+    """Raise unless ``value`` is a number from 0 to 1.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it lies outside.
+    """
+    number(name, value)
+    if value > 1:
+        raise ValueError(f"{name}: got {value}. Supported: 0 to 1.")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
     """Raise unless ``value`` is a bool.
 
     Raises:
@@ -62,9 +112,10 @@ def flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}. Supported: a bool, True or False.")
+    return value
 
 
-def interval(name: str, value: Any) -> None:
+def interval(name: str, value: Any) -> Any:
     """Raise unless ``value`` is a positive int or a callable of the step.
 
     Raises:
@@ -72,14 +123,15 @@ def interval(name: str, value: Any) -> None:
         ValueError: If it is not positive.
     """
     if callable(value):
-        return
+        return value
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {value!r}. Supported: a positive int, a callable.")
     if value < 1:
         raise ValueError(f"{name}: got {value!r}. Supported: a positive int, a callable.")
+    return value
 
 
-def whole(name: str, value: Any, least: int) -> None:
+def whole(name: str, value: Any, least: int) -> int:
     """Raise unless ``value`` is an int of at least ``least``.
 
     Raises:
@@ -90,6 +142,7 @@ def whole(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name}: got {value!r}. Supported: an int of at least {least}.")
     if value < least:
         raise ValueError(f"{name}: got {value!r}. Supported: an int of at least {least}.")
+    return value
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:
@@ -107,8 +160,246 @@ def names(name: str, value: Any) -> tuple[str, ...]:
     return listed
 
 
+def optional(check: Check) -> Check:
+    """The check of a hyper-parameter that may be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def scheduled(check: Check) -> Check:
+    """The check of a hyper-parameter that may be a callable."""
+    return lambda name, value: value if callable(value) else check(name, value)
+
+
+def grafting(name: str, value: Any) -> Any:
+    """Raise unless this can be the size of a layer's update.
+
+    Raises:
+        TypeError: If it is no name, number or None.
+        ValueError: For an unknown name, or a number that is not positive.
+    """
+    named = value is None or isinstance(value, str)
+    if value not in GRAFTING if named else isinstance(value, bool) or value == 0:
+        listed = ", ".join(map(repr, GRAFTING))
+        raise ValueError(f"{name}: got {value!r}. Supported: {listed}, a positive number.")
+    return value if named else number(name, value)
+
+
+def structure_pair(name: str, value: Any, factors: bool = False) -> tuple[str, str]:
+    """One structure name for both factors, or a pair, as a pair.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        factors: Whether only structures of factors will do.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If a name is unknown.
+    """
+    pair = (value, value) if isinstance(value, str) else value
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{name}: got {value!r}. Supported: a name or a pair of names.")
+    try:
+        check = check_factor_structure if factors else check_structure
+        return check(pair[0]), check(pair[1])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {str(error).removeprefix('structure: ')}") from None
+
+
+def dtype_pair(name: str, value: Any) -> tuple[str | None, str | None]:
+    """One dtype for both factors, or a pair, as names that a checkpoint can hold.
+
+    Raises:
+        TypeError: If it is not a floating-point dtype, None, or a pair of these.
+    """
+    pair = value if isinstance(value, tuple | list) else (value, value)
+    dtypes = [None if entry is None else _dtype_name(entry) for entry in pair]
+    if len(dtypes) != 2 or "" in dtypes:
+        raise TypeError(
+            f"{name}: got {value!r}. Supported: a floating-point torch.dtype, "
+            "None, or a pair of these."
+        )
+    return dtypes[0], dtypes[1]
+
+
+def dtype_name(name: str, value: Any) -> str:
+    """A dtype as a name that a checkpoint can hold.
+
+    Raises:
+        TypeError: If it is not a floating-point dtype.
+    """
+    dtype = _dtype_name(value)
+    if not dtype:
+        raise TypeError(f"{name}: got {value!r}. Supported: a floating-point torch.dtype.")
+    return dtype
+
+
+def _dtype_name(value: Any) -> str:
+    """Name of a floating-point dtype; empty for anything else."""
+    dtype = getattr(torch, value, value) if isinstance(value, str) else value
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return str(dtype).removeprefix("torch.") if floating else ""
+
+
+def _betas(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}: got {value!r}. Supported: a pair.")
+    for beta in value:
+        number(name, beta, below=1.0)
+    return value[0], value[1]
+
+
+# -------------------------------------------------------------------------------- tables
+
+FALLBACK_OPTIONS: Options = {
+    "lr": Option(None, optional(number), "learning rate; None for that of the group"),
+    "betas": Option((0.9, 0.999), _betas, "decays of AdamW's moving averages"),
+    "eps": Option(1e-8, number, "added to the root of AdamW's second moments"),
+    "weight_decay": Option(None, optional(number), "coefficient; None for that of the group"),
+    "momentum": Option(None, optional(number), "of SGD; None for that of the group"),
+}
+"""What ``fallback_options`` may hold; groups have them as ``fallback_<name>``."""
+
+SHARED: Options = {
+    "lr": Option(1e-3, number, "learning rate; a number or a tensor"),
+    "momentum": Option(
+        0.0,
+        partial(number, below=1.0),
+        "of the parameter updates; a moving average with grafting",
+    ),
+    "weight_decay": Option(
+        0.0, number, "decoupled, as in AdamW, or added to the gradient: `decoupled_weight_decay`"
+    ),
+    "decoupled_weight_decay": Option(
+        True, flag, "shrink parameters beside the update, instead of adding decay to it"
+    ),
+    "loss_average": Option(
+        "batch",
+        scheduled(partial(choices, supported=LOSS_AVERAGE)),
+        'what the loss is averaged over: `"batch"`, `"batch+sequence"`, `None` for a sum, or a '
+        "callable `(module, output_shape) -> number`",
+    ),
+    "structures": Option(
+        "auto", structure_pair, "a name of a structure, or a pair of them (input, output)"
+    ),
+    "kfac_approx": Option(
+        "expand",
+        partial(choices, supported=APPROX),
+        '`"expand"` (KFC) or `"reduce"`, which averages positions first and is cheaper',
+    ),
+    "grafting": Option(
+        None,
+        grafting,
+        'size of a layer\'s update: a number (its root mean square), `"rms"` (0.2), `"adam"`, '
+        '`"sgd"`, or `None` for the raw natural gradient',
+    ),
+    "kl_clip": Option(
+        None,
+        optional(number),
+        "bound on the quadratic change of the loss over all layers; only with `grafting=None`, "
+        "since grafting sets the size of an update afterwards",
+    ),
+    "grad_worker_fraction": Option(
+        1.0, fraction, "share of the processes that keep the preconditioner of a layer"
+    ),
+    "skip_layers": Option(
+        (), names, "names of modules, parameters or types that the fallback trains"
+    ),
+    "capture_tied": Option(
+        False,
+        flag,
+        "whether a weight that another module, such as an embedding, has as well is captured from "
+        "the calls of its layers",
+    ),
+    "capture_embeddings": Option(
+        False,
+        flag,
+        "whether `Embedding` layers have curvature, too; their input factor has a row for every "
+        "index",
+    ),
+    "fallback": Option(
+        "adamw",
+        partial(choices, supported=FALLBACK),
+        'for all other parameters: `"adamw"`, `"sgd"`, or `"error"` to refuse them',
+    ),
+    **{
+        f"fallback_{name}": Option(
+            option.default, option.check, f"of the fallback: {option.meaning}"
+        )
+        for name, option in FALLBACK_OPTIONS.items()
+    },
+}
+"""What the step itself reads, whatever the rule."""
+
+DAMPING: Options = {
+    "damping": Option(
+        None,
+        optional(number),
+        "added to the curvature; `None` for `relative_damping` times its mean eigenvalue",
+    ),
+    "relative_damping": Option(
+        0.03, number, "share of the mean eigenvalue that `damping=None` stands for"
+    ),
+}
+"""Damping of the curvature of a layer."""
+
+
+def chosen(options: Options, arguments: Mapping[str, Any]) -> Group:
+    """Those of some arguments that are hyper-parameters, with defaults for the others.
+
+    Args:
+        options: The hyper-parameters.
+        arguments: Values by name, for example ``locals()``; ``fallback_options`` is spelt out.
+    """
+    group = {name: arguments.get(name, option.default) for name, option in options.items()}
+    if "fallback_options" in arguments:
+        group |= fallback_settings(group["fallback"], arguments["fallback_options"])
+    return group
+
+
+def check(options: Options, group: Group, given: Group) -> None:
+    """Check all hyper-parameters of a group, and bring those in ``given`` to their stored form.
+
+    Args:
+        options: The hyper-parameters.
+        group: Values of all of them.
+        given: Those of the group that were set, changed in place.
+
+    Raises:
+        TypeError: For a value of the wrong type.
+        ValueError: For a value out of range.
+    """
+    if "fallback_options" in given:
+        settings = fallback_settings(group["fallback"], given.pop("fallback_options"))
+        given.update({k: v for k, v in settings.items() if k not in given})
+    for name in REFUSED:
+        if given.get(name):
+            raise ValueError(f"{name}: got {given[name]!r} in a parameter group. Supported: False.")
+    for name, option in options.items():
+        stored = option.check(name, given.get(name, group[name]))
+        if name in given:
+            given[name] = stored
+
+
+def fallback_settings(kind: Any, given: Mapping[str, Any] | None) -> Group:
+    """Flat group entries of the fallback: ``fallback_<option>``.
+
+    Raises:
+        TypeError: If the options are not a dict.
+        ValueError: For an unknown kind or option, or a value out of range.
+    """
+    choices("fallback", kind, FALLBACK)
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"fallback_options: got {given!r}. Supported: a dict or None.")
+    values = {name: option.default for name, option in FALLBACK_OPTIONS.items()}
+    for key, value in (given or {}).items():
+        choices("fallback_options", key, values)
+        values[key] = FALLBACK_OPTIONS[key].check(f"fallback_options[{key!r}]", value)
+    return {f"fallback_{key}": value for key, value in values.items()}
+
+
 def take_aliases(
-    defaults: dict[str, Any],
+    arguments: dict[str, Any],
     given: Mapping[str, Any],
     known: Mapping[str, str],
     signature: Callable[..., Any],
@@ -116,7 +407,7 @@ def take_aliases(
     """Put arguments under their names here, as if they had been given so.
 
     Args:
-        defaults: Values of all arguments, changed in place.
+        arguments: Values of all arguments, changed in place.
         given: Other arguments.
         known: What each of them is called here.
         signature: The function whose defaults tell whether an argument was given.
@@ -127,121 +418,23 @@ def take_aliases(
     parameters = inspect.signature(signature).parameters
     for alias, value in given.items():
         if alias not in known:
-            close = difflib.get_close_matches(alias, [*parameters, *known], n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"Got an unexpected argument {alias!r}.{hint}")
+            refuse_unknown(alias, [*parameters, *known])
         name = known[alias]
         twice = [other for other in given if known.get(other) == name and other != alias]
-        if twice or defaults[name] != parameters[name].default:
+        if twice or arguments[name] != parameters[name].default:
             raise TypeError(f"Got {twice[0] if twice else name!r} and its alias {alias!r}.")
-        defaults[name] = value
+        arguments[name] = value
 
 
-def shared(group: Mapping[str, Any], given: dict[str, Any]) -> None:
-    """Check the hyper-parameters that all optimizers have; bring ``given`` to its stored form.
-
-    Raises:
-        TypeError: For a value of the wrong type.
-        ValueError: For a value out of range.
-    """
-    flag("capture_embeddings", group.get("capture_embeddings", False))
-    if "fallback_options" in given:
-        settings = fallback_settings(str(group["fallback"]), given.pop("fallback_options"))
-        given.update({k: v for k, v in settings.items() if k not in given})
-    for name in REFUSED:
-        if given.get(name):
-            raise ValueError(f"{name}: got {given[name]!r} in a parameter group. Supported: False.")
-    number("lr", group["lr"])
-    number("momentum", group["momentum"], below=1.0)
-    if group["damping"] is not None:
-        number("damping", group["damping"])
-    number("relative_damping", group["relative_damping"])
-    number("weight_decay", group["weight_decay"])
-    if not callable(group["loss_average"]):
-        choices("loss_average", group["loss_average"], LOSS_AVERAGE)
-    choices("kfac_approx", group["kfac_approx"], APPROX)
-    grafting(group["grafting"])
-    choices("fallback", group["fallback"], FALLBACK)
-    if group["kl_clip"] is not None:
-        number("kl_clip", group["kl_clip"])
-    fraction = group["grad_worker_fraction"]
-    number("grad_worker_fraction", fraction)
-    if fraction > 1:
-        raise ValueError(f"grad_worker_fraction: got {fraction}. Supported: 0 to 1.")
-    flag("decoupled_weight_decay", group["decoupled_weight_decay"])
-    given["skip_layers"] = names("skip_layers", group["skip_layers"])
-    flag("capture_tied", group["capture_tied"])
-
-
-def grafting(value: Any) -> None:
-    """Raise unless this can be the size of a layer's update.
+def refuse_unknown(name: str, known: Iterable[str]) -> None:
+    """Raise for an argument that there is not, with the one that it looks like.
 
     Raises:
-        TypeError: If it is no name, number or None.
-        ValueError: For an unknown name, or a number that is not positive.
+        TypeError: Always.
     """
-    named = value is None or isinstance(value, str)
-    if value not in GRAFTING if named else isinstance(value, bool) or value == 0:
-        listed = ", ".join(map(repr, GRAFTING))
-        raise ValueError(f"grafting: got {value!r}. Supported: {listed}, a positive number.")
-    if not named:
-        number("grafting", value)
-
-
-def structure_pair(value: Any, factors: bool = False) -> tuple[str, str]:
-    """One structure name for both factors, or a pair, as a pair.
-
-    Args:
-        value: What was given.
-        factors: Whether only structures of factors will do.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If a name is unknown.
-    """
-    pair = (value, value) if isinstance(value, str) else value
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise TypeError(f"structures: got {value!r}. Supported: a name or a pair of names.")
-    try:
-        check = check_factor_structure if factors else check_structure
-        return check(pair[0]), check(pair[1])
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"structures: {str(error).removeprefix('structure: ')}") from None
-
-
-def dtype_pair(value: Any) -> tuple[str | None, str | None]:
-    """One dtype for both factors, or a pair, as names that a checkpoint can hold.
-
-    Raises:
-        TypeError: If it is not a floating-point dtype, None, or a pair of these.
-    """
-    pair = value if isinstance(value, tuple | list) else (value, value)
-    found = [None if entry is None else _dtype_name(entry) for entry in pair]
-    if len(found) != 2 or "" in found:
-        raise TypeError(
-            f"preconditioner_dtype: got {value!r}. Supported: a floating-point torch.dtype, "
-            "None, or a pair of these."
-        )
-    return found[0], found[1]
-
-
-def dtype_name(name: str, value: Any) -> str:
-    """A dtype as a name that a checkpoint can hold.
-
-    Raises:
-        TypeError: If it is not a floating-point dtype.
-    """
-    found = _dtype_name(value)
-    if not found:
-        raise TypeError(f"{name}: got {value!r}. Supported: a floating-point torch.dtype.")
-    return found
-
-
-def _dtype_name(value: Any) -> str:
-    """Name of a floating-point dtype; empty for anything else."""
-    dtype = getattr(torch, value, value) if isinstance(value, str) else value
-    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    return str(dtype).removeprefix("torch.") if floating else ""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise TypeError(f"Got an unexpected argument {name!r}.{hint}")
 
 
 def warn_near_misses(group: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -254,34 +447,3 @@ def warn_near_misses(group: Mapping[str, Any], known: Iterable[str]) -> None:
                 f"Parameter group has the unknown key {key!r}; did you mean {close[0]!r}? "
                 "Unknown keys are kept and ignored."
             )
-
-
-def fallback_settings(kind: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Flat group entries of the fallback: ``fallback`` and ``fallback_<option>``.
-
-    Raises:
-        TypeError: If the options are not a dict.
-        ValueError: For an unknown kind or option, or a value out of range.
-    """
-    choices("fallback", kind, FALLBACK)
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f"fallback_options: got {options!r}. Supported: a dict or None.")
-    settings: dict[str, Any] = {
-        "lr": None,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "weight_decay": None,
-        "momentum": None,
-    }
-    for key, value in (options or {}).items():
-        choices("fallback_options", key, settings)
-        if key == "betas":
-            if not isinstance(value, tuple | list) or len(value) != 2:
-                raise TypeError(f"fallback_options['betas']: got {value!r}. Supported: a pair.")
-            for beta in value:
-                number("fallback_options['betas']", beta, below=1.0)
-            value = tuple(value)
-        elif value is not None:
-            number(f"fallback_options[{key!r}]", value)
-        settings[key] = value
-    return {"fallback": kind, **{f"fallback_{key}": value for key, value in settings.items()}}

@@ -201,10 +201,14 @@ class Layer(ABC):
             weight: Weight or its gradient, in the module's layout.
             bias: ``[C_out]``, or None for a matrix without bias column.
         """
-        matrix = to_matrix(weight, self.groups, self.inputs_first)
+        groups, columns = self.groups, prod(weight.shape[1:])
+        if self.inputs_first:
+            matrix = to_matrix(weight, groups, True)
+        else:
+            matrix = weight.reshape(groups, weight.shape[0] // groups, columns)
         if bias is None:
             return matrix
-        return torch.cat([matrix, bias.reshape(self.groups, matrix.shape[1], 1)], 2)
+        return torch.cat([matrix, bias.reshape(groups, matrix.shape[1], 1)], 2)
 
     def from_matrix(self, matrix: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Inverse of :meth:`to_matrix`.
@@ -216,7 +220,7 @@ class Layer(ABC):
         Returns:
             Weight of this shape, and ``[C_out]`` if the matrix has a bias column.
         """
-        features = self.features
+        features = prod(shape) // (self.out_channels or 1)
         bias = None if matrix.shape[2] == features else matrix[:, :, features].reshape(-1)
         weight = matrix[:, :, :features]
         if self.inputs_first:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.moments.second_moment import SecondMoment
-from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm
 from tnkfac.curvature.structures.structure import Decomposable, Parts
 
 
@@ -49,11 +49,11 @@ class BlockDiagonal(Decomposable):
 
     def gram(self, K: Parts) -> Parts:
         """``K_i^T K_i``."""
-        return tuple(tr(k) @ k for k in K)
+        return tuple(k.mT @ k for k in K)
 
     def pull(self, K: Parts, A: Parts) -> Parts:
         """``K_i^T A_i K_i``."""
-        return tuple(tr(k) @ a @ k for k, a in zip(K, A, strict=True))
+        return tuple(k.mT @ a @ k for k, a in zip(K, A, strict=True))
 
     def trace(self, m: Parts) -> Tensor:
         """Mean of the diagonal of all blocks."""
@@ -74,7 +74,7 @@ class BlockDiagonal(Decomposable):
         count, size, _ = self.shapes[0]
         whole = X[:, : count * size].reshape(X.shape[0], count, size, X.shape[2])
         split = whole, X[:, count * size :]
-        done = [(tr(q) if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
+        done = [(q.mT if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
         whole = done[0].flatten(1, 2)
         return torch.cat([whole, done[1]], dim=1) if done[1].numel() else whole
 
@@ -93,7 +93,7 @@ class BlockDiagonal(Decomposable):
         count, size, _ = self.shapes[0]
         whole = values[:, : count * size].reshape(values.shape[0], count, size)
         split = whole, values[:, count * size :]
-        return tuple((v * e.unsqueeze(-2)) @ tr(v) for v, e in zip(vectors, split, strict=True))
+        return tuple((v * e.unsqueeze(-2)) @ v.mT for v, e in zip(vectors, split, strict=True))
 
     def to_dense(self, K: Parts) -> Tensor:
         """Blocks written out."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.moments.second_moment import SecondMoment
-from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm, tr
+from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm
 from tnkfac.curvature.structures.structure import Decomposable, Parts
 
 
@@ -37,11 +37,11 @@ class Dense(Decomposable):
 
     def gram(self, K: Parts) -> Parts:
         """``K^T K``."""
-        return (tr(K[0]) @ K[0],)
+        return (K[0].mT @ K[0],)
 
     def pull(self, K: Parts, A: Parts) -> Parts:
         """``K^T A K``."""
-        return (tr(K[0]) @ A[0] @ K[0],)
+        return (K[0].mT @ A[0] @ K[0],)
 
     def trace(self, m: Parts) -> Tensor:
         """Mean of the diagonal."""
@@ -53,7 +53,7 @@ class Dense(Decomposable):
 
     def apply(self, K: Parts, X: Tensor) -> Tensor:
         """``K (K^T X)``."""
-        return K[0] @ (tr(K[0]) @ X)
+        return K[0] @ (K[0].mT @ X)
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Of the symmetric part."""
@@ -62,7 +62,7 @@ class Dense(Decomposable):
 
     def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
         """``V diag(values) V^T``."""
-        return ((vectors[0] * values.unsqueeze(-2)) @ tr(vectors[0]),)
+        return ((vectors[0] * values.unsqueeze(-2)) @ vectors[0].mT,)
 
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
         """Of the symmetric part."""
@@ -70,7 +70,7 @@ class Dense(Decomposable):
 
     def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
         """Matrix product."""
-        return (tr(Q[0]) if transpose else Q[0]) @ X
+        return (Q[0].mT if transpose else Q[0]) @ X
 
     def to_dense(self, K: Parts) -> Tensor:
         """Already dense."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.moments.second_moment import SecondMoment
-from tnkfac.curvature.structures.linalg import eyes, tr
+from tnkfac.curvature.structures.linalg import eyes
 from tnkfac.curvature.structures.structure import Parts, Structure
 
 
@@ -58,7 +58,7 @@ class Hierarchical(Structure):
     def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
         """A few columns and the diagonal."""
         t, c, e = self._sizes
-        columns = tr(moment.columns(t, e))
+        columns = moment.columns(t, e).mT
         return columns[:, :t], columns[:, t:], moment.diagonal()[:, t : t + c]
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
@@ -88,8 +88,8 @@ class Hierarchical(Structure):
         T, BF, C, D, E = K
         B, F = self._split(BF)
         middle = C.square() + B.square().sum(1) + D.square().sum(1)
-        left = 2 * (tr(F) @ B + tr(E) @ D)
-        return tr(T) @ T, 2 * tr(T) @ BF, middle, left, tr(E) @ E + tr(F) @ F
+        left = 2 * (F.mT @ B + E.mT @ D)
+        return T.mT @ T, 2 * T.mT @ BF, middle, left, E.mT @ E + F.mT @ F
 
     def pull(self, K: Parts, A: Parts) -> Parts:
         """``K^T A K`` from the top rows, the end rows and the diagonal of ``A``."""
@@ -105,11 +105,11 @@ class Hierarchical(Structure):
         R, S = A_tt @ F + A_te @ E, A_et @ F + A_ee @ E  # the same with its last columns
         middle = (A_tc * B).sum(1) + q * C + (A_ec * D).sum(1)
         return (
-            tr(T) @ A_tt @ T,
-            2 * tr(T) @ torch.cat([P, R], 2),
+            T.mT @ A_tt @ T,
+            2 * T.mT @ torch.cat([P, R], 2),
             (B * P).sum(1) + C * middle + (D * Q).sum(1),
-            2 * (tr(F) @ P + tr(E) @ Q),
-            tr(F) @ R + tr(E) @ S,
+            2 * (F.mT @ P + E.mT @ Q),
+            F.mT @ R + E.mT @ S,
         )
 
     def trace(self, m: Parts) -> Tensor:
@@ -132,7 +132,7 @@ class Hierarchical(Structure):
         B, F = self._split(BF)
         x, y, z = torch.split(X, list(self._sizes), 1)
         scale = C.unsqueeze(2)
-        x, y, z = tr(T) @ x, tr(B) @ x + scale * y + tr(D) @ z, tr(F) @ x + tr(E) @ z
+        x, y, z = T.mT @ x, B.mT @ x + scale * y + D.mT @ z, F.mT @ x + E.mT @ z
         return torch.cat([T @ x + B @ y + F @ z, scale * y, D @ y + E @ z], 1)
 
     def to_dense(self, K: Parts) -> Tensor:

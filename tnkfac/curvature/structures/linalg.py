@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def tr(matrix: Tensor) -> Tensor:
-    """Transpose."""
-    return matrix.transpose(-1, -2)
-
-
 def eyes(groups: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Identity matrices ``[groups, .., d, d]`` of their own memory."""
     eye = torch.eye(shape[-1], dtype=dtype, device=device)
@@ -32,7 +27,7 @@ def symmetric_norm(matrix: Tensor, iterations: int = 6) -> Tensor:
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigen-decomposition of symmetric matrices, in their own precision."""
-    values, vectors = torch.linalg.eigh((matrix + tr(matrix)) / 2)
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values, vectors
 
 
@@ -43,5 +38,5 @@ def cholesky_inverse(matrix: Tensor, shift: Tensor) -> Tensor:
         torch.linalg.LinAlgError: If one is not positive definite.
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    shifted = (matrix + tr(matrix)) / 2 + shift[..., None, None] * eye
+    shifted = (matrix + matrix.mT) / 2 + shift[..., None, None] * eye
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted))

@@ -64,7 +64,7 @@ class Processes:
             )
         self._given = process_group
         self._groups: list[Any] = []
-        self._holders: list[Any] = []
+        self.holders: list[Any] = []
         self._ranks: list[int] = [0]
         self._subgroups: dict[tuple[int, ...], Any] = {}
         self._compared: set[int] = set()
@@ -90,7 +90,7 @@ class Processes:
         """Search for it now."""
         if not self._groups and several():
             self._groups = self._named() if self._given != "auto" else groups_of(params)
-            self._holders = holders_of(params)
+            self.holders = holders_of(params)
             self._ranks = ranks_of(params, self._groups)
 
     def _named(self) -> list[Any]:
@@ -120,10 +120,10 @@ class Processes:
             skip: What this one has found; after :meth:`send`, all have found the same unless
                 they hold different parts of the gradients.
         """
-        if not self._holders:
+        if not self.holders:
             return skip
         flag = torch.tensor(float(skip), device="cpu") if isinstance(skip, bool) else skip
-        for group in self._holders:
+        for group in self.holders:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         return bool(flag) if isinstance(skip, bool) else flag
 
@@ -261,7 +261,7 @@ class Processes:
         self._compared.add(mine)
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """All of a tensor of which this process may hold but a part."""
     if not is_distributed(tensor):
         return tensor  # type: ignore[no-any-return]

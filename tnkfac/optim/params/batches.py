@@ -8,19 +8,16 @@ whatever sizes lie end to end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Matrices, Parts, RaggedDiagonal, fast
+from tnkfac.curvature import Factors, Matrices, Parts, RaggedDiagonal, Structure, switch
 from tnkfac.optim.finite import finite_on_host
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.parts import overwrite, read
-
-States = Sequence[dict[str, Any]]
+from tnkfac.optim.params.state import ParamState, State, unpack, write_where
 
 SMALL = 1 << 15
 """Numbers of both factors up to which stacking pays on the CPU, where it only saves calls."""
@@ -30,14 +27,14 @@ TOGETHER = 1 << 24
 """Numbers of a stack; it is a copy."""
 
 
-def stacked(
-    layers: Sequence[CapturedLayer], kind: Callable[[CapturedLayer], Hashable]
-) -> list[list[int]]:
+def stacks(layers: Sequence[CapturedLayer], state: State) -> list[list[int]]:
     """Which layers go together, by their places; each is in one stack.
+
+    Those of a stack have device, dtypes, structures and hyper-parameters in common.
 
     Args:
         layers: Layers.
-        kind: What layers of a stack have in common, next to device, dtype and structures.
+        state: State of the optimizer.
     """
     open_stacks: dict[Hashable, list[int]] = {}
     found: list[list[int]] = []
@@ -46,48 +43,17 @@ def stacked(
         k, c, groups = statistics.k, statistics.c, statistics.layer.groups
         numbers = groups * (_numbers(k.shapes) + _numbers(c.shapes))
         limit = SMALL if weight.device.type == "cpu" else SMALL_ON_DEVICE
-        if not fast() or numbers > limit:
+        if switch.plain or numbers > limit:
             found.append([place])
             continue
-        key = k, c, groups, weight.device, weight.dtype, kind(layer)
+        dtypes = tuple(part.dtype for part in state.get(weight, {}).values())
+        key = k, c, groups, weight.device, weight.dtype, id(layer.group), dtypes
         mates = open_stacks.get(key)
         if mates is None or (len(mates) + 1) * numbers > TOGETHER:
             mates = open_stacks[key] = []
             found.append(mates)
         mates.append(place)
     return found
-
-
-class Stacking(ABC):
-    """Adds to an optimizer that it works on stacks of layers."""
-
-    @abstractmethod
-    def _natural(self, layers: list[CapturedLayer], group: Group, gradients: Tensor) -> Tensor:
-        """Precondition the gradient matrices ``[L G, C_out / G, D]`` of a stack of layers."""
-
-    def _stack_kind(self, layer: CapturedLayer, group: Group) -> Hashable:
-        """What of the state of a layer keeps it from a stack with others of its shape."""
-        return None
-
-    def _stacks(self, layers: list[CapturedLayer]) -> list[tuple[list[int], Group]]:
-        """Which layers are taken together, by their places, and their group."""
-
-        def kind(layer: CapturedLayer) -> Hashable:
-            group = layer.group
-            return id(group), self._stack_kind(layer, group)
-
-        found = stacked(layers, kind)
-        return [(places, layers[places[0]].group) for places in found]
-
-    def _naturals(self, layers: list[CapturedLayer], matrices: list[Tensor]) -> list[Tensor]:
-        """Precondition the gradient matrices of several layers."""
-        found = list(matrices)
-        for places, group in self._stacks(layers):
-            (stack,) = joined([(matrices[i],) for i in places])
-            together = self._natural([layers[i] for i in places], group, stack)
-            for i, (one,) in zip(places, parted((together,), len(places)), strict=True):
-                found[i] = one
-        return found
 
 
 def joined(several: Sequence[Parts]) -> Parts:
@@ -99,6 +65,8 @@ def joined(several: Sequence[Parts]) -> Parts:
 
 def parted(parts: Parts, count: int) -> list[Parts]:
     """The inverse of :func:`joined`."""
+    if count == 1:
+        return [parts]
     pieces = [part.chunk(count) for part in parts]
     return [tuple(piece[i] for piece in pieces) for i in range(count)]
 
@@ -108,68 +76,107 @@ class Batch(ABC):
 
     Attributes:
         layers: The layers; they share hyper-parameters, device and dtype.
+        group: Their hyper-parameters.
         k: Their input-side matrices.
         c: Their output-side matrices.
     """
 
-    layers: Sequence[CapturedLayer]
     k: Matrices
     c: Matrices
 
+    def __init__(
+        self,
+        layers: Sequence[CapturedLayer],
+        state: State,
+        loss_scale: Tensor | float = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Take these layers.
+
+        Args:
+            layers: Layers that have a state.
+            state: State of the optimizer.
+            loss_scale: By how much the loss of the passes was multiplied.
+            found_inf: Scalar that is one where nothing is to be written.
+        """
+        self.layers = layers
+        self._states: list[ParamState] = [state[layer.weight] for layer in layers]
+        self._loss_scale, self._found_inf = loss_scale, found_inf
+
+    @property
+    def group(self) -> Group:
+        """Hyper-parameters of all layers."""
+        return self.layers[0].group
+
+    def each(self) -> list[tuple[CapturedLayer, ParamState]]:
+        """Every layer with the state of its weight."""
+        return list(zip(self.layers, self._states, strict=True))
+
     @abstractmethod
-    def factors(self, loss_scale: Tensor | float) -> tuple[Parts, Parts]:
+    def factors(self) -> tuple[Parts, Parts]:
         """Normalised ``A`` and ``B`` of what was measured since the last update."""
 
     @abstractmethod
-    def read(self, states: States, name: str, dtype: torch.dtype) -> Parts:
-        """Matrices from the states of the layers; names end in ``K`` or ``C``."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Parts:
+        """A matrix from the states of the layers, cast if a dtype is given."""
 
     @abstractmethod
-    def write(self, states: States, new: dict[str, Parts], keep: Tensor | None) -> None:
-        """Write matrices into the states, but of no layer where a number is not finite.
-
-        Args:
-            states: States of the layers.
-            new: New matrices by name.
-            keep: Scalar that is zero where the batch is to be skipped.
-        """
+    def write(self, new: Mapping[str, Parts]) -> None:
+        """Write matrices into the states, but of no layer where a number is not finite."""
 
 
 class Stack(Batch):
     """Layers of equal structures: channel groups of all of them in one matrix."""
 
-    def __init__(self, layers: Sequence[CapturedLayer]) -> None:
-        """These layers."""
-        self.layers = layers
-        self._structures = {"K": layers[0].statistics.k, "C": layers[0].statistics.c}
-        self.k, self.c = self._structures.values()
+    k: Structure
+    c: Structure
 
-    def factors(self, loss_scale: Tensor | float) -> tuple[Parts, Parts]:
-        """One layer after the other."""
-        found = [layer.statistics.factors(loss_scale) for layer in self.layers]
-        return joined([each.A for each in found]), joined([each.B for each in found])
+    def __init__(
+        self,
+        layers: Sequence[CapturedLayer],
+        state: State,
+        loss_scale: Tensor | float = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """As for any batch."""
+        super().__init__(layers, state, loss_scale, found_inf)
+        self.k, self.c = layers[0].statistics.k, layers[0].statistics.c
 
-    def read(self, states: States, name: str, dtype: torch.dtype) -> Parts:
+    def measured(self) -> list[Factors]:
+        """What was measured since the last update, of one layer after the other."""
+        return [layer.statistics.factors(self._loss_scale) for layer in self.layers]
+
+    def factors(self) -> tuple[Parts, Parts]:
         """Joined."""
-        count = len(self._structures[name[-1]].shapes)
-        return joined([read(state, name, count, dtype) for state in states])
+        measured = self.measured()
+        return joined([each.A for each in measured]), joined([each.B for each in measured])
 
-    def write(self, states: States, new: dict[str, Parts], keep: Tensor | None) -> None:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Parts:
+        """Joined."""
+        return joined([unpack(state, name, dtype) for state in self._states])
+
+    def write(self, new: Mapping[str, Parts]) -> None:
         """Parted."""
         pieces = [parted(parts, len(self.layers)) for parts in new.values()]
-        for state, own in zip(states, zip(*pieces, strict=True), strict=True):
-            overwrite(state, dict(zip(new, own, strict=True)), keep)
+        for state, own in zip(self._states, zip(*pieces, strict=True), strict=True):
+            write_where(state, dict(zip(new, own, strict=True)), self._found_inf)
 
 
 class EndToEnd(Batch):
-    """Layers with diagonal factors of whatever sizes, in one vector."""
+    """Layers with diagonal matrices of whatever sizes, in one vector."""
 
     k: RaggedDiagonal
     c: RaggedDiagonal
 
-    def __init__(self, layers: Sequence[CapturedLayer]) -> None:
-        """These layers."""
-        self.layers = layers
+    def __init__(
+        self,
+        layers: Sequence[CapturedLayer],
+        state: State,
+        loss_scale: Tensor | float = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """As for any batch."""
+        super().__init__(layers, state, loss_scale, found_inf)
         statistics = [layer.statistics for layer in layers]
         device = layers[0].weight.device
         groups = [each.layer.groups for each in statistics]
@@ -179,49 +186,53 @@ class EndToEnd(Batch):
             for side in sides
         )
         self.k, self.c = (RaggedDiagonal.of(lengths, device) for lengths in repeated)
-        self._layer = RaggedDiagonal.of(tuple(groups), device).segment  # of every segment
+        self._layer = RaggedDiagonal.of(tuple(groups), device).segment  # of every channel group
 
-    def factors(self, loss_scale: Tensor | float) -> tuple[Parts, Parts]:
+    def factors(self) -> tuple[Parts, Parts]:
         """All layers at once."""
         A, B, counts = zip(*(layer.statistics.sums() for layer in self.layers), strict=True)
         statistics = self.layers[0].statistics
-        on_A, on_B = statistics.normalizers(torch.stack(counts), loss_scale)
+        on_A, on_B = statistics.normalizers(torch.stack(counts), self._loss_scale)
         sides = ((self.k, A, on_A), (self.c, B, on_B))
         a, b = (s.scaled((_flat(parts),), by[self._layer]) for s, parts, by in sides)
         return a, b
 
-    def read(self, states: States, name: str, dtype: torch.dtype) -> Parts:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Parts:
         """End to end."""
-        return (_flat([state[name] for state in states]).to(dtype),)
+        vector = _flat([state[name] for state in self._states])
+        return (vector if dtype is None else vector.to(dtype),)
 
-    def write(self, states: States, new: dict[str, Parts], keep: Tensor | None) -> None:
+    def write(self, new: Mapping[str, Parts]) -> None:
         """Cut, and copied all at once."""
         values = {name: vector for name, (vector,) in new.items()}
-        if keep is not None or self._layer.is_cuda or not finite_on_host([*values.values()]):
-            good = self._finite(values)
-            if keep is not None:
-                good &= keep.to(good.device, non_blocking=True) > 0
-            for side, names in self._sides(values):
-                kept = good[self._layer][side.segment]
-                for name in names:
-                    (old,) = self.read(states, name, values[name].dtype)
-                    values[name] = torch.where(kept, values[name], old)
+        on_host = self._found_inf is None and not self._layer.is_cuda
+        if not on_host or not finite_on_host([*values.values()]):
+            values = self._guarded(values)
         for name, vector in values.items():
-            parts = [state[name].view(-1) for state in states]
+            parts = [state[name].view(-1) for state in self._states]
             torch._foreach_copy_(parts, list(torch.split(vector, [len(part) for part in parts])))
 
-    def _finite(self, values: dict[str, Tensor]) -> Tensor:
-        """Whether all numbers of each layer are finite."""
-        bad = torch.zeros(len(self.layers), device=self._layer.device)
-        for side, names in self._sides(values):
-            mean = side.trace((torch.stack([values[name] for name in names]).sum(0),))
-            bad.index_add_(0, self._layer, (mean - mean != 0).float())  # not a number, or infinite
-        return bad == 0
-
-    def _sides(self, values: dict[str, Tensor]) -> list[tuple[RaggedDiagonal, list[str]]]:
-        """The names of input-side and of output-side matrices."""
-        sides = (self.k, "K"), (self.c, "C")
-        return [(side, [name for name in values if name[-1] == end]) for side, end in sides]
+    def _guarded(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Old numbers in the place of new ones for layers of which one is not finite."""
+        alike: dict[tuple[int, ...], list[str]] = {}  # names by the sizes of all layers
+        for name in values:
+            alike.setdefault(tuple(state[name].numel() for state in self._states), []).append(name)
+        layers = {sizes: RaggedDiagonal.of(sizes, self._layer.device) for sizes in alike}
+        means = [
+            layers[sizes].trace((torch.stack([values[name] for name in names]).sum(0),))
+            for sizes, names in alike.items()
+        ]
+        total = torch.stack(means).sum(0)
+        good = total - total == 0  # of what is not finite the difference is not a number
+        if self._found_inf is not None:
+            good &= self._found_inf.to(good.device, non_blocking=True) == 0
+        guarded: dict[str, Tensor] = {}
+        for sizes, names in alike.items():
+            kept = good[layers[sizes].segment]
+            for name in names:
+                (old,) = self.read(name, values[name].dtype)
+                guarded[name] = torch.where(kept, values[name], old)
+        return guarded
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:

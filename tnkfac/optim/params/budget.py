@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from tnkfac.curvature import warn
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, update_dtype
-from tnkfac.optim.params.ladders import Choice, Names, base_work, candidates, fitting, matching
+from tnkfac.optim.params.ladders import Choice, Names, base_work, candidates, fitting
 
 
 def limit_state(
@@ -107,26 +107,6 @@ def limit_time(
         chosen = fitting(ladders, work, (group["max_step_ratio"] - 1) * base)
         changed |= _take(mine, chosen)
     return changed
-
-
-def follow_state(layer: CapturedLayer, group: Group | None, state: Mapping[Tensor, Any]) -> None:
-    """Give a layer the structures that its state was saved with."""
-    found = state.get(layer.weight)
-    if group is None or not found or "auto" not in group["structures"]:
-        return
-    if group["max_state_ratio"] is None and group["max_step_ratio"] is None:
-        return
-    statistics = layer.statistics
-    parts = [
-        tuple(value.shape)
-        for name in ("K", "C")
-        for key, value in found.items()
-        if key.split(".")[0] == name
-    ]
-    if statistics.bound and parts:  # other processes may keep them
-        names = matching(statistics.layer, group["structures"], parts)
-        if names is not None and names != (statistics.k.name, statistics.c.name):
-            statistics.restructure(names, layer.weight)
 
 
 def _belongs(param: Tensor, group: Group) -> bool:

@@ -19,6 +19,25 @@ from tnkfac.optim.params.sharding import fully_sharded, is_distributed
 from tnkfac.optim.params.skipping import skipped
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What is to be measured of a layer.
+
+    Attributes:
+        statistics: Whether anything is; else gradients alone are used.
+        outputs: Whether output gradients are, too.
+        squares: Whether per-sample gradients are squared in an eigenbasis.
+        chosen_passes: Whether only passes that the user names count.
+        everywhere: Whether every process has to keep what is made of it.
+    """
+
+    statistics: bool = True
+    outputs: bool = True
+    squares: bool = False
+    chosen_passes: bool = False
+    everywhere: bool = False
+
+
 @dataclass
 class CapturedLayer:
     """A weight, perhaps with its bias, whose curvature is captured.
@@ -30,10 +49,11 @@ class CapturedLayer:
         bias: The bias, if it is trained with the weight.
         group: Parameter group of the weight.
         bias_group: Parameter group of the bias.
+        needs: What is to be measured of it.
         statistics: What the taps of its modules measure.
-        scaling: What an optimizer has derived from the state to precondition with, if anything.
+        scaling: What was derived from the state to scale its gradients with, if anything.
         removers: Callables that remove the taps.
-        seen: What was read of its state, see :mod:`tnkfac.optim.params.marks`.
+        seen: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
     """
 
     name: str
@@ -42,6 +62,7 @@ class CapturedLayer:
     bias: Tensor | None
     group: Group
     bias_group: Group
+    needs: Needs
     statistics: Statistics
     scaling: Scaling | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
@@ -95,6 +116,7 @@ def sort(
     owners: dict[int, list[Owner]],
     group_of: Callable[[Tensor], Group],
     state: Mapping[Tensor, Any],
+    needs: Callable[[Group], Needs],
     known: Iterable[int] = (),
     before: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[list[CapturedLayer], list[Uncaptured]]:
@@ -106,6 +128,7 @@ def sort(
         owners: Modules that own them, by ``id`` of the parameter, in module order.
         group_of: The parameter group of a parameter.
         state: State of the optimizer: what the fallback has begun to train, it goes on with.
+        needs: What is to be measured of the layers of a group.
         known: ``id`` of parameters of layers that were captured before.
         before: Reasons that all other parameters had before, by ``id``.
 
@@ -134,7 +157,7 @@ def sort(
             continue
         bias, why = _joint_bias(weight, found, by_id, done, owners, group_of, state)
         bias_group = group if bias is None else group_of(bias)
-        layers.append(_capture(owner, weight, bias, found, group, bias_group))
+        layers.append(_capture(owner, weight, bias, found, (group, bias_group), needs(group)))
         done |= {id(param) for param in layers[-1].params()}
         for entry in found:
             other = entry.module._parameters.get("bias")
@@ -172,23 +195,23 @@ def _capture(
     weight: Tensor,
     bias: Tensor | None,
     found: list[Owner],
-    group: Group,
-    bias_group: Group,
+    groups: tuple[Group, Group],
+    needs: Needs,
 ) -> CapturedLayer:
-    fisher = group.get("fisher_type", "empirical")
+    group = groups[0]
     statistics = Statistics(
         group["kfac_approx"],
         group["structures"],
         bias is not None,
         group["loss_average"],
-        outputs=fisher != "forward-only",
-        squares=group.get("compute_method") == "ekfac",
-        chosen_passes=fisher == "mc",
+        outputs=needs.outputs,
+        squares=needs.squares,
+        chosen_passes=needs.chosen_passes,
         params=[weight] if bias is None else [weight, bias],
     )
     first = next(entry for entry in found if entry.refusal is None)
     kind = type(first.module).__name__
-    layer = CapturedLayer(first.name, kind, weight, bias, group, bias_group, statistics)
+    layer = CapturedLayer(first.name, kind, weight, bias, *groups, needs, statistics)
     for entry in found:
         if entry.attribute == "weight" and entry.refusal is None:
             layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tnkfac.curvature import find_owners, root_of
 from tnkfac.optim.options import Group
-from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, sort
+from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured, sort
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.skipping import Unmatched
 
@@ -26,8 +26,13 @@ class Registry:
         others: All other parameters in the order of the groups.
     """
 
-    def __init__(self) -> None:
-        """Nothing is known."""
+    def __init__(self, needs: Callable[[Group], Needs]) -> None:
+        """Nothing is known.
+
+        Args:
+            needs: What is to be measured of the layers of a group.
+        """
+        self._needs = needs
         self.layers: list[CapturedLayer] = []
         self.others: list[Uncaptured] = []
         self._roots: list[weakref.ref[nn.Module]] = []
@@ -77,7 +82,7 @@ class Registry:
         taken = {id(param) for layer in self.layers for param in layer.params()}
         before = {id(other.param): other.reason for other in self.others}
         layers, self.others = sort(
-            owner, params, owners, lambda p: group_of[id(p)], state, taken, before
+            owner, params, owners, lambda p: group_of[id(p)], state, self._needs, taken, before
         )
         self.layers += layers
         self._sorted, self._groups = [], []

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Diagonals = dict[int, tuple[Tensor, Tensor]]
+"""``K [G, D]`` and ``C [G, C_out / G]`` of layers with diagonal factors, by ``id`` of the layer."""
+
 
 @dataclass(eq=False)
 class Scaling:

@@ -49,12 +49,12 @@ def _along_first_axis(param: Any) -> bool:
     return bool(last.is_shard(0)) and all(placement.is_replicate() for placement in outer)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def part_of(update: Tensor, param: Any) -> Tensor:
+def shard_like(update: Tensor, param: Any) -> Tensor:
     """The part of a whole update for what this process holds of a parameter."""
     if not is_distributed(param):
         return update

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tnkfac.curvature import output_shapes
+from tnkfac.optim.params import state as states
 from tnkfac.optim.params.ladders import Choice, base_work
 
 
@@ -52,8 +53,7 @@ def estimated(optimizer: Any, model: nn.Module, shape: tuple[int, ...], every: i
         work += Choice(names, own.k, own.c, described.groups).work(rows, every)
     size = 0
     for layer in layers:
-        state = optimizer._init_layer(layer, layer.group)
-        size += sum(part.numel() * part.element_size() for part in state.values())
+        size += states.size(optimizer._runner.fresh(layer))
         size += sum(param.numel() * param.element_size() for param in layer.params())
     others = optimizer._registry.others
     size += sum(2 * other.param.numel() * other.param.element_size() for other in others)

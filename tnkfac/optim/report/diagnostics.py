@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tnkfac.curvature import Decomposable, Parts, Structure
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.marks import mark
-from tnkfac.optim.params.sharding import local
+from tnkfac.optim.params.sharding import local_shard
+from tnkfac.optim.params.state import ParamState, State, mark
 from tnkfac.optim.report.table import aligned
 
 Spectra = tuple[Tensor, Tensor]
@@ -91,17 +91,15 @@ class Diagnostics(list[Diagnosis]):
 
 def diagnose(
     layers: Iterable[CapturedLayer],
-    state: Any,
-    lrs: Callable[[CapturedLayer], Any],
-    spectra: Callable[[CapturedLayer], Spectra | None],
+    state: State,
+    spectra: Callable[[CapturedLayer, ParamState], Spectra | None],
 ) -> Diagnostics:
     """Look at the state of every layer.
 
     Args:
         layers: The layers.
         state: State of the optimizer.
-        lrs: Learning rate of a layer.
-        spectra: Eigenvalues of its damped factors, or None.
+        spectra: Eigenvalues of the damped factors of a layer, or None.
     """
     found = Diagnostics()
     known_spectra: dict[str, Spectra] = {}
@@ -109,16 +107,16 @@ def diagnose(
     for layer in layers:
         own = state.get(layer.weight, {})
         conditions: tuple[float | None, float | None] = (None, None)
-        known = spectra(layer) if mark(state, layer, "last_update") >= 0 else None
+        known = spectra(layer, own) if mark(state, layer, "last_update") >= 0 else None
         if known is not None:
             known_spectra[layer.name] = known
             conditions = _condition(known[0]), _condition(known[1])
         rms = None
         if "momentum_buffer" in own:
-            buffer = local(own["momentum_buffer"])
+            buffer = local_shard(own["momentum_buffer"])
             if buffer.numel() and bool(buffer.any()):
                 size = torch.linalg.vector_norm(buffer, dtype=torch.float64) / buffer.numel() ** 0.5
-                rms = float(size) * float(lrs(layer))
+                rms = float(size) * float(layer.group["lr"])
         found.append(Diagnosis(layer.name, *conditions, rms))
     return found
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tnkfac.curvature import warn
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.marks import State, mark
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.sharding import is_distributed
+from tnkfac.optim.params.state import State, mark
 
 PATIENCE = 3
 """Updates in a row that a layer may miss."""

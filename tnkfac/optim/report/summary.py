@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tnkfac.curvature import Statistics
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.marks import mark
 from tnkfac.optim.params.registry import Registry
+from tnkfac.optim.params.state import mark
 from tnkfac.optim.report.diagnostics import Diagnostics
 from tnkfac.optim.report.plots import draw_report
 from tnkfac.optim.report.table import aligned
@@ -164,7 +164,8 @@ def _waits(statistics: Statistics) -> str:
 
 
 def _bytes(state: dict[str, Any]) -> int:
-    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    numbers = (value for name, value in state.items() if name != "structures")  # these are names
+    tensors = [value for value in numbers if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -43,15 +43,6 @@ class Decomposer:
     relative: bool = False
     eps: float = torch.finfo(torch.float64).eps
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Names of what is kept, and of how many parts each is made."""
-        k, c = self.k, self.c
-        if self.method == "cholesky":
-            return {"A_inv": len(k.shapes), "B_inv": len(c.shapes)}
-        kept = {"Q_A": len(k.basis_shapes), "Q_B": len(c.basis_shapes)}
-        return {**kept, **({"scales": 1} if self.method == "ekfac" else {"d_A": 1, "d_B": 1})}
-
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Decomposition:
         """What leaves a gradient almost as it is, before there are factors."""
         eye_A, eye_B = (s.identity(groups, dtype, device) for s in (self.k, self.c))
@@ -78,7 +69,7 @@ class Decomposer:
         a, b = (_above_rounding(values, self.eps) for values in (a, b))
         return self._with_spectra({"Q_A": Q_A, "Q_B": Q_B}, a, b)
 
-    def sound(self, found: Decomposition, A: Parts, B: Parts, damping: float) -> Tensor:
+    def sound(self, found: Mapping[str, Parts], A: Parts, B: Parts, damping: float) -> Tensor:
         """Whether what :meth:`decompose` found can be right, for every channel group ``[G]``.
 
         LAPACK returns NaN for some singular matrices, and where rounding exceeds the damping, an

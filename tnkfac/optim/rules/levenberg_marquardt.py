@@ -34,8 +34,8 @@ def adapted(damping: float, change: float, predicted: float) -> float:
     return max(damping, LEAST)
 
 
-class Trial:
-    """The parameters before a step, and what the quadratic model makes of those after it."""
+class QuadraticModel:
+    """The parameters before a step, and what the model makes of those after it."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         """Remember values and, once they are there, gradients."""

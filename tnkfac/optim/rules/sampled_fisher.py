@@ -1,108 +1,123 @@
-"""Backward passes that count for KFAC's factors alone."""
+"""Backward passes that count for factors alone: targets drawn from the model's distribution."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.optim import options
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.registry import Registry
-from tnkfac.optim.rules import sampling
-from tnkfac.optim.uncompiled import uncompiled
+
+LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 
 
-class FisherPasses:
-    """Adds passes with drawn targets to an optimizer whose ``fisher_type`` is ``"mc"``."""
+def sample(
+    layers: Sequence[CapturedLayer],
+    output: Tensor,
+    likelihood: str,
+    generator: torch.Generator | None,
+) -> None:
+    """Draw targets and back-propagate for the factors of some layers.
 
-    _registry: Registry
-    param_groups: list[dict[str, Any]]
-    defaults: dict[str, Any]
-
-    @uncompiled
-    def sample_fisher(
-        self,
-        output: Tensor,
-        likelihood: str = "categorical",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Draw targets from the model's own distribution and back-propagate for the factors only.
-
-        To be called between forward and backward pass, for every micro-batch; every ``.grad`` stays
-        as it is. On steps without a factor update it does nothing. ``B`` is the mean over draws;
-        every call counts as further samples.
-
-        Args:
-            output: Output of the model that the loss is computed from: logits ``[N, C, ..]``, or
-                anything ``[N, ..]`` for the other likelihoods.
-            likelihood: ``"categorical"`` (cross-entropy), ``"gaussian"`` with variance one (half
-                the squared error, summed over outputs) or ``"bernoulli"`` (binary cross-entropy
-                with logits, summed over outputs).
-            generator: Source of random numbers, or torch's own.
-
-        Raises:
-            ValueError: If ``fisher_type`` is not ``"mc"``, or for an unknown likelihood.
-        """
-        options.choices("likelihood", likelihood, sampling.LIKELIHOODS)
-        chosen = self._sampled_layers("sample_fisher")
-        leaves = [leaf for layer in chosen for leaf in layer.statistics.hidden_leaves]
-        if not leaves or output.numel() == 0:
-            return
-        draws = max(layer.group["mc_samples"] for layer in chosen)
-        terms = _loss_terms(chosen, output, likelihood)
-        listeners = [
-            layer.statistics.listening(draws, own) for layer, own in zip(chosen, terms, strict=True)
-        ]
-        with sampling.listening(listeners), torch.enable_grad():
-            for _ in range(draws):
-                loss = sampling.sampled_loss(output, likelihood, generator)
-                torch.autograd.backward(loss, retain_graph=True, inputs=leaves)
-
-    @contextmanager
-    def fisher_pass(self) -> Iterator[None]:
-        """Backward passes inside count for the factors, and leave every ``.grad`` as it is.
-
-        For targets drawn by oneself: the loss has to be averaged like that of training, and not
-        scaled. Keep the graph (``retain_graph=True``) if the training loss follows on it. Passes
-        through the same outputs are draws, over which ``B`` is the mean, here and in later blocks.
-
-        Raises:
-            ValueError: If ``fisher_type`` is not ``"mc"``.
-        """
-        chosen = self._sampled_layers("fisher_pass")
-        params = [param for group in self.param_groups for param in group["params"]]
-        listeners = [layer.statistics.listening() for layer in chosen]
-        with sampling.listening(listeners), sampling.kept_gradients(params):
-            yield
-
-    def _sampled_layers(self, caller: str) -> list[CapturedLayer]:
-        """Layers whose output factor is that of drawn targets, and due."""
-        sampled = [layer for layer in self._registry.layers if layer.statistics.chosen_passes]
-        if not sampled:
-            raise ValueError(
-                f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
-            )
-        return [layer for layer in sampled if layer.statistics.on]
+    Args:
+        layers: Layers that are due.
+        output: Output of the model, ``[N, ..]``.
+        likelihood: One of :data:`LIKELIHOODS`.
+        generator: Source of random numbers, or torch's own.
+    """
+    leaves = [leaf for layer in layers for leaf in layer.statistics.hidden_leaves]
+    if not leaves or output.numel() == 0:
+        return
+    draws = max(layer.group["mc_samples"] for layer in layers)
+    listeners = [
+        layer.statistics.listening(draws, terms)
+        for layer, terms in zip(layers, _loss_terms(layers, output, likelihood), strict=True)
+    ]
+    with listening(listeners), torch.enable_grad():
+        for _ in range(draws):
+            loss = sampled_loss(output, likelihood, generator)
+            torch.autograd.backward(loss, retain_graph=True, inputs=leaves)
 
 
 def _loss_terms(
-    chosen: list[CapturedLayer], output: Tensor, likelihood: str
+    layers: Sequence[CapturedLayer], output: Tensor, likelihood: str
 ) -> Iterator[float | None]:
     """Over how many terms the loss of training would average, for every layer; None for a sum.
 
     Where a callable says it, it is what it said of the last layer: earlier ones may run several
     times, or at more positions.
     """
-    told = [layer.statistics.told for layer in chosen if layer.statistics.told is not None]
-    for layer in chosen:
+    told = [layer.statistics.told for layer in layers if layer.statistics.told is not None]
+    for layer in layers:
         average = layer.statistics.loss_average
         if callable(average) and told:
             yield told[-1]
         elif average is None:
             yield None
         else:
-            yield sampling.loss_terms(output, likelihood, average != "batch")
+            yield loss_terms(output, likelihood, average != "batch")
+
+
+def sampled_loss(output: Tensor, likelihood: str, generator: torch.Generator | None) -> Tensor:
+    """Negative log-likelihood of targets drawn from the model, summed.
+
+    Args:
+        output: Logits ``[N, C, ..]`` (categorical), logits of any shape (bernoulli), or means of
+            any shape (gaussian, of variance one).
+        likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
+        generator: Source of random numbers, or torch's own.
+    """
+    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    with torch.no_grad():
+        if likelihood == "categorical":
+            classes = output.movedim(1, -1)
+            rows = classes.softmax(-1).flatten(0, -2)
+            drawn = torch.multinomial(rows, 1, generator=generator).view(classes.shape[:-1])
+        elif likelihood == "bernoulli":
+            drawn = torch.bernoulli(output.sigmoid(), generator=generator)
+        else:
+            noise = torch.empty_like(output).normal_(generator=generator)
+            drawn = output + noise
+    if likelihood == "categorical":
+        return F.cross_entropy(output, drawn, reduction="sum")
+    if likelihood == "bernoulli":
+        return F.binary_cross_entropy_with_logits(output, drawn, reduction="sum")
+    return 0.5 * (output - drawn).square().sum()
+
+
+def loss_terms(output: Tensor, likelihood: str, positions: bool) -> int:
+    """Over how many terms a loss averages.
+
+    Args:
+        output: As above, ``[N, ..]``.
+        likelihood: As above.
+        positions: Whether all positions of a sample count, or samples alone.
+    """
+    if not positions or output.ndim < 2:
+        return len(output)
+    return output.numel() // output.shape[1 if likelihood == "categorical" else -1]
+
+
+@contextmanager
+def listening(chosen: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    """Backward passes inside count for the factors."""
+    with ExitStack() as stack:
+        for one in chosen:
+            stack.enter_context(one)
+        yield
+
+
+@contextmanager
+def kept_gradients(params: Iterable[Tensor]) -> Iterator[None]:
+    """Backward passes inside leave every ``.grad`` as it was."""
+    before = [(param, param.grad) for param in params]
+    for param, _ in before:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in before:
+            param.grad = grad

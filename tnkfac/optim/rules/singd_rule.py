@@ -1,11 +1,214 @@
-"""The update of SINGD's factors (arXiv 2312.05705)."""
+"""The rule of SINGD: factors of the inverse curvature, updated without inverses."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Matrices, Parts
+from tnkfac.curvature import Factors, Matrices, Parts
+from tnkfac.curvature.structures.diagonal import Diagonal
+from tnkfac.optim import options
+from tnkfac.optim.options import Group, Option
+from tnkfac.optim.params import budget
+from tnkfac.optim.params.batches import Batch, Stack
+from tnkfac.optim.params.captured import CapturedLayer, update_dtype
+from tnkfac.optim.params.registry import Registry
+from tnkfac.optim.params.state import ParamState, State, unpack
+from tnkfac.optim.report.diagnostics import Spectra, inverse_squares
+from tnkfac.optim.rules.rule import NamedParts, Rule
+from tnkfac.optim.rules.singd_start import stationary_points
+
+OPTIONS: options.Options = {
+    **options.SHARED,
+    **options.DAMPING,
+    "momentum": options.SHARED["momentum"].but(0.7),
+    "grafting": options.SHARED["grafting"].but(1.0),
+    "structures": options.SHARED["structures"].but(
+        "auto",
+        'one of `"dense"`, `"diagonal"`, `"block{k}diagonal"`, `"hierarchical{k1}_{k2}"`, '
+        '`"triltoeplitz"`, `"triutoeplitz"`, `"triltopleftdiag"`, `"trilbottomrightdiag"`, '
+        '`"triutopleftdiag"`, `"triubottomrightdiag"`, or `"auto"` (input factors dense up to '
+        "1,024 rows, output factors up to 128, blocks of 128 above); one name or a pair (input, "
+        "output)",
+    ),
+    "alpha1": Option(0.5, partial(options.number, below=1.0), "momentum of the preconditioner"),
+    "T": Option(
+        10,
+        options.interval,
+        "steps between updates of the preconditioner, or a callable of the step",
+    ),
+    "lr_cov": Option(
+        0.2,
+        options.scheduled(options.number),
+        "step size of the preconditioner, or a callable of the step",
+    ),
+    "kfac_like": Option(
+        False, options.flag, "IKFAC: no coupling of the two factors through their traces"
+    ),
+    "normalize_lr_cov": Option(
+        False, options.flag, "bound the preconditioner's step by its largest entry"
+    ),
+    "preconditioner_dtype": Option(
+        None,
+        options.dtype_pair,
+        "dtype of `K` and `C`, or a pair; `None` for that of the weight, or float32 if that is "
+        "float16",
+    ),
+    "init": Option(
+        "first_batch",
+        partial(options.choices, supported=options.INIT),
+        '`"first_batch"`: start where the first batch leaves the preconditioner at rest; or '
+        '`"identity"`',
+    ),
+    "max_state_ratio": Option(
+        None,
+        options.optional(options.number),
+        'with `"auto"`, bound on the state relative to AdamW\'s',
+    ),
+    "max_step_ratio": Option(
+        None,
+        options.optional(options.number),
+        'with `"auto"`, bound on the cost of a training step relative to AdamW\'s',
+    ),
+}
+"""Hyper-parameters of SINGD."""
+
+_GRADIENT_DTYPES = (torch.float32, torch.float64)
+
+
+class SingdRule(Rule):
+    r"""Structured ``K`` and ``C`` with :math:`C C^T \otimes K K^T` near the inverse curvature."""
+
+    options = OPTIONS
+
+    def update_interval(self, group: Group, step: int) -> int:
+        """``T``."""
+        T = group["T"]
+        return int(T(step) if callable(T) else T)
+
+    def warms_up(self, layer: CapturedLayer) -> bool:
+        """Where the first batch gives but a multiple of the identity."""
+        k, c = layer.statistics.k, layer.statistics.c
+        return self.starts(layer.group) and not (k.has_eigenbasis and c.has_eigenbasis)
+
+    def init(self, layer: CapturedLayer) -> NamedParts:
+        """Identities, and momenta of zeros."""
+        statistics, weight, group = layer.statistics, layer.weight, layer.group
+        kept: dict[str, Parts] = {}
+        for name, structure, dtype in zip(
+            ("K", "C"), (statistics.k, statistics.c), group["preconditioner_dtype"], strict=True
+        ):
+            kind = update_dtype(weight.dtype) if dtype is None else getattr(torch, dtype)
+            kept[name] = structure.identity(statistics.layer.groups, kind, weight.device)
+            if _has_momentum(group):
+                kept[f"m_{name}"] = tuple(torch.zeros_like(part) for part in kept[name])
+        return kept
+
+    def starts(self, group: Group) -> bool:
+        """With ``init="first_batch"``."""
+        return bool(group["init"] == "first_batch")
+
+    def start(
+        self, layers: Sequence[CapturedLayer], measured: Sequence[Factors]
+    ) -> list[NamedParts]:
+        """Where the factors of the first batch leave ``K`` and ``C`` at rest.
+
+        Relative damping is a number for factors of mean eigenvalue one, whose preconditioner is
+        then brought to the level of the curvature.
+        """
+        group = layers[0].group
+        problems, levels = [], []
+        for layer, factors in zip(layers, measured, strict=True):
+            k, c = layer.statistics.k, layer.statistics.c
+            unit = damped(k, c, factors.A, factors.B, {**group, "grafting": 1.0})
+            problems.append((k, c, unit.A, unit.B))
+            raw = group["grafting"] is None
+            levels.append(damped(k, c, factors.A, factors.B, group).level if raw else None)
+        damping = group["relative_damping"] if group["damping"] is None else group["damping"]
+        starts: list[NamedParts] = []
+        for layer, (K, C), level in zip(
+            layers, stationary_points(problems, damping), levels, strict=True
+        ):
+            if level is not None:
+                k, c = layer.statistics.k, layer.statistics.c
+                K, C = k.scaled(K, level**-0.25), c.scaled(C, level**-0.25)
+            starts.append({"K": K, "C": C})
+        return starts
+
+    def update(self, batch: Batch) -> NamedParts:
+        """One step of ``K`` and ``C``, and of their momenta."""
+        group, k, c = batch.group, batch.k, batch.c
+        A, B = batch.factors()
+        names = ["K", "C", "m_K", "m_C"] if _has_momentum(group) else ["K", "C"]
+        old = {name: batch.read(name, A[0].dtype) for name in names}
+        taken, lr_cov = damped(k, c, A, B, group), group["lr_cov"]
+        new = singd_update(
+            k,
+            c,
+            old["K"],
+            old["C"],
+            old.get("m_K"),
+            old.get("m_C"),
+            taken.A,
+            taken.B,
+            damping=(taken.on_K, taken.on_C),
+            alpha1=0.0 if group["kfac_like"] else group["alpha1"],
+            lr_cov=lr_cov(group["step"]) if callable(lr_cov) else lr_cov,
+            kfac_like=group["kfac_like"],
+            normalize=group["normalize_lr_cov"],
+            bounded=self.starts(group),
+        )
+        return dict(zip(names, new, strict=False))
+
+    def precondition(self, batch: Stack, gradient: Tensor) -> Tensor:
+        """``C C^T G K K^T``."""
+        K, C = batch.read("K"), batch.read("C")
+        right = batch.k.apply(K, gradient.mT.to(K[0].dtype)).mT
+        return batch.c.apply(C, right.to(C[0].dtype)).to(gradient.dtype)
+
+    def elementwise(self, layer: CapturedLayer, state: ParamState) -> tuple[Tensor, Tensor] | None:
+        """Where both factors are diagonal, in the precision of the weight."""
+        dtype, statistics = layer.weight.dtype, layer.statistics
+        if layer.weight.device.type not in ("cpu", "cuda") or dtype not in _GRADIENT_DTYPES:
+            return None
+        if not (isinstance(statistics.k, Diagonal) and isinstance(statistics.c, Diagonal)):
+            return None
+        K, C = state.get("K"), state.get("C")
+        if K is None or C is None or K.dtype != dtype or C.dtype != dtype:
+            return None
+        return K, C
+
+    def feed_taps(self, layer: CapturedLayer, state: ParamState | None, refreshed: bool) -> None:
+        """Some structures measure ``K^T A K``."""
+        statistics = layer.statistics
+        if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
+            statistics.use(None if state is None else (unpack(state, "K"), unpack(state, "C")))
+
+    def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra:
+        """Those of ``(K K^T)^-1`` and ``(C C^T)^-1``."""
+        k, c = layer.statistics.k, layer.statistics.c
+        return inverse_squares(k, unpack(state, "K")), inverse_squares(c, unpack(state, "C"))
+
+    def choose_structures(
+        self, new: Sequence[CapturedLayer], registry: Registry, groups: list[Group], state: State
+    ) -> None:
+        """Within ``max_state_ratio``."""
+        budget.limit_state(new, registry.others, groups, state)
+
+    def revise_structures(self, registry: Registry, groups: list[Group], state: State) -> bool:
+        """Within ``max_step_ratio``."""
+        if all(group["max_step_ratio"] is None for group in groups):
+            return False
+        return budget.limit_time(registry.layers, groups, state)
+
+
+def _has_momentum(group: Group) -> bool:
+    return group["alpha1"] != 0 and not group["kfac_like"]
+
 
 LARGEST_CHANGE = 0.5
 """Largest relative change of the preconditioner in one update, unless it starts at the identity.
@@ -79,3 +282,53 @@ def singd_update(
         moved.append(tuple(x - part for x, part in zip(X, move, strict=True)))
         new.append(step)
     return moved[0], moved[1], new[0], new[1]
+
+
+@dataclass(frozen=True)
+class Damped:
+    """Factors as the update takes them, and what is added to the curvature.
+
+    Attributes:
+        A: Parts of the input factor.
+        B: Parts of the output factor.
+        on_K: Damping in the update of ``K``: a number, or one for each channel group, ``[G]``.
+        on_C: The same for ``C``.
+        level: Mean eigenvalue of the curvature in units of that of ``B (x) A``, ``[G]``, or None.
+    """
+
+    A: Parts
+    B: Parts
+    on_K: Tensor | float
+    on_C: Tensor | float
+    level: Tensor | None = None
+
+
+def damped(k: Matrices, c: Matrices, A: Parts, B: Parts, group: Group) -> Damped:
+    """Choose the damping of one layer for one batch.
+
+    With ``damping=None`` it is ``relative_damping`` times the mean eigenvalue of ``B (x) A``, or
+    of each factor with ``kfac_like``. Where grafting sets the size of an update anyway, factors
+    of mean eigenvalue one serve for that: then the gradients may shrink by orders of magnitude in
+    the course of training, and the preconditioner still follows the shape of the curvature.
+
+    Args:
+        k: Structure of ``A``.
+        c: Structure of ``B``.
+        A: Parts of the input factor of the batch.
+        B: Parts of its output factor.
+        group: Hyper-parameters of the layer.
+    """
+    if group["damping"] is not None:
+        return Damped(A, B, group["damping"], group["damping"])
+    share = group["relative_damping"]
+    a, b = _usable(k.statistic_trace(A)), _usable(c.statistic_trace(B))
+    if group["grafting"] is not None:
+        return Damped(k.scaled(A, 1 / a), c.scaled(B, 1 / b), share, share)
+    if group["kfac_like"]:
+        return Damped(A, B, share * a, share * b, a * b)
+    return Damped(A, B, share * a * b, share * a * b, a * b)
+
+
+def _usable(trace: Tensor) -> Tensor:
+    """One in the place of zero, so that a factor of zeros stays what it is."""
+    return torch.where(trace > 0, trace, 1.0)

@@ -1,240 +1,235 @@
-"""The last part of a step for many layers at once: grafting, momentum, decay, and the step itself.
-
-The same arithmetic as in :mod:`tnkfac.optim.step.grafting`, with a few calls for lists of tensors
-in the place of several for each. It takes what can be put that way; all else goes the plain way.
-"""
+"""The last part of a step: momentum, decay, and the step itself, for many parameters at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import hypot, inf
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tnkfac.curvature import switch
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.step.grafting import RMS
+from tnkfac.optim.params.sharding import local_shard, shard_like
+from tnkfac.optim.params.state import State
 
 CHUNK = 1 << 22
 """Bytes of gradients on the CPU that are taken to the end together: they stay in its cache."""
-Update = tuple[CapturedLayer, Tensor, Tensor | None]
-_SAFE = 1e-10
-
-
-def suits(layer: CapturedLayer, state: Any) -> bool:
-    """Whether all options of a layer can be had for lists of tensors, and its tensors be used."""
-    own = layer.group
-    if own["grafting"] in ("adam", "sgd") or own.get("nesterov", False):
-        return False
-    kind = layer.weight.dtype
-    if kind not in (torch.float32, torch.float64):
-        return False
-    for param in layer.params():
-        group = layer.group_of(param)
-        if isinstance(group["lr"], Tensor) or isinstance(group["weight_decay"], Tensor):
-            return False
-        if isinstance(group["momentum"], Tensor) or param.dtype != kind:
-            return False
-        if param.device.type not in ("cpu", "cuda") or type(param) not in _PLAIN:
-            return False
-        if not (param.is_contiguous() or _is_dense(param)):
-            return False
-        buffer = state.get(param, {}).get("momentum_buffer")  # that of a checkpoint may differ
-        if buffer is not None and (buffer.dtype != kind or buffer.stride() != param.stride()):
-            return False
-    return True
-
-
+_FULL = (torch.float32, torch.float64)
+_FUSED = ("cpu", "cuda")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_dense(param: Tensor) -> bool:
-    """Whether a tensor fills its memory, in whatever order of axes."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(param))
+class Update(NamedTuple):
+    """What a layer's gradients were preconditioned to.
+
+    Attributes:
+        layer: The layer.
+        parts: Its parameters that have a gradient, each with its update in the shape of the
+            parameter; these may be overwritten.
+    """
+
+    layer: CapturedLayer
+    parts: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step of one parameter group is taken.
+
+    Attributes:
+        lr: Learning rate; a tensor where it lies on a device.
+        momentum: Decay of the momentum buffer; zero without.
+        weight_decay: Coefficient.
+        decoupled: ``param *= 1 - lr * weight_decay`` instead of adding the decay to the update.
+        averaged: The buffer is a moving average, so that updates keep their size.
+        nesterov: Step along what the buffer will be if the update repeats itself.
+    """
+
+    lr: Tensor | float
+    momentum: float
+    weight_decay: float
+    decoupled: bool
+    averaged: bool
+    nesterov: bool
+
+    @staticmethod
+    def of(group: Group, of_layer: Group) -> StepOptions:
+        """Those of a parameter in one group, of a layer whose weight is in another or the same."""
+        lr = group["lr"]
+        return StepOptions(
+            lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr),
+            float(group["momentum"]),
+            float(group["weight_decay"]),
+            of_layer["decoupled_weight_decay"],
+            of_layer["grafting"] is not None,
+            group.get("nesterov", False),
+        )
 
 
 def chunks(layers: Sequence[CapturedLayer]) -> list[list[CapturedLayer]]:
     """Layers in order, of one device and dtype, cut where they would leave the cache of a CPU."""
-    found: list[list[CapturedLayer]] = []
+    cut: list[list[CapturedLayer]] = []
     size, kind = 0, None
     for layer in layers:
         weight = layer.weight
         own = weight.numel() * weight.element_size()
         full = weight.device.type == "cpu" and size + own > CHUNK
         if full or kind != (weight.device, weight.dtype):
-            found.append([])
+            cut.append([])
             size, kind = 0, (weight.device, weight.dtype)
-        found[-1].append(layer)
+        cut[-1].append(layer)
         size += own
-    return found
+    return cut
 
 
-def step_many(updates: Sequence[Update], state: Any, keep: Tensor | None) -> None:
-    """Graft and step all weights and biases.
+def is_plain(param: Tensor) -> bool:
+    """Whether kernels that walk through memory can take a parameter as it is."""
+    if type(param) not in _PLAIN or param.dtype not in _FULL or param.device.type not in _FUSED:
+        return False
+    return param.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(param))
+
+
+def apply_(updates: Sequence[Update], state: State, found_inf: Tensor | None) -> None:
+    """Step all parameters of some layers.
 
     Args:
-        updates: Layers of one device and dtype, each with the preconditioned gradients of its
-            weight and, where that has one, of its bias; they may be overwritten.
+        updates: Layers with updates of the size that they should have.
         state: State of the optimizer.
-        keep: Scalar that is zero where the batch is to be skipped.
+        found_inf: Scalar that turns the step into none where it is one.
     """
-    step_sized(_grafted(updates, keep is None), state, keep)
-
-
-def step_sized(updates: Sequence[Update], state: Any, keep: Tensor | None) -> None:
-    """Step all weights and biases by updates that have their size."""
-    batches: dict[Any, tuple[Group, bool, bool, list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for layer, *both in updates:
-        own = layer.group
-        averaged, decoupled = own["grafting"] is not None, own["decoupled_weight_decay"]
-        for param, update in zip((layer.weight, layer.bias), both, strict=True):
-            if param is None or update is None or param.grad is None:
-                continue
+    batches: dict[object, tuple[StepOptions, list[tuple[Tensor, Tensor]]]] = {}
+    for layer, parts in updates:
+        for param, update in parts:
             group = layer.group_of(param)
-            key = id(group), averaged, decoupled
-            batch = batches.get(key)
-            if batch is None:
-                batch = batches[key] = (group, averaged, decoupled, [], [], [])
-            if update.stride() != param.stride():
-                update = torch.empty_like(param).copy_(update)
-            batch[3].append(param)
-            batch[4].append(update)
-            if group["momentum"]:
-                batch[5].append(state[param]["momentum_buffer"])
-    for batch in batches.values():
-        apply(*batch, keep)
+            key = id(group), id(layer.group), param.device, param.dtype
+            if key not in batches:
+                batches[key] = StepOptions.of(group, layer.group), []
+            batches[key][1].append((param, update))
+    for options, pairs in batches.values():
+        params, moves = [param for param, _ in pairs], [update for _, update in pairs]
+        buffers: list[Tensor] = []
+        if options.momentum:
+            buffers = [state[param]["momentum_buffer"] for param in params]
+        if not all(type(param) in _PLAIN for param in params):
+            moves = [shard_like(update, param) for param, update in pairs]
+            params, buffers = [*map(local_shard, params)], [*map(local_shard, buffers)]
+        if not switch.plain and params[0].device.type in _FUSED:
+            _apply_listed(options, params, moves, buffers, found_inf)
+        else:
+            for i, (param, update) in enumerate(zip(params, moves, strict=True)):
+                apply_reference_(options, param, update, buffers[i] if buffers else None, found_inf)
 
 
-def apply(
-    group: Group,
-    averaged: bool,
-    decoupled: bool,
+def _apply_listed(
+    options: StepOptions,
     params: list[Tensor],
     updates: list[Tensor],
     buffers: list[Tensor],
-    keep: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """Momentum, decay and the step, as in :func:`tnkfac.optim.step.grafting.apply_update_`.
+    """The same where tensors may be of half precision, or lie in memory in different ways.
+
+    These are stepped as copies in single precision that lie alike.
+    """
+    stepped = [param if is_plain(param) else _single(param) for param in params]
+    moves = [
+        update if _alike(update, param) else torch.empty_like(param).copy_(update)
+        for param, update in zip(stepped, updates, strict=True)
+    ]
+    moved = [
+        buffer if _alike(buffer, param) else torch.empty_like(param).copy_(buffer)
+        for param, buffer in zip(stepped, buffers, strict=bool(buffers))
+    ]
+    fused_step_(options, stepped, moves, moved, found_inf)
+    pairs = [*zip(params, stepped, strict=True), *zip(buffers, moved, strict=True)]
+    copied = [(old, new) for old, new in pairs if old is not new]
+    if copied:
+        torch._foreach_copy_([old for old, _ in copied], [new for _, new in copied])
+
+
+def _single(param: Tensor) -> Tensor:
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return param.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _alike(tensor: Tensor, param: Tensor) -> bool:
+    return tensor.dtype == param.dtype and tensor.stride() == param.stride()
+
+
+def fused_step_(
+    options: StepOptions,
+    params: list[Tensor],
+    updates: list[Tensor],
+    buffers: list[Tensor],
+    found_inf: Tensor | None,
+) -> None:
+    """Momentum, decay and the step, as in :func:`apply_reference_`.
 
     torch's kernel for SGD does it all in one pass, and nothing at all where ``found_inf`` is one.
     """
-    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-    skip = None
-    if keep is not None:
-        skip = 1 - keep.to(params[0].device, torch.float32)
-        keep = 1 - skip.to(params[0].dtype)
-    if decay and decoupled:
-        torch._foreach_mul_(params, 1 - lr * decay if keep is None else 1 - lr * decay * keep)
+    lr, momentum, decay = options.lr, options.momentum, options.weight_decay
+    if found_inf is not None:
+        found_inf = found_inf.to(params[0].device, torch.float32)
+    if decay and options.decoupled:
+        kept: Tensor | float = 1.0
+        if found_inf is not None:
+            kept = 1 - found_inf.to(params[0].dtype)
+        torch._foreach_mul_(params, 1 - lr * decay * kept)
+        decay = 0.0
+    dampening = momentum if options.averaged else 0.0
+    if options.nesterov and options.averaged:  # torch would dampen what the buffer takes alone
+        torch._foreach_mul_(updates, 1 - momentum)
+        decay, dampening = decay * (1 - momentum), 0.0
     torch._fused_sgd_(
         params,
         updates,
         buffers,
-        weight_decay=0.0 if decoupled else float(decay),
-        momentum=float(momentum),
-        lr=float(lr),
-        dampening=float(momentum) if averaged else 0.0,
-        nesterov=False,
+        weight_decay=decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=options.nesterov and momentum > 0,
         maximize=False,
         is_first_step=False,
-        found_inf=skip,
+        found_inf=found_inf,
     )
 
 
-def _grafted(
-    updates: Sequence[Update], on_host: bool
-) -> list[tuple[CapturedLayer, Tensor, Tensor | None]]:
-    """Give every update the size that its group asks for; they may be overwritten.
+def apply_reference_(
+    options: StepOptions,
+    param: Tensor,
+    update: Tensor,
+    buffer: Tensor | None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Momentum, decay and the step itself of one parameter, in place.
 
     Args:
-        updates: As for :func:`step_many`.
-        on_host: Whether numbers may be looked at.
+        options: How it is taken.
+        param: The parameter.
+        update: Its preconditioned gradient, same shape.
+        buffer: Momentum buffer, or None without momentum.
+        found_inf: Scalar that turns the step into none where it is one.
     """
-    grafted = [entry for entry in updates if entry[0].group["grafting"]]
-    if not grafted:
-        return list(updates)
-    weights = [weight for _, weight, _ in grafted]
-    at = tuple(i for i, (_, _, bias) in enumerate(grafted) if bias is not None)
-    biases = [bias for _, _, bias in grafted if bias is not None]
-    numbers = [weight.numel() for weight in weights]
-    for i, bias in zip(at, biases, strict=True):
-        numbers[i] += bias.numel()
-    sizes = tuple(
-        size(layer.group) * count**0.5 for (layer, *_), count in zip(grafted, numbers, strict=True)
-    )
-    scale = _scaled_on_host if on_host and weights[0].device.type == "cpu" else _scaled
-    done = scale(weights, biases, at, sizes)
-    own = dict(zip(at, done[len(weights) :], strict=True))
-    found = {id(layer): (layer, done[i], own.get(i)) for i, (layer, *_) in enumerate(grafted)}
-    return [found.get(id(entry[0]), entry) for entry in updates]
-
-
-def _scaled_on_host(
-    weights: list[Tensor], biases: list[Tensor], at: tuple[int, ...], sizes: tuple[float, ...]
-) -> list[Tensor]:
-    """Bring weights and biases, which go with the weights at some places, to their joint norms."""
-    values = [*weights, *biases]
-    norms = _host_norms(values)
-    for i, norm in zip(at, norms[len(weights) :], strict=True):
-        norms[i] = hypot(norms[i], norm)
-    found = [size / norm if norm > 0 else 0.0 for size, norm in zip(sizes, norms, strict=False)]
-    torch._foreach_mul_(values, [*found, *(found[i] for i in at)])
-    return values
-
-
-def _scaled(
-    weights: list[Tensor], biases: list[Tensor], at: tuple[int, ...], sizes: tuple[float, ...]
-) -> list[Tensor]:
-    """The same without waiting for a device, and there with few launches."""
-    values = [*weights, *biases]
-    total = torch.stack(torch._foreach_norm(values, dtype=torch.float64))
-    device = total.device
-    if biases:
-        squares = total.square()
-        places = _kept(at, torch.int64, device)
-        total = squares[: len(weights)].index_add(0, places, squares[len(weights) :]).sqrt()
-    scales = torch.where(total > 0, _kept(sizes, total.dtype, device) / total, 0.0)
-    scales = scales.to(weights[0].dtype)
-    if biases:
-        scales = scales.index_select(0, _kept((*range(len(weights)), *at), torch.int64, device))
-    if not all(value.is_contiguous() for value in values):
-        torch._foreach_mul_(values, scales.unbind())
-        return values
-    counts = [value.numel() for value in values]  # end to end: numbers times tensors go one by one
-    lengths = _kept(tuple(counts), torch.int64, device)
-    flat = torch.cat([value.view(-1) for value in values])
-    flat *= torch.repeat_interleave(scales, lengths, output_size=len(flat))
-    parts = torch.split(flat, counts)
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
-
-
-def in_range(norm: float) -> bool:
-    """Whether a norm has lost nothing to squares that vanish in float32, or are infinite."""
-    return _SAFE < norm < inf
-
-
-def _host_norms(updates: list[Tensor]) -> list[float]:
-    """Norm of each.
-
-    Squares are summed in float64 where they would not fit into float32: where a normalisation
-    follows a layer, its output factor is all rounding, and its natural gradient may be of size
-    1e19. That takes several times as long, so it is done only if there is need.
-    """
-    norms: list[float] = [norm.item() for norm in torch._foreach_norm(updates)]
-    if not all(map(in_range, norms)):
-        norms = [norm.item() for norm in torch._foreach_norm(updates, dtype=torch.float64)]
-    return norms
-
-
-def size(group: Group) -> float:
-    """Root mean square that grafting gives an update."""
-    kind = group["grafting"]
-    return RMS if kind == "rms" else float(kind)
-
-
-@lru_cache(maxsize=256)
-def _kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers already on the device: copying them there would wait for it."""
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    wide = torch.promote_types(param.dtype, torch.float32)
+    lr, momentum = options.lr, options.momentum
+    moved, update = param.to(wide), update.to(wide)
+    if options.weight_decay:
+        if options.decoupled:
+            moved = moved * (1 - lr * options.weight_decay)
+        else:
+            update = update + options.weight_decay * moved
+    written = [(param, moved)]
+    if buffer is not None:
+        fresh = 1 - momentum if options.averaged else 1.0
+        average = momentum * buffer.to(wide) + fresh * update
+        update = fresh * update + momentum * average if options.nesterov else average
+        written.append((buffer, average))
+    written[0] = param, moved - update * lr
+    for old, new in written:
+        old.copy_(
+            new if found_inf is None else torch.where(found_inf.to(old.device) == 0, new, old)
+        )

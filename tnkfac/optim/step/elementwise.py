@@ -1,52 +1,68 @@
 """Layers whose preconditioner scales each number of a gradient: those with diagonal factors.
 
-Gradients keep the shape and the layout of their parameter; no joint matrix is formed.
+Gradients keep the shape and the layout of their parameter; no joint matrix is formed. Large layers
+on the CPU are taken some rows at a time, so that what is computed of them stays in the cache: their
+gradients are read twice, once for their norm and once for the step, instead of being written to
+memory scaled. The norm also tells whether a gradient is finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from math import hypot
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.structures.diagonal import Diagonal
+from tnkfac.optim.finite import finite_on_host
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.scaling import Scaling, Squares
+from tnkfac.optim.params.scaling import Diagonals, Scaling, Squares
+from tnkfac.optim.params.state import State
+from tnkfac.optim.step import grafting
+from tnkfac.optim.step.apply import StepOptions, Update, fused_step_, is_plain
 
-_KINDS = (torch.float32, torch.float64)
-
-
-def is_diagonal(layer: CapturedLayer, state: dict[str, Any]) -> bool:
-    """Whether both factors of a layer are diagonal, in the precision of its weight."""
-    kind, statistics = layer.weight.dtype, layer.statistics
-    if "K" not in state or layer.weight.device.type not in ("cpu", "cuda") or kind not in _KINDS:
-        return False
-    if not (isinstance(statistics.k, Diagonal) and isinstance(statistics.c, Diagonal)):
-        return False
-    return all(state[name].dtype == kind for name in ("K", "C"))
+Scaled = tuple[CapturedLayer, Scaling]
+BLOCK = 1 << 18
+"""Numbers of a large layer that are taken at a time."""
 
 
-def read(
-    layers: Sequence[CapturedLayer], pairs: Sequence[tuple[Tensor, Tensor] | None]
-) -> list[Scaling | None]:
-    """The scalings of some layers, read anew where factors have changed.
+def scaled_layers(
+    layers: Sequence[CapturedLayer], diagonals: Diagonals
+) -> tuple[list[Scaled], list[CapturedLayer]]:
+    """Layers whose gradients are scaled, with what scales them; and all others.
 
     Args:
-        layers: Layers, which keep what was read.
-        pairs: ``K [G, D]`` and ``C [G, C_out / G]`` of each; None for a layer without a scaling.
+        layers: Layers that have a gradient.
+        diagonals: Factors of those that have diagonal ones.
     """
-    found: list[Scaling | None] = []
-    for layer, pair in zip(layers, pairs, strict=True):
-        if pair is not None and (layer.scaling is None or not layer.scaling.holds(*pair)):
-            K, C = pair
-            layer.scaling = Scaling(K, C, (K._version, C._version))
-        found.append(None if pair is None else layer.scaling)
-    return found
+    scaled: list[Scaled] = []
+    rest: list[CapturedLayer] = []
+    for layer in layers:
+        pair = diagonals.get(id(layer)) if _fits(layer) else None
+        if pair is None:
+            rest.append(layer)
+        else:
+            scaled.append((layer, _scaling(layer, *pair)))
+    return scaled, rest
 
 
-def square(chosen: Sequence[tuple[CapturedLayer, Scaling]]) -> list[Squares]:
+def _fits(layer: CapturedLayer) -> bool:
+    """Whether gradients of a layer can be scaled where they lie."""
+    weight = layer.weight
+    if weight.grad is None or weight.grad.dtype != weight.dtype:
+        return False
+    return all(is_plain(param) and param.dtype == weight.dtype for param in layer.params())
+
+
+def _scaling(layer: CapturedLayer, K: Tensor, C: Tensor) -> Scaling:
+    """The scaling of a layer, made anew where its factors have changed."""
+    scaling = layer.scaling
+    if scaling is None or not scaling.holds(K, C):
+        scaling = layer.scaling = Scaling(K, C, (K._version, C._version))
+    return scaling
+
+
+def square(chosen: Sequence[Scaled]) -> list[Squares]:
     """Squares of the factors of some layers, kept with what was read."""
     stale = [(layer, scaling) for layer, scaling in chosen if scaling.squares is None]
     if stale:
@@ -66,9 +82,7 @@ def _broadcasting(layer: CapturedLayer, right: Tensor, left: Tensor) -> Squares:
     return Squares(*layer.statistics.layer.broadcast(right, left), bias)
 
 
-def scaled_gradients(
-    chosen: Sequence[tuple[CapturedLayer, Scaling]],
-) -> list[tuple[Tensor, Tensor | None]]:
+def scaled_gradients(chosen: Sequence[Scaled]) -> list[Update]:
     """Preconditioned gradients of weights, and of biases that have a gradient.
 
     Args:
@@ -96,8 +110,161 @@ def scaled_gradients(
     else:  # what is broadcast takes a launch for each tensor, the product with gradients one
         weights = torch._foreach_mul(inputs, outputs)
         torch._foreach_mul_(weights, gradients)
-    found = dict(zip(at, torch._foreach_mul(biases, factors), strict=True)) if biases else {}
-    return [
-        (weight.flatten(0, 1) if scaling.groups > 1 else weight, found.get(index))
-        for index, (weight, (_, scaling)) in enumerate(zip(weights, chosen, strict=True))
-    ]
+    scaled = dict(zip(at, torch._foreach_mul(biases, factors), strict=True)) if biases else {}
+    updates = []
+    for index, (weight, (layer, scaling)) in enumerate(zip(weights, chosen, strict=True)):
+        parts = [(layer.weight, weight.flatten(0, 1) if scaling.groups > 1 else weight)]
+        if layer.bias is not None and index in scaled:
+            parts.append((layer.bias, scaled[index]))
+        updates.append(Update(layer, parts))
+    return updates
+
+
+# -------------------------------------------------------------------------------- by rows
+
+
+class DeferredCheck:
+    """Large gradients whose norms tell whether they are finite.
+
+    The norm of a preconditioned gradient is needed for grafting anyway; to look at the gradient
+    before would read it once more.
+    """
+
+    def __init__(self, layers: Sequence[CapturedLayer], diagonals: Diagonals, state: State) -> None:
+        """Choose those of some layers that can be left.
+
+        Args:
+            layers: All layers.
+            diagonals: Factors of those that have diagonal ones.
+            state: State of the optimizer.
+        """
+        self._scaled: list[Scaled] = []
+        large = [layer for layer in layers if is_large(layer) and layer.group["grafting"]]
+        if any(layer.group["kl_clip"] is not None for layer in layers):
+            return  # that asks for all products with gradients before any step
+        if any(p.device.type != "cpu" for layer in layers for p in layer.params()):
+            return
+        scaled, _ = scaled_layers(large, diagonals)
+        self._scaled = [pair for pair in scaled if is_cut(pair[0], state)]
+
+    def others(self, gradients: Iterable[Tensor]) -> list[Tensor]:
+        """All other gradients."""
+        own = {id(layer.weight.grad) for layer, _ in self._scaled}
+        return [gradient for gradient in gradients if id(gradient) not in own]
+
+    def norms(self) -> dict[int, float] | None:
+        """Norms of the preconditioned gradients, by ``id`` of the layer.
+
+        None if a gradient is not finite; an update of the factors, whose statistics are all
+        finite, stands.
+        """
+        norms: dict[int, float] = {}
+        for layer, scaling in self._scaled:
+            assert layer.weight.grad is not None
+            current = _scaling(layer, scaling.K, scaling.C)  # an update has changed them
+            norms[id(layer)] = norm((layer, current))
+            if not grafting.in_range(norms[id(layer)]) and not finite_on_host([layer.weight.grad]):
+                return None
+        return norms
+
+
+def is_cut(layer: CapturedLayer, state: State) -> bool:
+    """Whether a layer with diagonal factors is taken by rows."""
+    kind = layer.group["grafting"]
+    if not is_large(layer) or (isinstance(kind, str) and kind != "rms"):
+        return False
+    for param in layer.params():
+        group = layer.group_of(param)
+        if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+            return False
+        buffer = state.get(param, {}).get("momentum_buffer")  # that of a checkpoint may differ
+        alike = buffer is None or buffer.dtype == param.dtype
+        if not alike or (buffer is not None and buffer.stride() != param.stride()):
+            return False
+    return True
+
+
+def is_large(layer: CapturedLayer) -> bool:
+    """Whether a layer is large, and its tensors can be cut along their first axis."""
+    weight, gradient = layer.weight, layer.weight.grad
+    if gradient is None or weight.numel() <= BLOCK or weight.device.type != "cpu":
+        return False
+    if layer.statistics.layer.groups > 1 or gradient.dtype != weight.dtype:
+        return False
+    rows_lie_together = weight.stride(0) * len(weight) == weight.numel()
+    return rows_lie_together and gradient.stride() == weight.stride()
+
+
+def norm(scaled: Scaled) -> float:
+    """Norm of the preconditioned gradients of a layer; not finite where one of them is not."""
+    layer, _ = scaled
+    (squares,) = square([scaled])
+    length = 0.0
+    for g, right, left in zip(*_pieces(layer, squares), strict=True):
+        length = hypot(length, torch.linalg.vector_norm((g * right).mul_(left)).item())
+    bias = _bias(layer, squares)
+    return length if bias is None else hypot(length, torch.linalg.vector_norm(bias).item())
+
+
+def step_large(scaled: Scaled, state: State, known: float | None = None) -> bool:
+    """Graft and step one layer; tell whether it was done: not where float32 loses its norm.
+
+    Args:
+        scaled: The layer, and what scales its gradients.
+        state: State of the optimizer.
+        known: What :func:`norm` has found, if it was asked before.
+    """
+    layer, _ = scaled
+    weight, group = layer.weight, layer.group
+    (squares,) = square([scaled])
+    pieces, inputs, outputs = _pieces(layer, squares)
+    params = torch.split(weight, len(pieces[0]))
+    bias = _bias(layer, squares)
+    if group["grafting"]:
+        length = norm(scaled) if known is None else known
+        size = grafting.number(group)
+        if size is None or not grafting.in_range(length):
+            return False
+        count = weight.numel() + (0 if bias is None else bias.numel())
+        scale = size * count**0.5 / length
+        outputs = [part * scale for part in outputs]
+        bias = None if bias is None else bias.mul_(scale)
+    options = StepOptions.of(group, group)
+    buffers: Sequence[list[Tensor]] = [[] for _ in params]
+    if options.momentum:
+        buffer = state[weight]["momentum_buffer"]
+        buffers = [[part] for part in torch.split(buffer, len(pieces[0]))]
+    for param, g, right, left, moved in zip(params, pieces, inputs, outputs, buffers, strict=True):
+        fused_step_(options, [param], [(g * right).mul_(left)], moved, None)
+    if bias is not None and layer.bias is not None:
+        options = StepOptions.of(layer.bias_group, group)
+        moved = [state[layer.bias]["momentum_buffer"]] if options.momentum else []
+        fused_step_(options, [layer.bias], [bias], moved, None)
+    return True
+
+
+def _pieces(
+    layer: CapturedLayer, squares: Squares
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Some rows of a gradient at a time, and what scales them."""
+    gradient = layer.weight.grad
+    assert gradient is not None
+    rows = max(1, BLOCK * len(gradient) // gradient.numel())
+    pieces = torch.split(gradient, rows)
+    inputs = _cut(squares.inputs, rows, len(gradient), len(pieces))
+    return pieces, inputs, _cut(squares.outputs, rows, len(gradient), len(pieces))
+
+
+def _bias(layer: CapturedLayer, squares: Squares) -> Tensor | None:
+    """The preconditioned gradient of the bias."""
+    if layer.bias is None or layer.bias.grad is None:
+        return None
+    assert squares.bias is not None
+    return layer.bias.grad * squares.bias
+
+
+def _cut(factor: Tensor, rows: int, length: int, pieces: int) -> list[Tensor]:
+    """Cut a factor like the weight, unless it broadcasts along that axis."""
+    if factor.shape[0] == length and length > 1:
+        return list(torch.split(factor, rows))
+    return [factor] * pieces

@@ -6,6 +6,7 @@ The update itself is torch's own AdamW or SGD.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,23 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from tnkfac.curvature import fast
-from tnkfac.optim.params.sharding import local
-from tnkfac.optim.step.grafting import share_layout
+from tnkfac.curvature import switch
+from tnkfac.optim.params.sharding import local_shard
 
 State = dict[str, Any]
+
+
+def share_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether numbers lie in memory in the same order and without gaps.
+
+    Fused kernels walk through the memory of parameter, gradient and state in step; on the CPU they
+    look neither at strides nor at a sign that is yet to be applied.
+    """
+    first = tensors[0]
+    strides = first.stride()
+    if any(tensor.stride() != strides or tensor.is_neg() for tensor in tensors):
+        return False
+    return first.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(first))
 
 
 def init_state(param: Tensor, group: dict[str, Any]) -> State:
@@ -47,22 +60,28 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def update(
-    params: list[Tensor], states: list[State], group: dict[str, Any], skip: Tensor | None = None
+    params: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step for parameters of one group whose gradients are all there.
 
     Args:
         params: Parameters.
         states: Their states, from :func:`init_state`.
-        skip: On CUDA, a scalar tensor that turns the step into none where it is one.
+        found_inf: On CUDA, a scalar tensor that turns the step into none where it is one.
         group: Their group. Without ``fallback_lr`` the group's ``lr`` is used; with it, it is
             scaled by what a scheduler has made of the group's ``lr``.
     """
     by_kind: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
     for param, state in zip(params, states, strict=True):
-        whole, own = local(param.detach()), {key: local(value) for key, value in state.items()}
+        whole, own = (
+            local_shard(param.detach()),
+            {key: local_shard(value) for key, value in state.items()},
+        )
         assert param.grad is not None
-        grad = _single(local(param.grad))
+        grad = _single(local_shard(param.grad))
         moments = [value for key, value in own.items() if key != "step"]
         alike = share_layout([_single(whole), grad, *moments])
         by_kind[alike, type(param), param.device, param.dtype].append((whole, grad, own))
@@ -71,8 +90,8 @@ def update(
         grads = [grad for _, grad, _ in entries]
         owns = [own for _, _, own in entries]
         single = [_single(whole) for whole in wholes]
-        if skip is None or (alike and not single[0].is_complex()):
-            _update(single, grads, owns, group, skip, alike)
+        if found_inf is None or (alike and not single[0].is_complex()):
+            _update(single, grads, owns, group, found_inf, alike)
         else:  # only a fused kernel can skip a step without waiting for the device
             single = [param.contiguous() for param in single]
             grads = [grad.resolve_conj().resolve_neg().contiguous() for grad in grads]
@@ -82,7 +101,7 @@ def update(
                 [_real(grad) for grad in grads],
                 [{key: _real(value) for key, value in own.items()} for own in compact],
                 group,
-                skip,
+                found_inf,
                 True,
             )
             for own, new in zip(owns, compact, strict=True):
@@ -97,7 +116,7 @@ def _update(
     grads: list[Tensor],
     states: list[State],
     group: dict[str, Any],
-    skip: Tensor | None,
+    found_inf: Tensor | None,
     alike: bool,
 ) -> None:
     """As :func:`update`, for tensors of one kind; ``alike``: fused kernels may take them."""
@@ -106,9 +125,9 @@ def _update(
     lr = learning_rate(group)
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         lr = float(lr)
-    fused = skip is not None or (fast() and params[0].device.type in ("cpu", "cuda"))
+    fused = found_inf is not None or (not switch.plain and params[0].device.type in ("cpu", "cuda"))
     fused = fused and alike and params[0].is_floating_point()
-    kernel = {"fused": True, "found_inf": skip} if fused else {"foreach": True}
+    kernel = {"fused": True, "found_inf": found_inf} if fused else {"foreach": True}
     if group["fallback"] == "adamw":
         beta1, beta2 = group["fallback_betas"]
         adamw(

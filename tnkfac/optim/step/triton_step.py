@@ -18,7 +18,8 @@ from torch import Tensor
 from tnkfac.curvature import trusted
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.scaling import Scaling
-from tnkfac.optim.step import apply
+from tnkfac.optim.step import grafting
+from tnkfac.optim.step.apply import Update
 
 Chosen = Sequence[tuple[CapturedLayer, Scaling]]
 
@@ -102,7 +103,12 @@ def suits(chosen: Chosen) -> bool:
     """Whether kernels can take these layers, of one device and dtype, at once."""
     if not chosen or triton_kernels(chosen[0][1].K) is None:
         return False
-    return all(_rule(layer, scaling) and layer.weight.numel() < 2**31 for layer, scaling in chosen)
+    return all(
+        _rule(layer, scaling)
+        and layer.weight.numel() < 2**31
+        and (not layer.group["grafting"] or grafting.number(layer.group) is not None)
+        for layer, scaling in chosen
+    )
 
 
 def _rule(layer: CapturedLayer, scaling: Scaling) -> Lookup | None:
@@ -111,7 +117,7 @@ def _rule(layer: CapturedLayer, scaling: Scaling) -> Lookup | None:
     return lookup(first, tuple(weight.shape), weight.stride(), len(scaling.C), rows)
 
 
-def sized_gradients(chosen: Chosen) -> list[apply.Update]:
+def sized_gradients(chosen: Chosen) -> list[Update]:
     """Preconditioned gradients of weights, and of biases that have one, of the size they should.
 
     Args:
@@ -143,8 +149,11 @@ def sized_gradients(chosen: Chosen) -> list[apply.Update]:
             owners.append(index)
             numbers += gradient.numel()
         group = layer.group
-        count = (numbers - before) ** 0.5
-        sizes.append(apply.size(group) * count if group["grafting"] else -1.0)
+        count, size = (
+            (numbers - before) ** 0.5,
+            grafting.number(group) if group["grafting"] else 0.0,
+        )
+        sizes.append(size * count if group["grafting"] else -1.0)
     device, dtype = kept[0].device, kept[0].dtype
     kernels = triton_kernels(chosen[0][1].K)
     assert kernels is not None
@@ -153,13 +162,15 @@ def sized_gradients(chosen: Chosen) -> list[apply.Update]:
     targets = _sent(tuple(sizes), torch.float64, device) if sized else None
     table = _sent(tuple(rows), torch.int64, device)
     out = kernels.scaled(table, tiles, lengths, targets, numbers, dtype)
-    found: list[apply.Update] = []
+    updates: list[Update] = []
     parts = iter(torch.split(out, [row[4] for row in rows]))
     for layer, _ in chosen:
         weight = next(parts).as_strided(layer.weight.shape, layer.weight.stride())
-        with_bias = layer.bias is not None and layer.bias.grad is not None
-        found.append((layer, weight, next(parts) if with_bias else None))
-    return found
+        pairs = [(layer.weight, weight)]
+        if layer.bias is not None and layer.bias.grad is not None:
+            pairs.append((layer.bias, next(parts)))
+        updates.append(Update(layer, pairs))
+    return updates
 
 
 @lru_cache(maxsize=64)

@@ -1,44 +1,17 @@
-"""The pair ``(K, C)`` of one layer, and where it starts."""
+"""Where SINGD starts: the factors that the statistics of one batch leave at rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature.callers import warn
-from tnkfac.curvature.structures import Parts, Structure
+from tnkfac.curvature import Parts, Structure, warn
 
 _ITERATIONS = 80
 _ACCURACY = 1e-13
-
-
-@dataclass(frozen=True)
-class Preconditioner:
-    """Structured ``K [G, D, D]`` and ``C [G, C_out / G, C_out / G]``.
-
-    The inverse of the curvature ``B (x) A`` is kept as ``C C^T (x) K K^T``.
-
-    Attributes:
-        k: Structure of ``K``, the input side.
-        c: Structure of ``C``, the output side.
-        K: Parts of ``K``.
-        C: Parts of ``C``.
-    """
-
-    k: Structure
-    c: Structure
-    K: Parts
-    C: Parts
-
-    def apply(self, gradient: Tensor) -> Tensor:
-        """``C C^T G K K^T`` for a gradient matrix ``[G, C_out / G, D]``, in its dtype."""
-        rows = gradient.transpose(1, 2).to(self.K[0].dtype)
-        right = self.k.apply(self.K, rows).transpose(1, 2)
-        return self.c.apply(self.C, right.to(self.C[0].dtype)).to(gradient.dtype)
 
 
 def stationary_points(

@@ -1,0 +1,154 @@
+"""Saving and restoring, where ``torch.optim.Optimizer`` alone would lose something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnkfac.optim.options import Group
+from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.registry import Registry, by_parameter
+from tnkfac.optim.params.state import (
+    ON_HOST,
+    ParamState,
+    State,
+    complete,
+    has_curvature,
+    set_mark,
+)
+from tnkfac.optim.rules.runner import RuleRunner
+from tnkfac.optim.step import fallback
+
+_OLD_NAMES = {"last_inverse": "last_refresh"}
+_OLD_GROUP_NAMES = {"last_inverse_due": "last_refresh_due"}
+"""Names up to 0.1."""
+
+
+@contextmanager
+def without_strangers(state: State, groups: list[Group]) -> Iterator[None]:
+    """Leave out the states of parameters that were taken out of their group by hand."""
+    known = by_parameter(groups)
+    strangers = {param: state.pop(param) for param in list(state) if id(param) not in known}
+    try:
+        yield
+    finally:
+        state.update(strangers)
+
+
+def as_saved(saved: dict[str, Any], runner: RuleRunner) -> dict[str, Any]:
+    """What torch has made of the optimizer, without what can be derived and without callables."""
+    state = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
+    for group in saved["param_groups"]:
+        if not runner.rule.saves_derived(group):
+            for index in group["params"]:
+                own = state.get(index, {})
+                state[index] = {k: v for k, v in own.items() if not runner.is_derived(k)}
+    groups = [
+        {k: v for k, v in group.items() if not callable(v)} for group in saved["param_groups"]
+    ]
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def restore_groups(groups: list[Group], before: list[Group]) -> None:
+    """Give groups back what the saved ones lack: callables, and keys of newer versions."""
+    for group, live in zip(groups, before, strict=True):
+        for old, new in _OLD_GROUP_NAMES.items():
+            if old in group:
+                group[new] = group.pop(old)
+        for name, value in live.items():
+            group.setdefault(name, value)
+
+
+def restore_tensors(
+    state: State,
+    saved: Mapping[str, Any],
+    params: list[Tensor],
+    dtypes: Mapping[int, Mapping[str, torch.dtype]],
+) -> None:
+    """Put saved tensors back in the dtype of a new state; torch takes that of the parameter.
+
+    Args:
+        state: State of the optimizer, just loaded by torch.
+        saved: What was loaded.
+        params: Parameters in the order of the groups.
+        dtypes: Those of a new state, by ``id`` of the parameter and what names begin with; all
+            else stays as it was saved.
+    """
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    for key, param in zip(keys, params, strict=True):
+        known, own = dtypes.get(id(param), {}), state.get(param, {})
+        for old in _OLD_NAMES.keys() & own.keys():
+            del own[old]
+        for name, value in saved["state"].get(key, {}).items():
+            name = _OLD_NAMES.get(name, name)
+            if isinstance(value, Tensor):
+                device = torch.device("cpu") if name in ON_HOST else param.device
+                dtype = known.get(name.split(".")[0], value.dtype)
+                own[name] = value.detach().to(device, dtype, copy=True)
+
+
+def split_second_moments(layer: CapturedLayer, state: State, step: int) -> None:
+    """Give weight and bias second moments of their own; up to 0.1 the weight kept them as a matrix.
+
+    Args:
+        layer: A layer.
+        state: State of the optimizer, just loaded.
+        step: What counted their updates then: the steps of the group.
+    """
+    own = state.get(layer.weight, {})
+    if "exp_avg_sq" not in own or "step" in own:
+        return
+    parts = layer.statistics.layer.from_matrix(own["exp_avg_sq"], layer.weight.shape)
+    for param, part in zip(layer.params(), parts, strict=False):
+        assert part is not None
+        count = torch.full((), float(step), dtype=torch.float32, device=param.device)
+        state[param].update(exp_avg_sq=part.contiguous(), step=count)
+
+
+def chooses_alike(groups: Iterable[Group], before: Iterable[Group]) -> bool:
+    """Whether groups leave the same layers to the fallback as before."""
+
+    def choice(group: Group) -> tuple[Any, ...]:
+        return tuple(group["skip_layers"]), group["capture_tied"]
+
+    return [*map(choice, groups)] == [*map(choice, before)]
+
+
+def expected_dtypes(registry: Registry, runner: RuleRunner) -> dict[int, dict[str, torch.dtype]]:
+    """In which dtypes a new state would be, by ``id`` of the parameter and name.
+
+    Args:
+        registry: All parameters.
+        runner: What keeps something of layers.
+    """
+    dtypes: dict[int, dict[str, torch.dtype]] = {}
+    for layer in registry.layers:
+        if not layer.statistics.bound:
+            continue
+        for param in layer.params():
+            made: ParamState = {}
+            complete(made, torch.empty(0, dtype=param.dtype, device="meta"), layer.group)
+            dtypes[id(param)] = {key: part.dtype for key, part in made.items()}
+        made = runner.kept(layer)
+        dtypes[id(layer.weight)] |= {k.split(".")[0]: part.dtype for k, part in made.items()}
+    for other in registry.others:
+        like = torch.empty(0, dtype=other.param.dtype, device="meta")
+        made = fallback.init_state(like, other.group)
+        dtypes[id(other.param)] = {key: part.dtype for key, part in made.items()}
+    return dtypes
+
+
+def complete_derived(layers: Iterable[CapturedLayer], state: State, runner: RuleRunner) -> None:
+    """Have made anew what a file lacks of what is derived."""
+    for layer in layers:
+        if not has_curvature(layer, state) or not runner.placing.plan.keeps(layer):
+            continue
+        own = state[layer.weight]
+        if runner.rule.derived and not any(map(runner.is_derived, own)):
+            fresh = runner.fresh(layer)
+            own.update({key: part for key, part in fresh.items() if runner.is_derived(key)})
+            set_mark(state, layer, "last_refresh", -1)
