@@ -5,7 +5,9 @@ Every Python snippet is complete: it runs alone, in a namespace of its own.
 
 import inspect
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,10 @@ SNIPPETS = {
         re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     )
 }
+
+
+TABLES = runpy.run_path(str(ROOT / "docs/options.py"))
+OPTION_PAGES: dict[Path, Any] = TABLES["PAGES"]
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
@@ -48,6 +54,24 @@ def test_links_and_pictures_exist(page: Path) -> None:
     local = [link.partition("#")[0] for link in links if not link.startswith("http")]
     assert local
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", OPTION_PAGES, ids=lambda page: page.name)
+def test_tables_of_options_are_those_of_the_code(page: Path) -> None:
+    """Written by `python docs/options.py`."""
+    text = page.read_text(encoding="utf-8")
+    assert TABLES["written"](text, OPTION_PAGES[page]) == text
+
+
+@pytest.mark.parametrize("optimizer", OPTION_PAGES.values())
+def test_signatures_have_the_defaults_of_the_options(optimizer: Any) -> None:
+    parameters = inspect.signature(optimizer).parameters
+    options = optimizer.rule.options
+    shown = {name for name in options if not name.startswith("fallback_")}
+    assert shown <= parameters.keys()
+    assert {name: parameters[name].default for name in shown} == {
+        name: options[name].default for name in shown
+    }
 
 
 def test_the_options_table_has_every_argument_with_its_default() -> None:
