@@ -6,24 +6,26 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
 
 from tnkfac.curvature import FirstForward, FullPrecision
 from tnkfac.optim import checkpoint, options
 from tnkfac.optim.distributed.assignment import Placement
 from tnkfac.optim.distributed.reduction import Processes
 from tnkfac.optim.finite import SkippedUpdates, Verdicts, either, loss_scale, non_finite
-from tnkfac.optim.options import Group
+from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry, by_parameter
 from tnkfac.optim.params.scaling import Diagonals
-from tnkfac.optim.params.state import has_curvature, mark, set_mark
+from tnkfac.optim.params.state import ParamState, has_curvature, mark, set_mark
 from tnkfac.optim.report.diagnostics import Diagnostics, diagnose
 from tnkfac.optim.report.notices import Notices
 from tnkfac.optim.report.summary import Report, summarize
@@ -33,6 +35,9 @@ from tnkfac.optim.step import fallback
 from tnkfac.optim.step.elementwise import DeferredCheck
 from tnkfac.optim.step.pipeline import step_layers, step_others
 from tnkfac.optim.uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _OTHER_KEYS = (
     "params",
@@ -72,7 +77,12 @@ class CurvatureOptimizer(Optimizer):
     rule: Rule
 
     def __init__(
-        self, params: Any, *, grad_scaler: Any = None, process_group: Any = "auto", **given: Any
+        self,
+        params: Params,
+        *,
+        grad_scaler: GradScaler | None = None,
+        process_group: ProcessGroup | str | None = "auto",
+        **given: object,
     ) -> None:
         """See the class."""
         for name in given:
@@ -88,7 +98,11 @@ class CurvatureOptimizer(Optimizer):
         self._ready = True
         self._sort()
 
-    def _prepare(self, grad_scaler: Any = None, process_group: Any = "auto") -> None:
+    def _prepare(
+        self,
+        grad_scaler: GradScaler | None = None,
+        process_group: ProcessGroup | str | None = "auto",
+    ) -> None:
         """Set what is neither state nor a group."""
         self._ready = False
         self._registry: Registry = Registry(self.rule.needs)
@@ -150,13 +164,13 @@ class CurvatureOptimizer(Optimizer):
                 )
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:
+    def state(self) -> defaultdict[Tensor, ParamState]:
         """State of every parameter; another may be assigned, an empty one starts anew."""
-        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        state: defaultdict[Tensor, ParamState] = self.__dict__["state"]
         return state
 
     @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
+    def state(self, state: defaultdict[Tensor, ParamState]) -> None:
         self.__dict__["state"] = state
         if self.__dict__.get("_ready"):
             self._follow_state()
@@ -425,7 +439,7 @@ class CurvatureOptimizer(Optimizer):
             own = state[layer.weight] if has_curvature(layer, state) else None
             self.rule.feed_taps(layer, own, mark(state, layer, "last_refresh") >= 0)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         """Capture anew in a copied or unpickled optimizer."""
         super().__setstate__(state)
         if "_registry" not in self.__dict__:
@@ -494,7 +508,7 @@ class CurvatureOptimizer(Optimizer):
         self._runner.placing.place(self._registry.layers, self.state)
         return self._runner.placing.table(self._registry.layers)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """State of every parameter and hyper-parameters of every group, without callables.
 
         Where processes keep parts of it (``grad_worker_fraction`` below 1) it is put together, for
@@ -517,7 +531,7 @@ class CurvatureOptimizer(Optimizer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what :meth:`state_dict` returned; the argument is neither changed nor kept.
 
         Callables and hyper-parameters that it lacks stay as they are. The layers that it had
@@ -529,7 +543,7 @@ class CurvatureOptimizer(Optimizer):
         self._catch_up()
         self._verdicts.receive(wait=True)  # what they undo is of the state that goes
         before = [dict(group) for group in self.param_groups]
-        given: list[dict[str, Any]] = []  # what hooks of the user have made of the argument
+        given: list[StateDict] = []  # what hooks of the user have made of the argument
         last = self.register_load_state_dict_pre_hook(lambda _, saved: given.append(saved))
         first = self.register_load_state_dict_post_hook(
             lambda _: self._restore(given[0], before), prepend=True
@@ -540,7 +554,7 @@ class CurvatureOptimizer(Optimizer):
             last.remove()
             first.remove()
 
-    def _restore(self, saved: dict[str, Any], before: list[Group]) -> None:
+    def _restore(self, saved: StateDict, before: list[Group]) -> None:
         """Complete what torch has loaded; hooks of the user come afterwards."""
         params = [param for group in self.param_groups for param in group["params"]]
         checkpoint.restore_groups(self.param_groups, before)

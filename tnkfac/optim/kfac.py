@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from tnkfac.optim import options
 from tnkfac.optim.base import CurvatureOptimizer
+from tnkfac.optim.options import Params
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.rules import levenberg_marquardt, sampled_fisher
 from tnkfac.optim.rules.kfac_rule import KfacRule, averages
 from tnkfac.optim.uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ALIASES = {
     "stat_decay": "factor_decay",
@@ -115,7 +120,7 @@ class KFAC(CurvatureOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         momentum: float | str = "auto",
         damping: float | str | None = "auto",
@@ -131,7 +136,7 @@ class KFAC(CurvatureOptimizer):
         compute_method: str = "eigen",
         damping_type: str | None = None,
         structures: str | tuple[str, str] = "auto",
-        inv_dtype: Any = torch.float32,
+        inv_dtype: torch.dtype | str = torch.float32,
         skip_layers: Sequence[str] = (),
         num_tolerated_failures: int = 3,
         *,
@@ -143,13 +148,13 @@ class KFAC(CurvatureOptimizer):
         compact_state: bool = False,
         grad_worker_fraction: float = 1.0,
         fallback: str = "adamw",
-        fallback_options: dict[str, Any] | None = None,
-        grad_scaler: Any = None,
+        fallback_options: Mapping[str, object] | None = None,
+        grad_scaler: GradScaler | None = None,
         relative_damping: float = 0.03,
-        process_group: Any = "auto",
+        process_group: ProcessGroup | str | None = "auto",
         capture_tied: bool = False,
         capture_embeddings: bool = False,
-        **aliases: Any,
+        **aliases: object,
     ) -> None:
         """See the class."""
         arguments = locals()

@@ -169,6 +169,7 @@ class KFACPreconditioner:
         self._shown = {"accumulation_steps": accumulation_steps, "compute_method": method}
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         now: dict[str, Any] = {k: v(0) if callable(v) else v for k, v in given.items()}
+        scaler: Any = _Scale(grad_scaler) if _is_function(grad_scaler) else grad_scaler
         self._kfac = _Rewriter(
             model,
             **now,
@@ -184,7 +185,7 @@ class KFACPreconditioner:
             normalization=normalization,
             grad_worker_fraction=fraction,
             fallback="sgd",
-            grad_scaler=_Scale(grad_scaler) if _is_function(grad_scaler) else grad_scaler,
+            grad_scaler=scaler,
             process_group=process_group,
         )
         if not self._kfac._registry.layers:

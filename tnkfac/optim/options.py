@@ -13,13 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from tnkfac.curvature import check_factor_structure, check_structure, warn
 
 Group = dict[str, Any]
 """A parameter group, with its hyper-parameters."""
-Check = Callable[[str, Any], Any]
+Params = ParamsT | nn.Module
+"""Parameters, named parameters, parameter groups, or a module."""
+Check = Callable[[str, object], object]
 """Takes name and value; returns the value as it is stored, or raises."""
 
 GRAFTING = ("rms", "adam", "sgd", None)
@@ -41,11 +44,11 @@ class Option:
         meaning: One line for people.
     """
 
-    default: Any
+    default: object
     check: Check
     meaning: str
 
-    def but(self, default: Any, meaning: str | None = None) -> Option:
+    def but(self, default: object, meaning: str | None = None) -> Option:
         """The same with another default."""
         return replace(self, default=default, meaning=meaning or self.meaning)
 
@@ -57,7 +60,7 @@ Options = Mapping[str, Option]
 # -------------------------------------------------------------------------------- checks
 
 
-def choices(name: str, value: Any, supported: Iterable[object]) -> Any:
+def choices(name: str, value: object, supported: Iterable[object]) -> object:
     """Raise unless ``value`` is one of ``supported``.
 
     Raises:
@@ -69,42 +72,43 @@ def choices(name: str, value: Any, supported: Iterable[object]) -> Any:
     return value
 
 
-def number(name: str, value: Any, least: float = 0.0, below: float | None = None) -> Any:
+def number(
+    name: str, value: object, least: float = 0.0, below: float | None = None
+) -> float | Tensor:
     """Raise unless ``value`` is a number in ``[least, below)``. Tensors on a device are trusted.
 
     Raises:
         TypeError: If it is no number.
         ValueError: If it lies outside.
     """
-    given = value
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, not a scalar.")
-        if value.device.type != "cpu":
-            return given
-        value = value.item()
+        if value.device.type == "cpu":
+            number(name, value.item(), least, below)
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: got {value!r}. Supported: a number.")
     if not value >= least or (below is not None and not value < below):
         end = "" if below is None else f" and below {below:g}"
         raise ValueError(f"{name}: got {value!r}. Supported: at least {least:g}{end}.")
-    return given
+    return value
 
 
-def fraction(name: str, value: Any) -> Any:
+def fraction(name: str, value: object) -> float | Tensor:
     """Raise unless ``value`` is a number from 0 to 1.
 
     Raises:
         TypeError: If it is no number.
         ValueError: If it lies outside.
     """
-    number(name, value)
-    if value > 1:
+    share = number(name, value)
+    if share > 1:
         raise ValueError(f"{name}: got {value}. Supported: 0 to 1.")
-    return value
+    return share
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """Raise unless ``value`` is a bool.
 
     Raises:
@@ -115,7 +119,7 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def interval(name: str, value: Any) -> Any:
+def interval(name: str, value: object) -> object:
     """Raise unless ``value`` is a positive int or a callable of the step.
 
     Raises:
@@ -131,7 +135,7 @@ def interval(name: str, value: Any) -> Any:
     return value
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: object, least: int) -> int:
     """Raise unless ``value`` is an int of at least ``least``.
 
     Raises:
@@ -145,7 +149,7 @@ def whole(name: str, value: Any, least: int) -> int:
     return value
 
 
-def names(name: str, value: Any) -> tuple[str, ...]:
+def names(name: str, value: object) -> tuple[str, ...]:
     """Several strings, as a tuple.
 
     Raises:
@@ -170,7 +174,7 @@ def scheduled(check: Check) -> Check:
     return lambda name, value: value if callable(value) else check(name, value)
 
 
-def grafting(name: str, value: Any) -> Any:
+def grafting(name: str, value: object) -> object:
     """Raise unless this can be the size of a layer's update.
 
     Raises:
@@ -184,7 +188,7 @@ def grafting(name: str, value: Any) -> Any:
     return value if named else number(name, value)
 
 
-def structure_pair(name: str, value: Any, factors: bool = False) -> tuple[str, str]:
+def structure_pair(name: str, value: object, factors: bool = False) -> tuple[str, str]:
     """One structure name for both factors, or a pair, as a pair.
 
     Args:
@@ -206,7 +210,7 @@ def structure_pair(name: str, value: Any, factors: bool = False) -> tuple[str, s
         raise type(error)(f"{name}: {str(error).removeprefix('structure: ')}") from None
 
 
-def dtype_pair(name: str, value: Any) -> tuple[str | None, str | None]:
+def dtype_pair(name: str, value: object) -> tuple[str | None, str | None]:
     """One dtype for both factors, or a pair, as names that a checkpoint can hold.
 
     Raises:
@@ -222,7 +226,7 @@ def dtype_pair(name: str, value: Any) -> tuple[str | None, str | None]:
     return dtypes[0], dtypes[1]
 
 
-def dtype_name(name: str, value: Any) -> str:
+def dtype_name(name: str, value: object) -> str:
     """A dtype as a name that a checkpoint can hold.
 
     Raises:
@@ -234,14 +238,14 @@ def dtype_name(name: str, value: Any) -> str:
     return dtype
 
 
-def _dtype_name(value: Any) -> str:
+def _dtype_name(value: object) -> str:
     """Name of a floating-point dtype; empty for anything else."""
     dtype = getattr(torch, value, value) if isinstance(value, str) else value
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     return str(dtype).removeprefix("torch.") if floating else ""
 
 
-def _betas(name: str, value: Any) -> tuple[float, float]:
+def _betas(name: str, value: object) -> tuple[float, float]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name}: got {value!r}. Supported: a pair.")
     for beta in value:
@@ -344,7 +348,7 @@ DAMPING: Options = {
 """Damping of the curvature of a layer."""
 
 
-def chosen(options: Options, arguments: Mapping[str, Any]) -> Group:
+def chosen(options: Options, arguments: Mapping[str, object]) -> Group:
     """Those of some arguments that are hyper-parameters, with defaults for the others.
 
     Args:
@@ -381,7 +385,7 @@ def check(options: Options, group: Group, given: Group) -> None:
             given[name] = stored
 
 
-def fallback_settings(kind: Any, given: Mapping[str, Any] | None) -> Group:
+def fallback_settings(kind: object, given: object) -> Group:
     """Flat group entries of the fallback: ``fallback_<option>``.
 
     Raises:
@@ -392,17 +396,17 @@ def fallback_settings(kind: Any, given: Mapping[str, Any] | None) -> Group:
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"fallback_options: got {given!r}. Supported: a dict or None.")
     values = {name: option.default for name, option in FALLBACK_OPTIONS.items()}
-    for key, value in (given or {}).items():
+    for key, value in given.items() if given else ():
         choices("fallback_options", key, values)
         values[key] = FALLBACK_OPTIONS[key].check(f"fallback_options[{key!r}]", value)
     return {f"fallback_{key}": value for key, value in values.items()}
 
 
 def take_aliases(
-    arguments: dict[str, Any],
-    given: Mapping[str, Any],
+    arguments: dict[str, object],
+    given: Mapping[str, object],
     known: Mapping[str, str],
-    signature: Callable[..., Any],
+    signature: Callable[..., object],
 ) -> None:
     """Put arguments under their names here, as if they had been given so.
 
@@ -437,7 +441,7 @@ def refuse_unknown(name: str, known: Iterable[str]) -> None:
     raise TypeError(f"Got an unexpected argument {name!r}.{hint}")
 
 
-def warn_near_misses(group: Mapping[str, Any], known: Iterable[str]) -> None:
+def warn_near_misses(group: Mapping[str, object], known: Iterable[str]) -> None:
     """Warn of an unknown key of a parameter group that looks like a known one."""
     known = list(known)
     for key in group.keys() - set(known):

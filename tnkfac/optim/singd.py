@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from tnkfac.curvature import warn
 from tnkfac.optim.base import CurvatureOptimizer
+from tnkfac.optim.options import Group, Params
 from tnkfac.optim.rules.singd_rule import SingdRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+DTypes = torch.dtype | str | None
 
 
 class SINGD(CurvatureOptimizer):
@@ -89,7 +97,7 @@ class SINGD(CurvatureOptimizer):
 
     rule = SingdRule()
 
-    REFERENCE: ClassVar[dict[str, Any]] = {
+    REFERENCE: ClassVar[Group] = {
         "structures": ("dense", "dense"),
         "momentum": 0.9,
         "damping": 1e-3,
@@ -102,7 +110,7 @@ class SINGD(CurvatureOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.7,
         damping: float | None = None,
@@ -115,20 +123,20 @@ class SINGD(CurvatureOptimizer):
         kfac_approx: str = "expand",
         kfac_like: bool = False,
         normalize_lr_cov: bool = False,
-        preconditioner_dtype: Any = None,
+        preconditioner_dtype: DTypes | tuple[DTypes, DTypes] = None,
         *,
         init: str = "first_batch",
         grafting: str | float | None = 1.0,
         decoupled_weight_decay: bool = True,
         kl_clip: float | None = None,
         fallback: str = "adamw",
-        fallback_options: dict[str, Any] | None = None,
-        grad_scaler: Any = None,
+        fallback_options: Mapping[str, object] | None = None,
+        grad_scaler: GradScaler | None = None,
         grad_worker_fraction: float = 1.0,
         max_state_ratio: float | None = None,
         max_step_ratio: float | None = None,
         relative_damping: float = 0.03,
-        process_group: Any = "auto",
+        process_group: ProcessGroup | str | None = "auto",
         skip_layers: Sequence[str] = (),
         capture_tied: bool = False,
         capture_embeddings: bool = False,
