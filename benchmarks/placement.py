@@ -152,7 +152,7 @@ def simulate(
 def _sent(structure: Any) -> int:
     """Numbers of a statistic as it is sent: triangles of what is square."""
     found = 0
-    for shape in structure.shapes:
+    for shape in structure.part_shapes:
         rows, numbers = shape[-1], prod(shape)
         square = len(shape) > 1 and numbers > 0
         found += numbers // rows**2 * (rows * (rows + 1) // 2) if square else numbers

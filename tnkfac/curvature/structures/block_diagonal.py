@@ -30,7 +30,7 @@ class BlockDiagonal(Decomposable):
         return f"block{self.size}diagonal"
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The whole blocks and the rest."""
         rest = self.dim % self.size
         return (self.dim // self.size, self.size, self.size), (rest, rest)
@@ -41,7 +41,7 @@ class BlockDiagonal(Decomposable):
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Identity blocks."""
-        return tuple(eyes(groups, shape, dtype, device) for shape in self.shapes)
+        return tuple(eyes(groups, shape, dtype, device) for shape in self.part_shapes)
 
     def matmul(self, K: Parts, m: Parts) -> Parts:
         """Block by block."""
@@ -51,7 +51,7 @@ class BlockDiagonal(Decomposable):
         """``K_i^T K_i``."""
         return tuple(k.mT @ k for k in K)
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K_i^T A_i K_i``."""
         return tuple(k.mT @ a @ k for k, a in zip(K, A, strict=True))
 
@@ -65,13 +65,13 @@ class BlockDiagonal(Decomposable):
         whole, rest = (symmetric_norm(part) for part in m)
         return torch.cat([whole, rest.unsqueeze(1)], dim=1).amax(1)
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """``K_i K_i^T`` on the rows of block ``i``."""
         return self.product(K, self.product(K, X, transpose=True))
 
     def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
         """``Q_i`` times the rows of block ``i``."""
-        count, size, _ = self.shapes[0]
+        count, size, _ = self.part_shapes[0]
         whole = X[:, : count * size].reshape(X.shape[0], count, size, X.shape[2])
         split = whole, X[:, count * size :]
         done = [(q.mT if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
@@ -90,7 +90,7 @@ class BlockDiagonal(Decomposable):
 
     def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
         """``V_i diag(values_i) V_i^T``."""
-        count, size, _ = self.shapes[0]
+        count, size, _ = self.part_shapes[0]
         whole = values[:, : count * size].reshape(values.shape[0], count, size)
         split = whole, values[:, count * size :]
         return tuple((v * e.unsqueeze(-2)) @ v.mT for v, e in zip(vectors, split, strict=True))

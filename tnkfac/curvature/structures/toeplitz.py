@@ -46,7 +46,7 @@ class Toeplitz(Structure):
         return "triltoeplitz" if self.lower else "triutoeplitz"
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``d``."""
         return ((self.dim,),)
 
@@ -86,7 +86,7 @@ class Toeplitz(Structure):
         sums = self._multiply(t, (weights * t).unsqueeze(2), correlate=True).squeeze(2)
         return (self._means(sums),)
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """What was measured with the same ``K``."""
         return A[:1]
 
@@ -98,7 +98,7 @@ class Toeplitz(Structure):
         """What was measured of it."""
         return A[1].squeeze(1)
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """Correlate, then convolve; the other way round for upper ones."""
         pulled = self._multiply(K[0], X, correlate=self.lower)
         return self._multiply(K[0], pulled, correlate=not self.lower)

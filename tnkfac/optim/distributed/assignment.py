@@ -79,7 +79,7 @@ def update_cost(groups: int, structures: Iterable[Structure]) -> float:
         groups: Channel groups.
         structures: Structures of both factors; vectors cost nothing that is worth a message.
     """
-    return float(groups * sum(_cost(shape) for s in structures for shape in s.shapes))
+    return float(groups * sum(_cost(shape) for s in structures for shape in s.part_shapes))
 
 
 def _cost(shape: Sequence[int]) -> int:

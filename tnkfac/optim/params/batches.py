@@ -41,15 +41,15 @@ def stacks(layers: Sequence[CapturedLayer], state: State) -> list[list[int]]:
     for place, layer in enumerate(layers):
         statistics, weight = layer.statistics, layer.weight
         k, c, groups = statistics.k, statistics.c, statistics.layer.groups
-        numbers = groups * (_numbers(k.shapes) + _numbers(c.shapes))
+        numel = groups * (k.numel + c.numel)
         limit = SMALL if weight.device.type == "cpu" else SMALL_ON_DEVICE
-        if switch.plain or numbers > limit:
+        if switch.plain or numel > limit:
             found.append([place])
             continue
         dtypes = tuple(part.dtype for part in state.get(weight, {}).values())
         key = k, c, groups, weight.device, weight.dtype, id(layer.group), dtypes
         mates = open_stacks.get(key)
-        if mates is None or (len(mates) + 1) * numbers > TOGETHER:
+        if mates is None or (len(mates) + 1) * numel > TOGETHER:
             mates = open_stacks[key] = []
             found.append(mates)
         mates.append(place)
@@ -237,7 +237,3 @@ class EndToEnd(Batch):
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _numbers(shapes: Sequence[tuple[int, ...]]) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes)

@@ -131,11 +131,7 @@ def _number_bytes(layer: CapturedLayer, group: Group) -> tuple[int, int]:
 def _not_above(choices: list[Choice], layer: CapturedLayer) -> list[Choice]:
     """Choices from the present one on: a bound on the state may have been met already."""
     k, c = layer.statistics.k, layer.statistics.c
-    return [
-        choice
-        for choice in choices
-        if choice.k.numbers <= k.numbers and choice.c.numbers <= c.numbers
-    ]
+    return [choice for choice in choices if choice.k.numel <= k.numel and choice.c.numel <= c.numel]
 
 
 def _take(layers: list[CapturedLayer], chosen: list[Choice]) -> bool:

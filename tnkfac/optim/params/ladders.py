@@ -32,7 +32,7 @@ def ladder(name: str, dim: int, output: bool) -> list[str]:
     steps = [first.name]
     for rows in BLOCKS:
         block = resolve_structure(f"block{rows}diagonal", dim)
-        if rows < dim and block.numbers < first.numbers:
+        if rows < dim and block.numel < first.numel:
             steps.append(block.name)
     return [*steps, "diagonal"]
 
@@ -54,14 +54,14 @@ class Choice:
     groups: int
 
     @property
-    def numbers(self) -> int:
+    def numel(self) -> int:
         """How many numbers ``K`` and ``C`` are kept in."""
-        return self.groups * (self.k.numbers + self.c.numbers)
+        return self.groups * (self.k.numel + self.c.numel)
 
     def state_bytes(self, sizes: tuple[int, int], copies: int) -> int:
         """State of both factors, each kept so many times with so many bytes a number."""
         k, c = sizes
-        return copies * self.groups * (k * self.k.numbers + c * self.c.numbers)
+        return copies * self.groups * (k * self.k.numel + c * self.c.numel)
 
     def work(self, rows: int, every: float) -> float:
         """Multiply-adds of a step beyond those of a first-order optimizer.
@@ -72,7 +72,7 @@ class Choice:
         """
         total = 0.0
         for structure, other in ((self.k, self.c), (self.c, self.k)):
-            numbers = structure.numbers
+            numbers = structure.numel
             total += 2 * numbers * other.dim  # K K^T times a gradient matrix
             total += (rows * numbers + 4 * numbers * numbers / structure.dim) / every
         return self.groups * total
@@ -90,7 +90,7 @@ def candidates(layer: Layer, names: Names) -> list[Choice]:
         )
         for pair in product(k, c)
     ]
-    return sorted(found, key=lambda choice: -choice.numbers)
+    return sorted(found, key=lambda choice: -choice.numel)
 
 
 def fitting(
@@ -138,7 +138,7 @@ def matching(layer: Layer, names: Names, shapes: Iterable[tuple[int, ...]]) -> N
     """
     wanted = list(shapes)
     for choice in candidates(layer, names):
-        parts = [(choice.groups, *shape) for s in (choice.k, choice.c) for shape in s.shapes]
+        parts = [(choice.groups, *shape) for s in (choice.k, choice.c) for shape in s.part_shapes]
         if [p for p in parts if math.prod(p)] == [w for w in wanted if math.prod(w)]:
             return choice.names
     return None

@@ -167,8 +167,8 @@ class SingdRule(Rule):
     def precondition(self, batch: Stack, gradient: Tensor) -> Tensor:
         """``C C^T G K K^T``."""
         K, C = batch.read("K"), batch.read("C")
-        right = batch.k.apply(K, gradient.mT.to(K[0].dtype)).mT
-        return batch.c.apply(C, right.to(C[0].dtype)).to(gradient.dtype)
+        right = batch.k.apply_kkt(K, gradient.mT.to(K[0].dtype)).mT
+        return batch.c.apply_kkt(C, right.to(C[0].dtype)).to(gradient.dtype)
 
     def elementwise(self, layer: CapturedLayer, state: ParamState) -> tuple[Tensor, Tensor] | None:
         """Where both factors are diagonal, in the precision of the weight."""
@@ -256,7 +256,7 @@ def singd_update(
     Returns:
         New ``K``, ``C``, ``m_K``, ``m_C``.
     """
-    H_K, H_C = k.pull(K, A), c.pull(C, B)
+    H_K, H_C = k.congruence(K, A), c.congruence(C, B)
     KK, CC = k.gram(K), c.gram(C)
     for_K, for_C = damping
     on_K = (1.0, for_K) if kfac_like else (c.trace(H_C), for_K * c.trace(CC))
