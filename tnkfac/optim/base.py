@@ -170,7 +170,7 @@ class CurvatureOptimizer(Optimizer):
             return
         state = self.state
         for layer in self._registry.layers:
-            if not layer.statistics.on and "last_update" not in state.get(layer.weight, ()):
+            if not layer.statistics.enabled and "last_update" not in state.get(layer.weight, ()):
                 self._follow_state()
                 return
 
@@ -217,7 +217,7 @@ class CurvatureOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._regroup()  # an emptied state is taken up in the end
-        due = [layer for layer in self._registry.layers if layer.statistics.on]
+        due = [layer for layer in self._registry.layers if layer.statistics.enabled]
         several = False
         if distributed.is_available() and distributed.is_initialized():
             self._processes.look(self._registry.params, bool(due))
@@ -419,9 +419,9 @@ class CurvatureOptimizer(Optimizer):
         state = self.state
         for layer in self._registry.layers:
             if self._paused or not layer.needs.statistics:
-                layer.statistics.on = False
+                layer.statistics.enabled = False
                 continue
-            layer.statistics.on = self._runner.is_due(layer, state)
+            layer.statistics.enabled = self._runner.is_due(layer, state)
             own = state[layer.weight] if has_curvature(layer, state) else None
             self.rule.feed_taps(layer, own, mark(state, layer, "last_refresh") >= 0)
 

@@ -92,12 +92,12 @@ class _EagerCall(_TracedCall):
     ) -> None:
         self.statistics, self.layer, self.shape, self.terms = tap.statistics, layer, shape, terms
         self.tap, self.weight, self.version = tap, weight, version
-        self.draws = [0] if tap.statistics.chosen_passes else None
+        self.draws = [0] if tap.statistics.explicit_passes else None
 
     def backward(self, ctx: Any, g: Tensor) -> tuple[Tensor, ...] | None:
         statistics = self.statistics
         if torch.is_grad_enabled():
-            statistics.seen = DOUBLE_BACKWARD
+            statistics.last_event = DOUBLE_BACKWARD
             return None
         found = self._input(ctx, g)
         if found is None:
@@ -112,7 +112,7 @@ class _EagerCall(_TracedCall):
         if _accumulates(self.weight):  # .backward(inputs=...): the leaves are not among these
             statistics.add(measured)
         else:
-            statistics.seen = FUNCTIONAL_GRADIENT
+            statistics.last_event = FUNCTIONAL_GRADIENT
         return None
 
     def _input(self, ctx: Any, g: Tensor) -> tuple[Layer, Tensor] | None:
@@ -193,7 +193,7 @@ class Tap:
         statistics = self.statistics
         if self.layer is None:  # lazy modules know their shape only now
             self.describe(module)
-        if not (statistics.on and torch.is_grad_enabled()):
+        if not (statistics.enabled and torch.is_grad_enabled()):
             return None
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._is_tracing():  # before anything that a trace would record
@@ -218,7 +218,7 @@ class Tap:
         if not (x.numel() and output.numel()):
             return None
         if forward_of(module) is not self._forward or not self._known:
-            self.statistics.seen = UNKNOWN_FORWARD
+            self.statistics.last_event = UNKNOWN_FORWARD
             return None
         layer = self._called(module, weight)
         if layer is None:
@@ -240,12 +240,12 @@ class Tap:
             if obstacle is None and not (x.numel() and output.numel()):
                 obstacle = EMPTY
         if obstacle is not None:
-            statistics.seen = obstacle or statistics.seen
+            statistics.last_event = obstacle or statistics.last_event
             return None
         layer = self._called(module, weight)
         if layer is None or (self._wrapped and not self._hands_on(module, weight, x, output)):
             return None
-        statistics.seen = TAPPED
+        statistics.last_event = TAPPED
         if self.copies:
             x = x.detach().clone()
         call = _EagerCall(
@@ -333,7 +333,7 @@ class Tap:
             return None
         terms = float(average(module, output.shape))
         if not torch.compiler.is_compiling():
-            self.statistics.told = terms
+            self.statistics.told_terms = terms
         return terms
 
     @staticmethod
@@ -420,11 +420,11 @@ class FirstForward:
 def silenced(model: nn.Module) -> Iterator[None]:
     """Keep the taps of all optimizers from measuring, in this model."""
     taps = (hook for m in model.modules() for hook in m._forward_hooks.values())
-    measured = [tap.statistics for tap in taps if isinstance(tap, Tap) and tap.statistics.on]
+    measured = [tap.statistics for tap in taps if isinstance(tap, Tap) and tap.statistics.enabled]
     for statistics in measured:
-        statistics.on = False
+        statistics.enabled = False
     try:
         yield
     finally:
         for statistics in measured:
-            statistics.on = True
+            statistics.enabled = True

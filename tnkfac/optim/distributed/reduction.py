@@ -146,7 +146,7 @@ class Processes:
         layers = [layer for layer in layers if layer.statistics.hidden_leaves]
         self._compare(layers)
         share = 1 / self.count
-        sent = [layer.statistics.exchanged(share) for layer in layers]
+        sent = [layer.statistics.to_reduce(share) for layer in layers]
         entries = [entry for statistics in sent for entry in statistics]
         names = [layer.name for layer, own in zip(layers, sent, strict=True) for _ in own]
         arrive = self._travelling(entries, names)
@@ -159,7 +159,7 @@ class Processes:
                 if counts.device.type == "cpu" and not bool(counts[0] > 0):
                     layer.statistics.clear()
                 else:
-                    layer.statistics.take(sums)
+                    layer.statistics.set_reduced(sums)
 
         return receive
 

@@ -38,7 +38,7 @@ def limit_state(
         mine = [layer for layer in mine if not state.get(layer.weight)]
         for layer in mine:
             if not layer.statistics.bound:
-                layer.statistics.expect(_smallest(group["structures"]))
+                layer.statistics.set_structures(_smallest(group["structures"]))
         mine = [layer for layer in mine if layer.statistics.bound]
         adamw, left = 0.0, 0.0
         for param in group["params"]:

@@ -27,14 +27,14 @@ class Needs:
         statistics: Whether anything is; else gradients alone are used.
         outputs: Whether output gradients are, too.
         squares: Whether per-sample gradients are squared in an eigenbasis.
-        chosen_passes: Whether only passes that the user names count.
+        explicit_passes: Whether only passes that the user names count.
         everywhere: Whether every process has to keep what is made of it.
     """
 
     statistics: bool = True
     outputs: bool = True
     squares: bool = False
-    chosen_passes: bool = False
+    explicit_passes: bool = False
     everywhere: bool = False
 
 
@@ -53,7 +53,7 @@ class CapturedLayer:
         statistics: What the taps of its modules measure.
         scaling: What was derived from the state to scale its gradients with, if anything.
         removers: Callables that remove the taps.
-        seen: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
+        cached_marks: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
     """
 
     name: str
@@ -66,7 +66,7 @@ class CapturedLayer:
     statistics: Statistics
     scaling: Scaling | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
-    seen: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
+    cached_marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
 
     def params(self) -> list[Tensor]:
         """Weight, and bias if there is one."""
@@ -206,7 +206,7 @@ def _capture(
         group["loss_average"],
         outputs=needs.outputs,
         squares=needs.squares,
-        chosen_passes=needs.chosen_passes,
+        explicit_passes=needs.explicit_passes,
         params=[weight] if bias is None else [weight, bias],
     )
     first = next(entry for entry in found if entry.refusal is None)

@@ -86,7 +86,7 @@ def mark(state: Mapping[Tensor, ParamState], layer: CapturedLayer, name: str) ->
     kept: Tensor | None = own.get(name) if own else None
     if kept is None:
         return -1
-    seen = layer.seen.get(name)
+    seen = layer.cached_marks.get(name)
     if seen is not None and seen[0] is kept and seen[1] == kept._version:
         return seen[2]
     value = int(kept)
@@ -103,7 +103,7 @@ def set_mark(state: State, layer: CapturedLayer, name: str, value: int) -> None:
 
 def _remember(layer: CapturedLayer, name: str, kept: Tensor, value: int) -> None:
     if not kept.is_inference():  # these do not tell that they were written to
-        layer.seen[name] = (kept, kept._version, value)
+        layer.cached_marks[name] = (kept, kept._version, value)
 
 
 def has_curvature(layer: CapturedLayer, state: Mapping[Tensor, ParamState]) -> bool:

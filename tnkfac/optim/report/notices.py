@@ -96,7 +96,7 @@ class Notices:
                 and id(layer.weight) not in self._silent
             ):
                 self._silent.add(id(layer.weight))
-                cause = layer.statistics.refused or layer.statistics.seen or _unseen()
+                cause = layer.statistics.refused or layer.statistics.last_event or _unseen()
                 causes.setdefault(cause, []).append(layer.named()[0][0])
         if causes:
             found = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
@@ -127,7 +127,7 @@ class Notices:
         if stale:
             self._stale = True
             unhooked = [layer for layer in stale if not layer.statistics.hooked]
-            sampled = any(layer.statistics.chosen_passes for layer in stale)
+            sampled = any(layer.statistics.explicit_passes for layer in stale)
             cause = (
                 f"the forward hooks of {_some(_names(unhooked))} were removed; build the optimizer "
                 "anew, or load its state into a new one"

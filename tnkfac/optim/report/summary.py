@@ -159,7 +159,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
 
 def _waits(statistics: Statistics) -> str:
     """Why the factors of a layer wait."""
-    why = statistics.refused or statistics.seen
+    why = statistics.refused or statistics.last_event
     return f"no statistics yet: {why}" if why else "no statistics yet"
 
 

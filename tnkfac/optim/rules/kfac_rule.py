@@ -136,7 +136,7 @@ class KfacRule(Rule):
         return Needs(
             outputs=fisher != "forward-only",
             squares=group["compute_method"] == "ekfac",
-            chosen_passes=fisher == "mc",
+            explicit_passes=fisher == "mc",
             everywhere=group["adaptive_damping"],
         )
 
@@ -246,7 +246,7 @@ class KfacRule(Rule):
         if statistics.bound and statistics.squares:
             usable = state is not None and refreshed and "scales" in state
             basis = (unpack(state, "Q_A"), unpack(state, "Q_B")) if state and usable else None
-            statistics.project(basis)
+            statistics.use_eigenbasis(basis)
 
     def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra:
         """Those of both averages, with the root of the damping added to each."""

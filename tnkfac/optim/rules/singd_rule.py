@@ -186,7 +186,8 @@ class SingdRule(Rule):
         """Some structures measure ``K^T A K``."""
         statistics = layer.statistics
         if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
-            statistics.use(None if state is None else (unpack(state, "K"), unpack(state, "C")))
+            factors = None if state is None else (unpack(state, "K"), unpack(state, "C"))
+            statistics.use_factors(factors)
 
     def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra:
         """Those of ``(K K^T)^-1`` and ``(C C^T)^-1``."""
