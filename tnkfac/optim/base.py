@@ -294,7 +294,7 @@ class CurvatureOptimizer(Optimizer):
         layers, state, gradients = self._registry.layers, self.state, self._gradients()
         diagonals, unread = self._runner.diagonals(layers, state), gradients
         deferred = None
-        if diagonals and self._runner.placing.plan.world == 1:
+        if diagonals and self._runner.placing.assignment.world == 1:
             deferred = DeferredCheck(layers, diagonals, state)
             unread = deferred.others(gradients)
         measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
@@ -463,7 +463,7 @@ class CurvatureOptimizer(Optimizer):
         own = self.state[layer.weight]
         fresh = {k: v for k, v in self._runner.fresh(layer).items() if k not in states.ON_HOST}
         fits = [key in own and own[key].shape == part.shape for key, part in fresh.items()]
-        if self._runner.placing.plan.keeps(layer) and not all(fits):
+        if self._runner.placing.assignment.is_grad_worker(layer) and not all(fits):
             own.update(self._runner.kept(layer))
             self._follow_state()
 

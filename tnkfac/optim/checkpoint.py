@@ -145,7 +145,7 @@ def expected_dtypes(registry: Registry, runner: RuleRunner) -> dict[int, dict[st
 def complete_derived(layers: Iterable[CapturedLayer], state: State, runner: RuleRunner) -> None:
     """Have made anew what a file lacks of what is derived."""
     for layer in layers:
-        if not has_curvature(layer, state) or not runner.placing.plan.keeps(layer):
+        if not has_curvature(layer, state) or not runner.placing.assignment.is_grad_worker(layer):
             continue
         own = state[layer.weight]
         if runner.rule.derived and not any(map(runner.is_derived, own)):
