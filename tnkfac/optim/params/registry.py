@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tnkfac.curvature import find_owners, root_of
 from tnkfac.optim.options import Group
-from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured, sort
+from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.skipping import Unmatched
+from tnkfac.optim.params.sorting import sort
 
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
