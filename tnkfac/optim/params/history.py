@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tnkfac.curvature import Layer
-from tnkfac.optim.params.ladders import matching
+from tnkfac.optim.params.auto_structure import matching
 
 State = Mapping[str, Any]
 Group = Mapping[str, Any]

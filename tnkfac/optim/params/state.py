@@ -15,8 +15,8 @@ from torch import Tensor
 from tnkfac.curvature import Parts
 from tnkfac.optim.finite import finite
 from tnkfac.optim.options import Group
+from tnkfac.optim.params.auto_structure import matching
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
-from tnkfac.optim.params.ladders import matching
 
 ParamState = dict[str, Tensor]
 """State of one parameter, by name."""

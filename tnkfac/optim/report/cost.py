@@ -11,7 +11,7 @@ from torch import nn
 
 from tnkfac.curvature import output_shapes
 from tnkfac.optim.params import state as states
-from tnkfac.optim.params.ladders import Choice, base_work
+from tnkfac.optim.params.auto_structure import StructurePair, base_work
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def estimated(optimizer: Any, model: nn.Module, shape: tuple[int, ...], every: i
         rows = prod(output) // (described.groups * described.out_dim)
         names = own.k.name, own.c.name
         base += base_work(described, rows)
-        work += Choice(names, own.k, own.c, described.groups).work(rows, every)
+        work += StructurePair(names, own.k, own.c, described.groups).work(rows, every)
     size = 0
     for layer in layers:
         size += states.size(optimizer._runner.fresh(layer))

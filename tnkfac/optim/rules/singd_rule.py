@@ -13,7 +13,7 @@ from tnkfac.curvature import Factors, Matrices, Parts
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim import options
 from tnkfac.optim.options import Group, Option
-from tnkfac.optim.params import budget
+from tnkfac.optim.params import auto_structure
 from tnkfac.optim.params.batches import Batch, Stack
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.registry import Registry
@@ -198,13 +198,13 @@ class SingdRule(Rule):
         self, new: Sequence[CapturedLayer], registry: Registry, groups: list[Group], state: State
     ) -> None:
         """Within ``max_state_ratio``."""
-        budget.limit_state(new, registry.others, groups, state)
+        auto_structure.limit_state(new, registry.others, groups, state)
 
     def revise_structures(self, registry: Registry, groups: list[Group], state: State) -> bool:
         """Within ``max_step_ratio``."""
         if all(group["max_step_ratio"] is None for group in groups):
             return False
-        return budget.limit_time(registry.layers, groups, state)
+        return auto_structure.limit_time(registry.layers, groups, state)
 
 
 def _has_momentum(group: Group) -> bool:
