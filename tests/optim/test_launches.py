@@ -79,7 +79,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(triton_step, "triton_kernels", lambda like: kernels)
     monkeypatch.setattr(position_sums, "triton_kernels", lambda tensor: kernels)
     monkeypatch.setattr(apply, "_PLAIN", (*apply._PLAIN, FakeTensor))
-    monkeypatch.setattr(base, "Verdicts", Flags)
+    monkeypatch.setattr(base, "AsyncFlags", Flags)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)
 
     def sent(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

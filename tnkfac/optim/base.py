@@ -17,7 +17,7 @@ from tnkfac.curvature import FirstForward, FullPrecision
 from tnkfac.optim import checkpoint, options
 from tnkfac.optim.distributed.assignment import Placement
 from tnkfac.optim.distributed.reduction import Processes
-from tnkfac.optim.finite import SkippedUpdates, Verdicts, either, loss_scale, non_finite
+from tnkfac.optim.finite import AsyncFlags, SkippedUpdates, either, loss_scale, non_finite
 from tnkfac.optim.options import Group
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.captured import CapturedLayer
@@ -94,7 +94,7 @@ class CurvatureOptimizer(Optimizer):
         self._registry: Registry = Registry(self.rule.needs)
         self._grad_scaler = grad_scaler
         self._skipped = SkippedUpdates()
-        self._verdicts = Verdicts()
+        self._flags = AsyncFlags()
         self._trust: Tensor | None = None
         self._search: FirstForward | None = None
         self._notices = Notices()
@@ -223,7 +223,7 @@ class CurvatureOptimizer(Optimizer):
             self._processes.look(self._registry.params, bool(due))
             self._notices.check_processes(self._processes.overlooked, self._registry, due)
             several = self._processes.count > 1
-        self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
+        self._flags.receive(wait=several)  # all processes act upon a flag at the same step
         if any(layer.statistics.refused for layer in self._registry.layers):
             due = self._release(due)
         if several:
@@ -248,7 +248,7 @@ class CurvatureOptimizer(Optimizer):
         undo = self._undo(pending) if isinstance(found_inf, Tensor) else None
         self._advance(self._updated(pending) if found_inf is not True else [])
         if isinstance(found_inf, Tensor):
-            self._verdicts.send(found_inf, undo)
+            self._flags.send(found_inf, undo)
         return loss
 
     def _release(self, due: list[CapturedLayer]) -> list[CapturedLayer]:
@@ -266,7 +266,7 @@ class CurvatureOptimizer(Optimizer):
                 )
         if self._processes.count > 1:
             return due
-        self._verdicts.receive(wait=True)  # they look at the state that is dropped
+        self._flags.receive(wait=True)  # they look at the state that is dropped
         self._registry.release(released)
         for layer in released:
             for param in layer.params():
@@ -503,7 +503,7 @@ class CurvatureOptimizer(Optimizer):
         Raises:
             RuntimeError: If processes keep parts of the state and one does not take part.
         """
-        self._verdicts.receive(wait=True)
+        self._flags.receive(wait=True)
         self._catch_up()
         hook = self.register_state_dict_post_hook(
             lambda _, saved: checkpoint.as_saved(saved, self._runner), prepend=True
@@ -527,7 +527,7 @@ class CurvatureOptimizer(Optimizer):
             state_dict: A saved state.
         """
         self._catch_up()
-        self._verdicts.receive(wait=True)  # what they undo is of the state that goes
+        self._flags.receive(wait=True)  # what they undo is of the state that goes
         before = [dict(group) for group in self.param_groups]
         given: list[dict[str, Any]] = []  # what hooks of the user have made of the argument
         last = self.register_load_state_dict_pre_hook(lambda _, saved: given.append(saved))

@@ -124,7 +124,7 @@ class SkippedUpdates:
         return self._host + (0 if self._device is None else int(self._device.item()))
 
 
-class Verdicts:
+class AsyncFlags:
     """Flags of past steps on their way from the device to the host, without waiting.
 
     A step on a device is not known to be good when it is queued. Its flag is copied along and

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tnkfac.curvature import Statistics
 from tnkfac.optim.options import Group
-from tnkfac.optim.params.scaling import Scaling
+from tnkfac.optim.params.scaling import ElementwisePreconditioner
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CapturedLayer:
         bias_group: Parameter group of the bias.
         needs: What is to be measured of it.
         statistics: What the taps of its modules measure.
-        scaling: What was derived from the state to scale its gradients with, if anything.
+        scaling: Diagonal factors that were read of its state, if any.
         removers: Callables that remove the taps.
         cached_marks: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
     """
@@ -59,7 +59,7 @@ class CapturedLayer:
     bias_group: Group
     needs: Needs
     statistics: Statistics
-    scaling: Scaling | None = None
+    scaling: ElementwisePreconditioner | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
     cached_marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
 
