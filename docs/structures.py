@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from tnkfac.curvature import resolve_structure
+from tnkfac.curvature.structures import resolve_structure
 
 ROWS = 12
 NAMES = (

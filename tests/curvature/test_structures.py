@@ -9,7 +9,7 @@ from torch import Tensor
 from oracles.factors import grad_factor, input_factor
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from oracles.singd_reference import project, structure_support
-from tnkfac.curvature import describe
+from tnkfac.curvature.layers import describe
 from tnkfac.curvature.structures import Structure, resolve_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

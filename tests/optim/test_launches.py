@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import tnkfac
 from profile_step import VIEWS
-from tnkfac.curvature import RaggedDiagonal
 from tnkfac.curvature.moments import position_sums
+from tnkfac.curvature.structures import RaggedDiagonal
 from tnkfac.optim import base
 from tnkfac.optim.step import apply, grafting, triton_step
 

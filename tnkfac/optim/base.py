@@ -13,7 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from tnkfac.curvature import FirstForward, FullPrecision
+from tnkfac.curvature.capture.tap import FirstForward
+from tnkfac.curvature.precision import FullPrecision
 from tnkfac.optim import checkpoint, options
 from tnkfac.optim.distributed.assignment import Placement
 from tnkfac.optim.distributed.reduction import Processes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim import options
 from tnkfac.optim.kfac import KFAC
 from tnkfac.optim.params.scaling import Diagonals

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import check_factor_structure, check_structure, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.structures import check_factor_structure, check_structure
 
 Group = dict[str, Any]
 """A parameter group, with its hyper-parameters."""

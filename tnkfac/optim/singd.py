@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.rules.singd_rule import SingdRule
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 
-from tnkfac.curvature import Structure
+from tnkfac.curvature.structures import Structure
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.report.table import aligned
 

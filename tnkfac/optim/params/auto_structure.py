@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from tnkfac.curvature import Layer, Structure, resolve_structure, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.structures import Structure, resolve_structure
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, update_dtype
 

@@ -13,7 +13,9 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Factors, Matrices, Parts, RaggedDiagonal, Structure, switch
+from tnkfac.curvature import switch
+from tnkfac.curvature.capture.statistics import Factors
+from tnkfac.curvature.structures import Matrices, Parts, RaggedDiagonal, Structure
 from tnkfac.optim.finite import finite_on_host
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer

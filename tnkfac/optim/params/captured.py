@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Statistics
+from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.scaling import ElementwisePreconditioner
 

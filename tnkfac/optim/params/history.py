@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tnkfac.curvature import Layer
+from tnkfac.curvature.layers import Layer
 from tnkfac.optim.params.auto_structure import matching
 
 State = Mapping[str, Any]

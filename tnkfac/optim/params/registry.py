@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature import find_owners, root_of
+from tnkfac.curvature.capture.owners import find_owners, root_of
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias

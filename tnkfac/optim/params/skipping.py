@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from tnkfac.curvature import Owner, find_owners, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.capture.owners import Owner, find_owners
 from tnkfac.optim.options import Group
 
 

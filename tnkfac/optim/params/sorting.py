@@ -10,7 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.capture.owners import Owner
+from tnkfac.curvature.capture.statistics import Statistics
+from tnkfac.curvature.capture.tap import Tap, attach
+from tnkfac.curvature.layers import describe
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias

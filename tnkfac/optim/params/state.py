@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts
+from tnkfac.curvature.structures import Parts
 from tnkfac.optim.finite import finite
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.auto_structure import matching

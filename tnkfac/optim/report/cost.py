@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnkfac.curvature import output_shapes
+from tnkfac.curvature.capture.recording import output_shapes
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.auto_structure import StructurePair, base_work
 

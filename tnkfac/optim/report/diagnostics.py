@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts, Structure
+from tnkfac.curvature.structures import Decomposable, Parts, Structure
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.sharding import local_shard
 from tnkfac.optim.params.state import ParamState, State, mark

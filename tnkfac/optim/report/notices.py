@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.sharding import is_distributed

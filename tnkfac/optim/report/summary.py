@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Statistics
+from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.state import mark

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts, Structure
+from tnkfac.curvature.structures import Decomposable, Parts, Structure
 
 Decomposition = dict[str, Parts]
 METHODS = {"eigen": ("tikhonov",), "cholesky": ("pi", "factor"), "ekfac": ("tikhonov",)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts
+from tnkfac.curvature.structures import Decomposable, Parts
 from tnkfac.optim import options
 from tnkfac.optim.options import Group, Option
 from tnkfac.optim.params.batches import Batch, Stack, joined

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts
+from tnkfac.curvature.structures import Decomposable, Parts
 from tnkfac.optim.params.captured import CapturedLayer
 
 EVERY = 5

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim.distributed.placing import Placing
 from tnkfac.optim.params.batches import Stack, parted, stacks
 from tnkfac.optim.params.captured import CapturedLayer

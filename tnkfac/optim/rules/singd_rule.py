@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Factors, Matrices, Parts
+from tnkfac.curvature.capture.statistics import Factors
+from tnkfac.curvature.structures import Matrices, Parts
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim import options
 from tnkfac.optim.options import Group, Option

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Structure, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.structures import Parts, Structure
 
 _ITERATIONS = 80
 _ACCURACY = 1e-13

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import trusted
+from tnkfac.curvature.triton_check import trusted
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.scaling import ElementwisePreconditioner
 from tnkfac.optim.step import grafting
