@@ -275,13 +275,13 @@ class Statistics:
         finally:
             self._recording = False
             self._resets.mark()
-            found = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
-            if found:
-                self._keep(found, draws, terms)
+            sums = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
+            if sums:
+                self._keep(sums, draws, terms)
             for leaf in self._leaves:
                 leaf.grad = None
 
-    def _keep(self, found: list[Tensor], draws: int | None, terms: float | None) -> None:
+    def _keep(self, sums: list[Tensor], draws: int | None, terms: float | None) -> None:
         """Add sums over some passes to what is kept: that of one pass through the whole batch."""
         old, new = 1.0, 1 / (draws or 1)
         if draws is None and self._first:
@@ -292,16 +292,16 @@ class Statistics:
             before, self._drawn = self._drawn, self._drawn + terms
             old_B *= (before / self._drawn) ** 2 if before else 1.0
             new_B /= self._drawn**2
-        outputs = len(found) - self._inputs - 1
+        outputs = len(sums) - self._inputs - 1
 
         def scaled(tensors: list[Tensor], on_A: float, on_B: float) -> list[Tensor]:
             scales = [on_A] * self._inputs + [on_B] * outputs + [on_A]  # counts are the last
             return [*torch._foreach_mul(tensors, scales)]
 
-        kept = scaled(found, new, new_B)
+        total = scaled(sums, new, new_B)
         if self._kept:
-            torch._foreach_add_(kept, scaled(self._kept, old, old_B))
-        self._kept = kept
+            torch._foreach_add_(total, scaled(self._kept, old, old_B))
+        self._kept = total
 
     def _count(self, draws: list[int], size: int) -> None:
         """One more pass through a call of this size."""

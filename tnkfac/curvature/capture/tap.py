@@ -23,6 +23,7 @@ from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.layers import Layer, is_wrapped, layer_type
 from tnkfac.curvature.layers.stock_forward import (
     REPLACED_FORWARD,
+    Geometry,
     forward_of,
     geometry,
     has_known_wrappers,
@@ -99,14 +100,14 @@ class _EagerCall(_TracedCall):
         if torch.is_grad_enabled():
             statistics.last_event = DOUBLE_BACKWARD
             return None
-        found = self._input(ctx, g)
-        if found is None:
+        retained = self._input(ctx, g)
+        if retained is None:
             self.tap.copies = True
             statistics.spoil(CHANGED_INPUT)
             return None
         statistics.begins()
         with without_autocast(g.device.type), FullPrecision(g.device):
-            measured = self.measure(found[0], plain(found[1]), plain(g))
+            measured = self.measure(retained[0], plain(retained[1]), plain(g))
         if measured is None or torch._C._will_engine_execute_node(statistics.sink):
             return measured
         if _accumulates(self.weight):  # .backward(inputs=...): the leaves are not among these
@@ -186,7 +187,7 @@ class Tap:
         self._forward: Any = None
         self._wrapped = False
         self._known = True
-        self._geometry: tuple[Any, ...] = ()
+        self._geometry: Geometry = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap the output, or leave it alone where nothing may be measured."""
@@ -309,8 +310,8 @@ class Tap:
         """The layer as it is called now; None if its factors would have another shape."""
         layer = self.layer
         assert layer is not None  # since every call begins with it
-        if layer.has_geometry and (found := geometry(module)) != self._geometry:
-            layer = layer.called(hashable(found))
+        if layer.has_geometry and (current := geometry(module)) != self._geometry:
+            layer = layer.called(hashable(current))
         if id(weight) != self._weight_id and layer.weight_shape != tuple(weight.shape):
             self.statistics.refuse(f"a weight of shape {tuple(weight.shape)} took its place")
             return None

@@ -32,8 +32,8 @@ class BlockDiagonal(Decomposable):
     @property
     def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The whole blocks and the rest."""
-        rest = self.dim % self.size
-        return (self.dim // self.size, self.size, self.size), (rest, rest)
+        last = self.dim % self.size
+        return (self.dim // self.size, self.size, self.size), (last, last)
 
     def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
         """The diagonal blocks only."""
@@ -45,7 +45,7 @@ class BlockDiagonal(Decomposable):
 
     def matmul(self, K: Parts, m: Parts) -> Parts:
         """Block by block."""
-        return tuple(k @ other for k, other in zip(K, m, strict=True))
+        return tuple(k @ part for k, part in zip(K, m, strict=True))
 
     def gram(self, K: Parts) -> Parts:
         """``K_i^T K_i``."""
@@ -57,13 +57,13 @@ class BlockDiagonal(Decomposable):
 
     def trace(self, m: Parts) -> Tensor:
         """Mean of the diagonal of all blocks."""
-        whole, rest = (part.diagonal(dim1=-2, dim2=-1) for part in m)
-        return (whole.sum((-1, -2)) + rest.sum(-1)) / self.dim
+        whole, last = (part.diagonal(dim1=-2, dim2=-1) for part in m)
+        return (whole.sum((-1, -2)) + last.sum(-1)) / self.dim
 
     def norm(self, m: Parts) -> Tensor:
         """That of the largest block; they are symmetric."""
-        whole, rest = (symmetric_norm(part) for part in m)
-        return torch.cat([whole, rest.unsqueeze(1)], dim=1).amax(1)
+        whole, last = (symmetric_norm(part) for part in m)
+        return torch.cat([whole, last.unsqueeze(1)], dim=1).amax(1)
 
     def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """``K_i K_i^T`` on the rows of block ``i``."""
@@ -80,13 +80,13 @@ class BlockDiagonal(Decomposable):
 
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
         """Of every block."""
-        whole, rest = A
-        return cholesky_inverse(whole, shift.unsqueeze(1)), cholesky_inverse(rest, shift)
+        whole, last = A
+        return cholesky_inverse(whole, shift.unsqueeze(1)), cholesky_inverse(last, shift)
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Of every block, in the order of the blocks."""
-        (values, vectors), (last, rest) = (eigh(part) for part in A)
-        return torch.cat([values.flatten(1), last], dim=1), (vectors, rest)
+        (values, vectors), (last, last_vectors) = (eigh(part) for part in A)
+        return torch.cat([values.flatten(1), last], dim=1), (vectors, last_vectors)
 
     def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
         """``V_i diag(values_i) V_i^T``."""

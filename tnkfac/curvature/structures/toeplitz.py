@@ -106,8 +106,8 @@ class Toeplitz(Structure):
     def to_dense(self, K: Parts) -> Tensor:
         """Diagonals written out."""
         t = K[0]
-        at = torch.arange(self.dim, device=t.device)
-        distance = at[:, None] - at if self.lower else at - at[:, None]
+        index = torch.arange(self.dim, device=t.device)
+        distance = index[:, None] - index if self.lower else index - index[:, None]
         zero = torch.zeros((), dtype=t.dtype, device=t.device)
         return torch.where(distance >= 0, t[:, distance.clamp(min=0)], zero)
 
@@ -124,5 +124,5 @@ class Toeplitz(Structure):
         spectrum = torch.fft.rfft(t.to(dtype), n=length, dim=1).unsqueeze(2)
         spectrum = spectrum.conj() if correlate else spectrum
         product = spectrum * torch.fft.rfft(X.to(dtype), n=length, dim=1)
-        found: Tensor = torch.fft.irfft(product, n=length, dim=1)[:, : self.dim].to(X.dtype)
-        return found
+        result: Tensor = torch.fft.irfft(product, n=length, dim=1)[:, : self.dim].to(X.dtype)
+        return result
