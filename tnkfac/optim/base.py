@@ -141,13 +141,13 @@ class CurvatureOptimizer(Optimizer):
         self.rule.choose_structures(new, self._registry, self.param_groups, self.state)
         if not has_modules and self._search is None:
             self._search = FirstForward(self, "_search_module")
-        for other in self._registry.others:
-            group = other.group
-            if group["fallback"] == "error" and other.param.requires_grad:
+        for uncaptured in self._registry.others:
+            group = uncaptured.group
+            if group["fallback"] == "error" and uncaptured.param.requires_grad:
                 self.close()
                 raise ValueError(
-                    f"params: {other.name} is not in a supported layer ({other.reason}) and "
-                    "fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
+                    f"params: {uncaptured.name} is not in a supported layer ({uncaptured.reason}) "
+                    "and fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
                 )
 
     @property
@@ -423,8 +423,8 @@ class CurvatureOptimizer(Optimizer):
                 layer.statistics.enabled = False
                 continue
             layer.statistics.enabled = self._runner.is_due(layer, state)
-            own = state[layer.weight] if has_curvature(layer, state) else None
-            self.rule.feed_taps(layer, own, mark(state, layer, "last_refresh") >= 0)
+            param_state = state[layer.weight] if has_curvature(layer, state) else None
+            self.rule.feed_taps(layer, param_state, mark(state, layer, "last_refresh") >= 0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Capture anew in a copied or unpickled optimizer."""
@@ -446,26 +446,27 @@ class CurvatureOptimizer(Optimizer):
                 continue
             has_gradient = layer.weight.grad is not None
             if has_gradient or layer.statistics.pending:
-                own = state[layer.weight]
-                if "last_update" not in own:
-                    own.update(self._runner.kept(layer))
+                param_state = state[layer.weight]
+                if "last_update" not in param_state:
+                    param_state.update(self._runner.kept(layer))
                 if has_gradient:
-                    states.complete(own, layer.weight, layer.group)
+                    states.complete(param_state, layer.weight, layer.group)
             if layer.bias is not None and layer.bias.grad is not None:
                 states.complete(state[layer.bias], layer.bias, layer.group)
-        for other in self._registry.others:
-            if other.param.grad is not None and not state.get(other.param):
-                state[other.param].update(fallback.init_state(other.param, other.group))
+        for uncaptured in self._registry.others:
+            param = uncaptured.param
+            if param.grad is not None and not state.get(param):
+                state[param].update(fallback.init_state(param, uncaptured.group))
 
     def _drop_misfit(self, layer: CapturedLayer) -> None:
         """Start the curvature anew that was handed on to a new weight, and has another shape."""
         if not has_curvature(layer, self.state) or not layer.statistics.bound:
             return
-        own = self.state[layer.weight]
+        saved = self.state[layer.weight]
         fresh = {k: v for k, v in self._runner.fresh(layer).items() if k not in states.ON_HOST}
-        fits = [key in own and own[key].shape == part.shape for key, part in fresh.items()]
+        fits = [key in saved and saved[key].shape == part.shape for key, part in fresh.items()]
         if self._runner.placing.assignment.is_grad_worker(layer) and not all(fits):
-            own.update(self._runner.kept(layer))
+            saved.update(self._runner.kept(layer))
             self._follow_state()
 
     def placement(self) -> Placement:
@@ -567,8 +568,8 @@ class CurvatureOptimizer(Optimizer):
         contradicts = self._registry.contradicts(self.state, self.param_groups)
         if checkpoint.chooses_alike(self.param_groups, before) and not contradicts:
             return
-        for group, own in zip(self.param_groups, saved, strict=True):
-            if contradicts and "capture_tied" not in own:
+        for group, saved_group in zip(self.param_groups, saved, strict=True):
+            if contradicts and "capture_tied" not in saved_group:
                 group["capture_tied"] = True
         self._registry.forget()
         self._runner.placing.forget()
@@ -591,8 +592,8 @@ class CurvatureOptimizer(Optimizer):
         owner = weakref.ref(self)
 
         def diagnose() -> Diagnostics | None:
-            found = owner()
-            return None if found is None else found.diagnostics()
+            optimizer = owner()
+            return None if optimizer is None else optimizer.diagnostics()
 
         report.diagnose = diagnose
         return report
@@ -609,10 +610,10 @@ class CurvatureOptimizer(Optimizer):
         self._catch_up()
         layers = self._registry.layers
         spectra = self._runner.spectra
-        found = diagnose(layers, self.state, spectra)
-        found.trust_region = None if self._trust is None else float(self._trust)
-        found.skipped_updates = self.skipped_updates
-        return found
+        diagnostics = diagnose(layers, self.state, spectra)
+        diagnostics.trust_region = None if self._trust is None else float(self._trust)
+        diagnostics.skipped_updates = self.skipped_updates
+        return diagnostics
 
     def close(self) -> None:
         """Remove every hook; afterwards the factors stay as they are."""

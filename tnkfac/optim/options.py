@@ -421,7 +421,7 @@ def take_aliases(
         if alias not in known:
             refuse_unknown(alias, [*parameters, *known])
         name = known[alias]
-        twice = [other for other in given if known.get(other) == name and other != alias]
+        twice = [key for key in given if known.get(key) == name and key != alias]
         if twice or arguments[name] != parameters[name].default:
             raise TypeError(f"Got {twice[0] if twice else name!r} and its alias {alias!r}.")
         arguments[name] = value

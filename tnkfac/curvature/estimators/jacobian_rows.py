@@ -97,7 +97,7 @@ class _Use:
             for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers())
         }
 
-        def one(x: Tensor, g: Tensor) -> Tensor:
+        def sample_row(x: Tensor, g: Tensor) -> Tensor:
             def run(parameter: Tensor) -> Tensor:
                 output: Tensor = functional_call(
                     self.module, state | {self.name: parameter}, (x.unsqueeze(0),)
@@ -107,7 +107,7 @@ class _Use:
             row: Tensor = vjp(run, state[self.name])[1](g)[0]
             return row
 
-        rows: Tensor = vmap(one)(x, g)
+        rows: Tensor = vmap(sample_row)(x, g)
         return rows
 
 

@@ -51,52 +51,52 @@ def sort(
     done = set(known)
     captured_before = set(known)
     layers: list[CapturedLayer] = []
-    rest: list[Uncaptured] = []
+    others: list[Uncaptured] = []
     reasons: dict[int, str] = {}
     sharded = fully_sharded(params)
-    for key, found in owners.items():
+    for key, entries in owners.items():
         weight = by_id.get(key)
-        if weight is None or key in done or all(o.attribute == "bias" for o in found):
+        if weight is None or key in done or all(o.attribute == "bias" for o in entries):
             continue
         group = group_of(weight)
         if group["capture_embeddings"]:
-            found = _with_embeddings(found)
-        reason = _refusal(weight, found, sharded, group) or skipped(found, group)
+            entries = _with_embeddings(entries)
+        reason = _refusal(weight, entries, sharded, group) or skipped(entries, group)
         if reason is None and begun_by_fallback(state.get(weight, {}), group):
             reason = _BEGUN
         if reason is not None:
             reasons[key] = reason
             continue
-        bias, why = _joint_bias(weight, found, by_id, done, owners, group_of, state)
+        bias, why = _joint_bias(weight, entries, by_id, done, owners, group_of, state)
         bias_group = group if bias is None else group_of(bias)
-        layers.append(_capture(owner, weight, bias, found, (group, bias_group), needs(group)))
+        layers.append(_capture(owner, weight, bias, entries, (group, bias_group), needs(group)))
         done |= {id(param) for param in layers[-1].params()}
-        for entry in found:
-            other = entry.module._parameters.get("bias")
-            if other is not None and other is not bias:
-                reasons[id(other)] = why
+        for entry in entries:
+            other_bias = entry.module._parameters.get("bias")
+            if other_bias is not None and other_bias is not bias:
+                reasons[id(other_bias)] = why
     for index, param in enumerate(params):
         if id(param) in done:
             continue
-        found = owners.get(id(param), [])
-        if not found:
+        entries = owners.get(id(param), [])
+        if not entries:
             reason = "no module that owns it was found"
-            rest.append(Uncaptured(f"param_{index}", "", param, group_of(param), reason))
+            others.append(Uncaptured(f"param_{index}", "", param, group_of(param), reason))
             continue
-        first = found[0]
+        first = entries[0]
         if id(first.module._parameters.get("weight")) in captured_before:
             reason = before.get(id(param), "it was added after its weight")
         else:
             reason = reasons.get(id(param)) or _lonely(first, by_id, reasons)
         kind = type(first.module).__name__
-        rest.append(Uncaptured(first.parameter_name, kind, param, group_of(param), reason))
-    parallel = [u.name for u in rest if is_distributed(u.param) and id(u.param) not in sharded]
+        others.append(Uncaptured(first.parameter_name, kind, param, group_of(param), reason))
+    parallel = [u.name for u in others if is_distributed(u.param) and id(u.param) not in sharded]
     if parallel:
         warn(
             f"{', '.join(parallel)}: trained without curvature, because processes hold parts of "
             "them in the forward pass, too (tensor parallelism). Supported: fully_shard."
         )
-    return layers, rest
+    return layers, others
 
 
 _BEGUN = "the fallback had begun to train it before its layer was found"
@@ -106,7 +106,7 @@ def _capture(
     owner: object,
     weight: Tensor,
     bias: Tensor | None,
-    found: list[Owner],
+    entries: list[Owner],
     groups: tuple[Group, Group],
     needs: Needs,
 ) -> CapturedLayer:
@@ -121,10 +121,10 @@ def _capture(
         explicit_passes=needs.explicit_passes,
         params=[weight] if bias is None else [weight, bias],
     )
-    first = next(entry for entry in found if entry.refusal is None)
+    first = next(entry for entry in entries if entry.refusal is None)
     kind = type(first.module).__name__
     layer = CapturedLayer(first.name, kind, weight, bias, *groups, needs, statistics)
-    for entry in found:
+    for entry in entries:
         if entry.attribute == "weight" and entry.refusal is None:
             layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))
     return layer
@@ -132,7 +132,7 @@ def _capture(
 
 def _joint_bias(
     weight: Tensor,
-    found: list[Owner],
+    entries: list[Owner],
     by_id: dict[int, Tensor],
     done: set[int],
     owners: dict[int, list[Owner]],
@@ -140,9 +140,9 @@ def _joint_bias(
     state: Mapping[Tensor, Any],
 ) -> tuple[Tensor | None, str]:
     """The bias that is trained together with the weight, or why there is none."""
-    biases = [o.module._parameters.get("bias") for o in found if o.refusal is None]
+    biases = [o.module._parameters.get("bias") for o in entries if o.refusal is None]
     bias = biases[0]
-    if any(other is not bias for other in biases):
+    if any(other_bias is not bias for other_bias in biases):
         return None, "its weight is shared by layers with other biases"
     if bias is None:
         return None, ""
@@ -150,11 +150,11 @@ def _joint_bias(
         if not (weight.requires_grad and bias.requires_grad):
             return None, _frozen(weight)
         return None, "it is not trained together with its weight"
-    own = state.get(bias, {})
-    if "exp_avg" in own:
+    bias_state = state.get(bias, {})
+    if "exp_avg" in bias_state:
         return None, _BEGUN
-    if not begun_in_layer(own, group_of(bias)):
-        module = next(entry.module for entry in found if entry.refusal is None)
+    if not begun_in_layer(bias_state, group_of(bias)):
+        module = next(entry.module for entry in entries if entry.refusal is None)
         row = _row_for_bias(state.get(weight), module, group_of(weight))
         if row is False:
             return None, "its weight was measured without it"
@@ -190,30 +190,30 @@ def _lonely(owner: Owner, by_id: dict[int, Tensor], reasons: dict[int, str]) -> 
     return "its weight is not captured" + (f": {why}" if why else "")
 
 
-def _with_embeddings(found: list[Owner]) -> list[Owner]:
+def _with_embeddings(entries: list[Owner]) -> list[Owner]:
     """Owners of which embeddings are supported, unless they share the weight with another layer."""
-    if any(entry.refusal is None for entry in found):
-        return found
-    return [replace(entry, indices=True) for entry in found]
+    if any(entry.refusal is None for entry in entries):
+        return entries
+    return [replace(entry, indices=True) for entry in entries]
 
 
 def _refusal(
-    weight: Tensor, found: list[Owner], sharded: set[int], group: dict[str, Any]
+    weight: Tensor, entries: list[Owner], sharded: set[int], group: dict[str, Any]
 ) -> str | None:
     """Why a parameter with these owners is not the weight of a captured layer, if so.
 
     Args:
         weight: The parameter.
-        found: Its owners.
+        entries: Its owners.
         sharded: ``id`` of the parameters that are cut, but whole in the forward pass.
         group: Its group.
     """
-    supported = [owner for owner in found if owner.refusal is None]
+    supported = [owner for owner in entries if owner.refusal is None]
     if not supported:
-        return found[0].refusal
+        return entries[0].refusal
     if any(owner.attribute != "weight" for owner in supported):
         return f"it is the {supported[0].attribute} of {type(supported[0].module).__name__}"
-    others = [owner for owner in found if owner.refusal is not None and owner.runs]
+    others = [owner for owner in entries if owner.refusal is not None and owner.runs]
     if others and not group.get("capture_tied", False):
         pair = others[0], supported[0]
         names = [f"{type(o.module).__name__} {o.name}".rstrip() for o in pair]

@@ -99,19 +99,19 @@ class Notices:
                 cause = layer.statistics.refused or layer.statistics.last_event or _unseen()
                 causes.setdefault(cause, []).append(layer.named()[0][0])
         if causes:
-            found = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
+            listed = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
             warn(
-                f"No statistics reached {found}, which have gradients. Until that changes they are "
-                "trained without curvature; see report().",
+                f"No statistics reached {listed}, which have gradients. Until that changes they "
+                "are trained without curvature; see report().",
             )
 
     def tell_released(self, released: Sequence[CapturedLayer]) -> None:
         """Warn of layers that the fallback trains from now on."""
-        found = "; ".join(
+        listed = "; ".join(
             f"{layer.named()[0][0]}: {layer.statistics.refused}" for layer in released
         )
         warn(
-            f"The fallback trains layers whose curvature cannot be measured any more. {found}.",
+            f"The fallback trains layers whose curvature cannot be measured any more. {listed}.",
         )
 
     def check_stale(self, due: Sequence[CapturedLayer], state: State) -> None:

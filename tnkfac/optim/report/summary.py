@@ -125,10 +125,10 @@ def summarize(registry: Registry, state: dict[Tensor, Any]) -> Report:
     rows = Report()
     for layer in registry.layers:
         rows += _layer_rows(layer, state)
-    for other in registry.others:
-        size, shape = _bytes(state.get(other.param, {})), _shape(other.param)
-        reason = other.reason if other.param.requires_grad else FROZEN
-        rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, reason))
+    for uncaptured in registry.others:
+        size, shape = _bytes(state.get(uncaptured.param, {})), _shape(uncaptured.param)
+        reason = uncaptured.reason if uncaptured.param.requires_grad else FROZEN
+        rows.append(Row(uncaptured.name, uncaptured.kind, shape, "", "", (), size, None, reason))
     return rows
 
 

@@ -103,11 +103,11 @@ def loss_terms(output: Tensor, likelihood: str, positions: bool) -> int:
 
 
 @contextmanager
-def listening(chosen: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+def listening(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
     """Backward passes inside count for the factors."""
     with ExitStack() as stack:
-        for one in chosen:
-            stack.enter_context(one)
+        for context in contexts:
+            stack.enter_context(context)
         yield
 
 

@@ -99,15 +99,15 @@ class SingdRule(Rule):
     def init(self, layer: CapturedLayer) -> NamedParts:
         """Identities, and momenta of zeros."""
         statistics, weight, group = layer.statistics, layer.weight, layer.group
-        kept: dict[str, Parts] = {}
+        matrices: dict[str, Parts] = {}
         for name, structure, dtype in zip(
             ("K", "C"), (statistics.k, statistics.c), group["preconditioner_dtype"], strict=True
         ):
             kind = update_dtype(weight.dtype) if dtype is None else getattr(torch, dtype)
-            kept[name] = structure.identity(statistics.layer.groups, kind, weight.device)
+            matrices[name] = structure.identity(statistics.layer.groups, kind, weight.device)
             if _has_momentum(group):
-                kept[f"m_{name}"] = tuple(torch.zeros_like(part) for part in kept[name])
-        return kept
+                matrices[f"m_{name}"] = tuple(torch.zeros_like(part) for part in matrices[name])
+        return matrices
 
     def starts(self, group: Group) -> bool:
         """With ``init="first_batch"``."""
@@ -272,7 +272,7 @@ def singd_update(
     ):
         eye = structure.identity(X[0].shape[0], X[0].dtype, X[0].device)
         terms = zip(eye, *map(structure.scaled, (H, gram), coefficients), strict=True)
-        step = tuple(half * (-one + pulled + damped) for one, pulled, damped in terms)
+        step = tuple(half * (-identity + pulled + damped) for identity, pulled, damped in terms)
         if m is not None:
             step = tuple(alpha1 * old + part for old, part in zip(m, step, strict=True))
         rate: Tensor | float = lr_cov
