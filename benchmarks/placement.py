@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac import KFAC, SINGD
 from tnkfac.optim.distributed import reduction
-from tnkfac.optim.distributed.assignment import Plan, update_cost
+from tnkfac.optim.distributed.assignment import Assignment, update_cost
 from tnkfac.optim.distributed.buckets import BUCKET
 from tnkfac.optim.params.state import ON_HOST
 
@@ -106,16 +106,16 @@ def simulate(
         workers: How many keep the preconditioner of a layer.
     """
     layers = [layer for layer in optimizer._registry.layers if layer.statistics.bound]
-    plan = Plan(world)
+    assignment = Assignment(world)
     costs = [
         update_cost(la.statistics.layer.groups, (la.statistics.k, la.statistics.c)) for la in layers
     ]
-    plan.extend(layers, costs, [workers] * len(layers))
+    assignment.extend(layers, costs, [workers] * len(layers))
     statistics = shared = gradients = 0
     kept, received = [0] * world, [0.0] * world
     gathered = [0.0] * world
     for layer in layers:
-        own, place = layer.statistics, plan.place(layer)
+        own, place = layer.statistics, assignment.of(layer)
         state = optimizer._runner.fresh(layer)
         size = {k: v.numel() * v.element_size() for k, v in state.items() if k not in ON_HOST}
         item = layer.weight.element_size()
@@ -126,15 +126,15 @@ def simulate(
             if name == "SINGD" or k.split(".")[0] in optimizer.rule.derived
         )
         natural = item * own.layer.groups * own.k.dim * own.c.dim
-        if place.owner is not None and len(place.keepers) > 1:
+        if place.inv_worker is not None and len(place.grad_workers) > 1:
             shared += sent
-        if len(place.keepers) < world:
+        if len(place.grad_workers) < world:
             gradients += natural
-        keepers = set(place.keepers)
+        keepers = set(place.grad_workers)
         for rank in range(world):
             if rank in keepers:
                 kept[rank] += sum(size.values())
-                received[rank] += sent * (place.owner not in (None, rank))
+                received[rank] += sent * (place.inv_worker not in (None, rank))
             else:
                 gathered[rank] += natural
     ring = 2 * statistics * (world - 1) / world
@@ -142,7 +142,7 @@ def simulate(
     messages = (statistics + shared) / BUCKET / INTERVAL + gradients / BUCKET
     messages += (1 + min(workers, len(layers))) / INTERVAL + (workers < world)
     seconds = wire / WIRE + messages * LATENCY * max(1.0, log2(world))
-    seconds += max(plan.loads) * RATES[name] / INTERVAL
+    seconds += max(assignment.loads) * RATES[name] / INTERVAL
     load = Load(
         network, name, world, workers, statistics, shared, gradients, max(kept), wire, seconds
     )
@@ -152,7 +152,7 @@ def simulate(
 def _sent(structure: Any) -> int:
     """Numbers of a statistic as it is sent: triangles of what is square."""
     found = 0
-    for shape in structure.shapes:
+    for shape in structure.part_shapes:
         rows, numbers = shape[-1], prod(shape)
         square = len(shape) > 1 and numbers > 0
         found += numbers // rows**2 * (rows * (rows + 1) // 2) if square else numbers

@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnkfac
-from tnkfac import curvature
+from tnkfac.curvature.capture.statistics import Statistics
+from tnkfac.curvature.capture.tap import Tap
 from tnkfac.curvature.moments import position_sums
 from tnkfac.optim import base
 from tnkfac.optim.rules import runner
@@ -74,8 +75,8 @@ def _named(owner: Any, name: str, part: str) -> tuple[Any, str, Any]:
 def parts_named() -> Iterator[None]:
     """Name the parts of a step for the profiler."""
     changed = [
-        _named(curvature.Tap, "__call__", PARTS[1]),
-        _named(curvature.Statistics, "measure", PARTS[3]),
+        _named(Tap, "__call__", PARTS[1]),
+        _named(Statistics, "measure", PARTS[3]),
         _named(base, "non_finite", PARTS[4]),
         _named(runner.RuleRunner, "update", PARTS[5]),
         _named(pipeline, "scaled_gradients", PARTS[6]),
@@ -218,7 +219,7 @@ def readings(
     """
     names = {id(layer.statistics): layer.name for layer in optimizer._registry.layers}
     found: list[tuple[str, tuple[int, ...], float, float]] = []
-    known = curvature.Statistics.measure
+    known = Statistics.measure
 
     def measure(self: Any, layer: Any, x: Tensor, g: Tensor, *others: Any) -> Any:
         with Reading() as reading:
@@ -227,11 +228,11 @@ def readings(
         found.append((names[id(self)], tuple(x.shape), reading.bytes / 1e6, least / 1e6))
         return result
 
-    curvature.Statistics.measure = measure  # type: ignore[method-assign]
+    Statistics.measure = measure  # type: ignore[method-assign]
     try:
         backward()
     finally:
-        curvature.Statistics.measure = known  # type: ignore[method-assign]
+        Statistics.measure = known  # type: ignore[method-assign]
     return found
 
 

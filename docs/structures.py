@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from tnkfac.curvature import resolve_structure
+from tnkfac.curvature.structures import resolve_structure
 
 ROWS = 12
 NAMES = (
@@ -39,7 +39,7 @@ def pattern(name: str) -> np.ndarray:
     structure = resolve_structure(name, ROWS)
     shade = "toeplitz" in name
     parts = []
-    for index, shape in enumerate(structure.shapes, start=1):
+    for index, shape in enumerate(structure.part_shapes, start=1):
         part = torch.full((1, *shape), float(index))
         parts.append(torch.arange(1.0, ROWS + 1).unsqueeze(0) if shade else part)
     dense = structure.to_dense(tuple(parts))[0].numpy()

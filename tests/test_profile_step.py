@@ -10,6 +10,8 @@ from torch.autograd import DeviceType
 
 import profile_step
 import tnkfac
+from tnkfac.curvature.capture.statistics import Statistics
+from tnkfac.curvature.capture.tap import Tap
 
 
 def test_parts_of_a_step() -> None:
@@ -26,8 +28,8 @@ def test_parts_of_a_step() -> None:
         assert (launches["factor update"] > 0) == updates
         assert launches["preconditioning"] > 0
         assert launches["parameter update"] > 0
-    assert tnkfac.curvature.Statistics.measure.__name__ == "measure"
-    assert tnkfac.curvature.Tap.__call__.__name__ == "__call__"
+    assert Statistics.measure.__name__ == "measure"
+    assert Tap.__call__.__name__ == "__call__"
 
 
 def test_readings_of_a_layer() -> None:

@@ -38,14 +38,14 @@ class UsageError(Exception):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    found = argparse.ArgumentParser(
+    root = argparse.ArgumentParser(
         prog="python -m tnkfac",
         description="What SINGD and KFAC make of a network, and what that costs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--version", action="version", version=f"tnkfac {__version__}")
-    commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    root.add_argument("--version", action="version", version=f"tnkfac {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="layers of a network, treatment, state, cost")
     report.add_argument("model", help="a network of torchvision, or timm")
     report.add_argument("--structures", nargs="+", default=list(STRUCTURES), metavar="NAME")
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("operation", help="a name of tnkfac.einsum.networks")
     draw.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="shapes as 8,16,32,32")
     draw.add_argument("--out", default="network.svg", help=".svg or .png")
-    return found
+    return root
 
 
 # ------------------------------------------------------------------------------- commands
@@ -101,8 +101,8 @@ def report(args: argparse.Namespace) -> None:
             print(f"are preconditioned and {len(listed) - len(captured)} trained by AdamW.\n")
             if args.layers:
                 print(listed, "\n")
-        found = estimated(optimizer, model, shape, args.interval)
-        rows.append((name, found.state_bytes / 2**20, found.ratio))
+        estimate = estimated(optimizer, model, shape, args.interval)
+        rows.append((name, estimate.state_bytes / 2**20, estimate.ratio))
         optimizer.close()
     print(f"{'structures':<20}{'state, MiB':>12}{'step over SGD, estimated':>28}")
     for name, mebibytes, ratio in rows:
@@ -141,7 +141,7 @@ def bench(args: argparse.Namespace) -> None:
     print(f"{'optimizer':<32}{'ms':>10}{'over SGD':>12}")
     for name in args.structures:
         try:
-            mine = prepared(
+            candidate = prepared(
                 lambda m, name=name: SINGD(  # type: ignore[misc]
                     m.parameters(), lr=1e-4, structures=name, kfac_approx="reduce", T=1
                 )
@@ -150,9 +150,9 @@ def bench(args: argparse.Namespace) -> None:
             raise UsageError(str(error)) from error
         times, ratios = [], []
         for _ in range(args.rounds):
-            before, own, after = reference(), mine(), reference()
-            times.append(own)
-            ratios.append(2 * own / (before + after))
+            before, duration, after = reference(), candidate(), reference()
+            times.append(duration)
+            ratios.append(2 * duration / (before + after))
         text = f"SINGD {name}"
         print(
             f"{text:<32}{1e3 * statistics.median(times):>10.1f}{statistics.median(ratios):>12.3f}"
@@ -247,9 +247,9 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _logits(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(found, Tensor)
-    return found
+    logits = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(logits, Tensor)
+    return logits
 
 
 def _now(device: str) -> float:

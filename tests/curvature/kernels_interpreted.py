@@ -5,8 +5,7 @@ import sys
 import torch
 from torch import nn
 
-from tnkfac.curvature import describe
-from tnkfac.curvature.layers import Convolution
+from tnkfac.curvature.layers import Convolution, describe
 from tnkfac.curvature.moments import triton_sums
 
 CASES = {

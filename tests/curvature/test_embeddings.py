@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import tnkfac
 from oracles.compare import assert_close
 from tnkfac.curvature import (
-    describe,
     diagonal,
     explain,
     grad_factor,
@@ -20,6 +19,7 @@ from tnkfac.curvature import (
     ntk,
     per_sample_gradients,
 )
+from tnkfac.curvature.layers import describe
 from tnkfac.curvature.structures import resolve_structure
 
 WORDS = 6

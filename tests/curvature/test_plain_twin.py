@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
-from tnkfac.curvature import Layer, describe
+from tnkfac.curvature.layers import Layer, describe
 
 
 def read_all(layer: Layer, x: Tensor, g: Tensor, approx: Any) -> dict[str, Tensor]:

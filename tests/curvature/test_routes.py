@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from memory import peak_bytes
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
-from tnkfac.curvature import describe, explain, input_factor
-from tnkfac.curvature.layers import Convolution
+from tnkfac.curvature import explain, input_factor
+from tnkfac.curvature.layers import Convolution, describe
 from tnkfac.curvature.moments import contraction, patches
 from tnkfac.curvature.moments.contraction import fill_from_network
 from tnkfac.curvature.moments.lags.autocorrelation import symmetric_lags

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnkfac.curvature import describe
+from tnkfac.curvature.layers import describe
 from tnkfac.curvature.moments import position_sums
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from oracles.factors import grad_factor, input_factor
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from oracles.singd_reference import project, structure_support
-from tnkfac.curvature import describe
+from tnkfac.curvature.layers import describe
 from tnkfac.curvature.structures import Structure, resolve_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -35,7 +35,7 @@ each_name = pytest.mark.parametrize("name", NAMES)
 def random_parts(structure: Structure, groups: int, seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-    return tuple(torch.randn(groups, *shape, **draw) for shape in structure.shapes)
+    return tuple(torch.randn(groups, *shape, **draw) for shape in structure.part_shapes)
 
 
 def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
@@ -48,7 +48,7 @@ def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
 def test_support(name: str, dim: int) -> None:
     """Every part shows up where the structure has an entry, and nowhere else."""
     structure = resolve_structure(name, dim)
-    ones = tuple(torch.ones(2, *shape) for shape in structure.shapes)
+    ones = tuple(torch.ones(2, *shape) for shape in structure.part_shapes)
     assert torch.equal(structure.to_dense(ones)[1], structure_support(name, dim).float())
     eye = structure.to_dense(structure.identity(2, torch.float64, torch.device("cpu")))
     assert torch.equal(eye, torch.eye(dim).double().expand(2, dim, dim))
@@ -64,7 +64,7 @@ def test_algebra(name: str, dim: int) -> None:
     X = torch.randn(2, dim, 4, dtype=torch.float64)
     close(structure.to_dense(structure.matmul(K, m)), dense @ other, 10)
     close(structure.to_dense(structure.gram(K)), project(name, dense.mT @ dense), 10)
-    close(structure.apply(K, X), dense @ (dense.mT @ X), 10)
+    close(structure.apply_kkt(K, X), dense @ (dense.mT @ X), 10)
     close(structure.trace(K), dense.diagonal(dim1=1, dim2=2).mean(1), 10)
 
 
@@ -87,7 +87,7 @@ def test_norm_is_a_fair_estimate_from_below(name: str, dim: int) -> None:
 def test_numbers_kept(name: str, dim: int) -> None:
     """One number per entry of the support; one per diagonal of Toeplitz matrices."""
     expected = int(structure_support(name, dim).sum())
-    assert resolve_structure(name, dim).numbers == (dim if "toeplitz" in name else expected)
+    assert resolve_structure(name, dim).numel == (dim if "toeplitz" in name else expected)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -128,10 +128,13 @@ def test_what_is_read_of_a_layer(case: int | str, approx: str) -> None:
                 read = structure.statistic(moment, current)
                 assert tuple(part.shape[1:] for part in read) == structure.statistic_shapes
                 if current is None:
-                    close(structure.statistic_trace(read), structure.trace(structure.pull(K, read)))
+                    close(
+                        structure.statistic_trace(read),
+                        structure.trace(structure.congruence(K, read)),
+                    )
                 matrix = structure.to_dense(K)
                 expected = project(name, matrix.mT @ dense @ matrix)
-                pulled = structure.to_dense(structure.pull(K, read))
+                pulled = structure.to_dense(structure.congruence(K, read))
                 torch.testing.assert_close(
                     pulled,
                     expected,
@@ -163,9 +166,9 @@ def test_wide_matrices_are_never_written_out() -> None:
         if name == "dense":
             continue
         K = structure.identity(1, x.dtype, x.device)
-        pulled = structure.pull(K, structure.statistic(moment, K))
+        pulled = structure.congruence(K, structure.statistic(moment, K))
         K = structure.matmul(K, pulled)
-        assert structure.apply(K, x.T.unsqueeze(0)).isfinite().all(), name
+        assert structure.apply_kkt(K, x.T.unsqueeze(0)).isfinite().all(), name
         assert structure.norm(structure.gram(K)).isfinite().all(), name
 
 

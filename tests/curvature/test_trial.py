@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tnkfac.curvature import describe, triton_check
+from tnkfac.curvature import triton_check
+from tnkfac.curvature.layers import describe
 from tnkfac.curvature.moments import position_sums
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnkfac.curvature import describe
+from tnkfac.curvature.layers import describe
 
 TESTS = Path(__file__).parent.parent
 SCRIPTS = {"curvature/kernels_interpreted.py": 11, "optim/kernels_interpreted.py": 14}

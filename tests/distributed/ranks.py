@@ -389,7 +389,7 @@ def a_decomposition_that_fails_is_reported_by_all() -> None:
         for step in range(2):
             train(model, optimizer, "KFAC", step, even(8), 1)
         layer = next(la for la in optimizer._registry.layers if la.name == "mix")
-        if optimizer._runner.placing.plan.keeps(layer):
+        if optimizer._runner.placing.assignment.is_grad_worker(layer):
             optimizer.state[layer.weight]["A"][:] = float("nan")
         with pytest.warns(UserWarning, match="mix.weight could not be decomposed"):
             train(model, optimizer, "KFAC", 2, even(8), 1)
@@ -444,9 +444,9 @@ def what_placements_send_is_what_the_formula_says() -> None:
             train(model, optimizer, "SINGD", step, even(8), 1)
             expected = 0
             for layer in optimizer._registry.layers:
-                own, plan = layer.statistics, optimizer._runner.placing.plan
+                own, plan = layer.statistics, optimizer._runner.placing.assignment
                 sides = own.layer.groups * (own.k.dim**2 + own.c.dim**2)
-                if due and workers > 1 and plan.place(layer).owner == dist.get_rank():
+                if due and workers > 1 and plan.of(layer).inv_worker == dist.get_rank():
                     expected += 2 * sides  # K, C and their momenta
                 if workers < world and plan.source(layer) == dist.get_rank():
                     expected += own.layer.groups * own.k.dim * own.c.dim

@@ -110,7 +110,7 @@ def trained(case: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
 
 
 if __name__ == "__main__":
-    base.non_finite, base.Verdicts = flag, Delayed
+    base.non_finite, base.AsyncFlags = flag, Delayed
     expected = {}
     with plain_path():
         for name in CASES:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from oracles.loops import assert_same_weights, fit, squares
 from tnkfac import SINGD
-from tnkfac.optim.params.ladders import candidates, ladder
+from tnkfac.optim.params.auto_structure import candidates, ladder
 
 
 def network() -> nn.Module:

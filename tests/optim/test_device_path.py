@@ -23,7 +23,7 @@ BOTH_OPTIMIZERS = True
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "non_finite", flag)
-    monkeypatch.setattr(base, "Verdicts", Delayed)
+    monkeypatch.setattr(base, "AsyncFlags", Delayed)
 
 
 def network() -> nn.Sequential:

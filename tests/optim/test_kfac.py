@@ -314,7 +314,7 @@ def test_adaptation_restores_gradients_and_statistics() -> None:
         gradients = {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()}
         states.append({**weights(model), **gradients})
         assert not any(layer.statistics.pending for layer in optimizer._registry.layers)
-        assert any(layer.statistics.on for layer in optimizer._registry.layers)
+        assert any(layer.statistics.enabled for layer in optimizer._registry.layers)
     for key, value in states[0].items():
         assert torch.equal(states[1][key], value), key
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import tnkfac
 from profile_step import VIEWS
-from tnkfac.curvature import RaggedDiagonal
 from tnkfac.curvature.moments import position_sums
+from tnkfac.curvature.structures import RaggedDiagonal
 from tnkfac.optim import base
 from tnkfac.optim.step import apply, grafting, triton_step
 
@@ -79,7 +79,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(triton_step, "triton_kernels", lambda like: kernels)
     monkeypatch.setattr(position_sums, "triton_kernels", lambda tensor: kernels)
     monkeypatch.setattr(apply, "_PLAIN", (*apply._PLAIN, FakeTensor))
-    monkeypatch.setattr(base, "Verdicts", Flags)
+    monkeypatch.setattr(base, "AsyncFlags", Flags)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)
 
     def sent(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

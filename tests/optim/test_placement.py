@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tnkfac import KFAC, SINGD, KFACPreconditioner
-from tnkfac.optim.distributed.assignment import Place, Plan, assign, workers
+from tnkfac.optim.distributed.assignment import Assignment, LayerAssignment, assign, workers
 from tnkfac.optim.params.state import ON_HOST
 
 
@@ -31,9 +31,11 @@ class Layer:
     """Stands for a layer."""
 
 
-def plans(costs: list[float], counts: list[int], world: int) -> tuple[list[Layer], list[Plan]]:
+def plans(
+    costs: list[float], counts: list[int], world: int
+) -> tuple[list[Layer], list[Assignment]]:
     layers = [Layer() for _ in costs]
-    found = [Plan(world, rank) for rank in range(world)]
+    found = [Assignment(world, rank) for rank in range(world)]
     for plan in found:
         plan.extend(layers, costs, counts)  # type: ignore[arg-type]
     return layers, found
@@ -43,7 +45,7 @@ def test_the_grid_of_the_paper() -> None:
     """Eight processes, two keepers: columns {0, 4}, {1, 5}, ...; rows {0..3}, {4..7}."""
     layers, found = plans([5.0, 4.0, 3.0, 2.0], [2] * 4, 8)
     columns = [(0, 4), (1, 5), (2, 6), (3, 7)]
-    assert [found[0].place(layer).keepers for layer in layers] == columns
+    assert [found[0].of(layer).grad_workers for layer in layers] == columns
     for plan in found:
         first = plan.rank // 4 * 4
         for layer, keepers in zip(layers, columns, strict=True):
@@ -60,10 +62,10 @@ def test_every_process_gets_every_preconditioned_gradient_once(world: int, seed:
     divisors = [g for g in range(1, world + 1) if world % g == 0]
     picks = torch.randint(0, len(divisors), (12,), generator=generator)
     layers, found = plans(costs, [divisors[int(i)] for i in picks], world)
-    assert len({tuple(map(repr, (p.place(la) for la in layers))) for p in found}) == 1
+    assert len({tuple(map(repr, (p.of(la) for la in layers))) for p in found}) == 1
     for layer, cost in zip(layers, costs, strict=True):
-        owners = [plan.rank for plan in found if plan.computes(layer)]  # type: ignore[arg-type]
-        keepers = [plan.rank for plan in found if plan.keeps(layer)]  # type: ignore[arg-type]
+        owners = [plan.rank for plan in found if plan.is_inv_worker(layer)]  # type: ignore[arg-type]
+        keepers = [plan.rank for plan in found if plan.is_grad_worker(layer)]  # type: ignore[arg-type]
         assert set(owners) <= set(keepers)
         assert len(owners) == (1 if cost else world)
         for plan in found:
@@ -90,11 +92,11 @@ def test_the_busiest_process_is_near_the_best_there_is(seed: int) -> None:
 def test_layers_that_come_later_do_not_move_others() -> None:
     """Their state would have to move along."""
     layers, (plan, _) = plans([4.0, 3.0], [1, 1], 2)
-    before = [plan.place(layer) for layer in layers]  # type: ignore[arg-type]
+    before = [plan.of(layer) for layer in layers]  # type: ignore[arg-type]
     late = Layer()
     plan.extend([late], [9.0], [1])  # type: ignore[list-item]
-    assert [plan.place(layer) for layer in layers] == before  # type: ignore[arg-type]
-    assert plan.place(late) == Place(1, (1,))  # type: ignore[arg-type]
+    assert [plan.of(layer) for layer in layers] == before  # type: ignore[arg-type]
+    assert plan.of(late) == LayerAssignment(1, (1,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cls", [SINGD, KFAC])

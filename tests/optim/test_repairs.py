@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from oracles.loops import dense_factor, fit, squares
 from oracles.zoo import mlp
 from tnkfac import KFAC, KFACPreconditioner
-from tnkfac.curvature import Decomposable, resolve_structure
+from tnkfac.curvature.structures import Decomposable, resolve_structure
 from tnkfac.optim.params.state import pack
 from tnkfac.optim.rules.decompositions import METHODS, Decomposer
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oracles.singd_reference import mean_trace, project
 from oracles.zoo import STRUCTURES
-from tnkfac.curvature import describe
+from tnkfac.curvature.layers import describe
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.rules import singd_start

@@ -81,7 +81,7 @@ def compute(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, *extensi
         TypeError: For another extension, model or loss.
         ValueError: As the estimators of :mod:`tnkfac.curvature`.
     """
-    chosen = []
+    requested = []
     for extension in extensions:
         name = type(extension).__name__
         if name not in QUANTITIES or not hasattr(extension, "savefield"):
@@ -90,8 +90,8 @@ def compute(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, *extensi
             raise TypeError(f"extensions: got {given}. Supported: instances of {listed}.")
         if getattr(extension, "get_subsampling", lambda: None)() is not None:
             raise ValueError(f"extensions: got {name} with subsampling. Supported: all samples.")
-        chosen.append((extension, QUANTITIES[name]))
-    for extension, quantity in chosen:
+        requested.append((extension, QUANTITIES[name]))
+    for extension, quantity in requested:
         samples = getattr(extension, "get_num_mc_samples", lambda: 1)()
         for name, value in quantity(model, loss_fn, x, y, samples).items():
             setattr(model.get_parameter(name), extension.savefield, value)
@@ -112,16 +112,16 @@ def _variance(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, _: int
 
 
 def _diagonal(kind: str) -> Quantity:
-    def found(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
+    def values(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
         return dict(diagonal(model, loss_fn, [(x, y)], kind=kind, mc_samples=samples))
 
-    return found
+    return values
 
 
 def _root(fisher_type: str) -> Quantity:
     """``[C, N, *parameter.shape]``: a root of the Gauss-Newton matrix."""
 
-    def found(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
+    def values(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
         check_model(model)
         loss = describe_loss(loss_fn)
         parameters = trainable(model)
@@ -138,21 +138,21 @@ def _root(fisher_type: str) -> Quantity:
             ]
         return {name: torch.stack([c[name] for c in columns]) * scale for name in parameters}
 
-    return found
+    return values
 
 
 def _batch_diagonal(fisher_type: str) -> Quantity:
     root = _root(fisher_type)
 
-    def found(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
+    def values(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
         columns = root(model, loss_fn, x, y, samples)
         return {name: column.square().sum(0) for name, column in columns.items()}
 
-    return found
+    return values
 
 
 def _kronecker(fisher_type: str) -> Quantity:
-    def found(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
+    def values(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, samples: int) -> Fields:
         options: dict[str, Any] = {"fisher_type": fisher_type, "mc_samples": samples}
         data = [(x, y)]
         fields: Fields = {}
@@ -169,7 +169,7 @@ def _kronecker(fisher_type: str) -> Quantity:
                 fields[f"{prefix}bias"] = [_grouped(summed[name].B)]
         return fields
 
-    return found
+    return values
 
 
 def _grouped(factor: Tensor) -> Tensor:

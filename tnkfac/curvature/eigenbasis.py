@@ -49,8 +49,8 @@ def second_moments(
         way, each = _from_gradients, layer.groups * d * out
     total = g.new_zeros(layer.groups, out, d)
     step = x.shape[0] if torch.compiler.is_compiling() else max(1, _AT_ONCE // max(1, each))
-    for some, grad in zip(torch.split(x, step), torch.split(g, step), strict=True):
-        total = total + way(layer, some, grad, k, c, basis)
+    for inputs, grad in zip(torch.split(x, step), torch.split(g, step), strict=True):
+        total = total + way(layer, inputs, grad, k, c, basis)
     return total
 
 

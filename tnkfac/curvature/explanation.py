@@ -38,11 +38,11 @@ class Explanation:
         """A table: memory in float32, and the cost, of operations and memory traffic together."""
         lines = [self.title]
         lines += [f"  {'route':<16}{'multiply-adds':>18}{'extra memory':>15}{'cost':>10}"]
-        for at, route in enumerate(self.routes):
+        for index, route in enumerate(self.routes):
             memory, times = route.numbers * 4 / 2**20, route.cost / max(self.routes[0].cost, 1.0)
-            chosen = "  <- chosen" if at == 0 else ""
+            marker = "  <- chosen" if index == 0 else ""
             numbers = f"{route.operations:>18,}{memory:>11.2f} MiB{times:>9.1f}x"
-            lines.append(f"  {route.name:<16}{numbers}{chosen}")
+            lines.append(f"  {route.name:<16}{numbers}{marker}")
         return "\n".join(lines)
 
 

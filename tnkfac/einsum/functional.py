@@ -50,14 +50,14 @@ def _twin(network: Callable[..., Network], *tensors: str) -> Operation:
             given = tuple(bound[name] for name in tensors)
             options = {k: v for k, v in options.items() if k not in tensors}
         shapes = tuple(tensor.shape for tensor in given)
-        rest = args[len(tensors) :]
+        positional = args[len(tensors) :]
         if type(options.get("groups", 1)) is not int:  # True and 1.0 are equal to a cached 1
-            network(*shapes, *rest, **options)
+            network(*shapes, *positional, **options)
         try:
-            ready = planned(shapes, rest, tuple(options.items()))
+            ready = planned(shapes, positional, tuple(options.items()))
         except TypeError:  # a list or a tensor among the hyper-parameters
             frozen = tuple((name, _frozen(value)) for name, value in options.items())
-            ready = planned(shapes, _frozen(rest), frozen)
+            ready = planned(shapes, _frozen(positional), frozen)
         return ready(**dict(zip(tensors, given, strict=True)))
 
     operation.__annotations__ = dict.fromkeys(tensors, Tensor) | {"return": Tensor}

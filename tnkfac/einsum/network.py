@@ -183,7 +183,7 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once, or the leg exists.
         """
-        at = self._only(name, "vmap")
+        index = self._only(name, "vmap")
         if leg in self.sizes:
             raise ValueError(f"vmap: leg {leg!r} exists already. Legs: {', '.join(self.sizes)}.")
 
@@ -192,7 +192,7 @@ class Network:
             return Operand(op.source, (size, *op.shape), (leg, *op.legs), view)
 
         operands = list(self.operands)
-        operands[at] = batched(operands[at])
+        operands[index] = batched(operands[index])
         return Network(tuple(operands), batched(self.output), self.scale)
 
     def vjp(self, name: str, cotangent: str = "v") -> Network:
@@ -206,12 +206,12 @@ class Network:
             ValueError: If the tensor does not occur exactly once, or the cotangent's name is
                 that of another tensor.
         """
-        at = self._only(name, "vjp")
+        index = self._only(name, "vjp")
         self._check_new("vjp", cotangent, name)
         seed = replace(self.output, source=Variable(cotangent))
-        output = replace(self.operands[at], source=Variable("output"))
-        rest = (*self.operands[:at], seed, *self.operands[at + 1 :])
-        return Network(_covered(rest, output), output, self.scale)
+        output = replace(self.operands[index], source=Variable("output"))
+        operands = (*self.operands[:index], seed, *self.operands[index + 1 :])
+        return Network(_covered(operands, output), output, self.scale)
 
     def jvp(self, name: str, tangent: str) -> Network:
         """Jacobian-vector product: the tangent takes the place of the tensor.
@@ -232,11 +232,11 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once.
         """
-        at = self._only(name, "jacobian")
-        gone = self.operands[at]
+        index = self._only(name, "jacobian")
+        gone = self.operands[index]
         doubled = [leg for leg in gone.legs if leg in self.output.legs]
         fresh = fresh_names(doubled, "'", self.sizes)
-        rest = self.operands[:at] + self.operands[at + 1 :]
+        remaining = self.operands[:index] + self.operands[index + 1 :]
         ties = tuple(
             Operand(Delta(self.sizes[leg]), (self.sizes[leg],) * 2, (leg, new))
             for leg, new in fresh.items()
@@ -249,7 +249,7 @@ class Network:
             (*self.output.legs, *gone.renamed(fresh).legs),
             (*self.output.view, *view),
         )
-        return Network(_covered((*rest, *ties), output), output, self.scale)
+        return Network(_covered((*remaining, *ties), output), output, self.scale)
 
     def compose(self, name: str, inner: Network) -> Network:
         """Put the result of another network in place of a tensor.
@@ -261,8 +261,8 @@ class Network:
         Raises:
             ValueError: If the tensor does not occur exactly once or the results do not match.
         """
-        at = self._only(name, "compose")
-        outer = self.operands[at]
+        index = self._only(name, "compose")
+        outer = self.operands[index]
         if (outer.shape, outer.view) != (inner.output.shape, inner.output.view):
             raise ValueError(
                 f"compose: the result {inner.output} of shape {inner.shape} does not fit "
@@ -271,8 +271,8 @@ class Network:
         names = fresh_names(inner.sizes, "°", self.sizes | inner.sizes)
         names |= dict(zip(inner.output.legs, outer.legs, strict=True))
         operands = tuple(op.renamed(names) for op in inner.operands)
-        rest = (*self.operands[:at], *operands, *self.operands[at + 1 :])
-        return Network(rest, self.output, self.scale * inner.scale)
+        joined = (*self.operands[:index], *operands, *self.operands[index + 1 :])
+        return Network(joined, self.output, self.scale * inner.scale)
 
     def _check_open(self, method: str, legs: Iterable[str]) -> None:
         unknown = {*legs} - {*self.output.legs}
@@ -287,13 +287,13 @@ class Network:
             raise ValueError(f"{method}: the name {new!r} is taken. Tensors: {self.names}.")
 
     def _only(self, name: str, method: str) -> int:
-        found = [i for i, op in enumerate(self.operands) if op.source == Variable(name)]
-        if len(found) != 1:
+        indices = [i for i, op in enumerate(self.operands) if op.source == Variable(name)]
+        if len(indices) != 1:
             raise ValueError(
-                f"{method}: {name!r} occurs {len(found)} times, not once. "
+                f"{method}: {name!r} occurs {len(indices)} times, not once. "
                 f"Tensors: {', '.join(self.names)}."
             )
-        return found[0]
+        return indices[0]
 
 
 def _covered(operands: tuple[Operand, ...], output: Operand) -> tuple[Operand, ...]:

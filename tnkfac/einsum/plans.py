@@ -198,15 +198,15 @@ def _best(network: Network, plain: Program) -> tuple[Network, Program]:
     form writes less of never pays for more arithmetic.
     """
     small = simplify(network)
-    found: list[tuple[Network, Program | None]] = [(network, plain)]
+    candidates: list[tuple[Network, Program | None]] = [(network, plain)]
     for form in dict.fromkeys((small, simplify(unfold_inputs(small)))):
         halves = by_halves(form, _search)
-        found.append((form, halves))
+        candidates.append((form, halves))
         if halves is None or len(form.operands) < 5:  # else the plain program is near
-            found.append((form, whole(form, _search)))
+            candidates.append((form, whole(form, _search)))
     allowed = [
         (form, program)
-        for form, program in found
+        for form, program in candidates
         if program is not None and program.flops <= plain.flops
     ]
     return min(allowed, key=lambda pair: pair[1].cost)
@@ -232,8 +232,8 @@ def _call(step: Step) -> Callable[..., Tensor]:
     left, right, result = equation.replace("->", ",").split(",")
     order = [right.index(letter) for letter in left]
     summed = [axis for axis, letter in enumerate(left) if letter not in result]
-    kept = [letter for letter in left if letter in result]
-    final = [kept.index(letter) for letter in result]
+    letters = [letter for letter in left if letter in result]
+    final = [letters.index(letter) for letter in result]
 
     def multiply(a: Tensor, b: Tensor) -> Tensor:
         product = a * b.permute(order)

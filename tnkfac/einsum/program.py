@@ -127,7 +127,7 @@ def _equation(legs: Sequence[Legs], result: Legs) -> str:
 
 def contract(program: Program, terms: list[tuple[int, Legs]], output: Legs, search: Search) -> int:
     """Contract all terms to ``output`` in the order that ``search`` finds; return the slot."""
-    terms = [_summed(program, terms, at, output) for at in range(len(terms))]
+    terms = [_summed(program, terms, index, output) for index in range(len(terms))]
     order: Iterable[tuple[int, ...]] = [(0, 1)] if len(terms) == 2 else ()
     if len(terms) > 2:
         sizes = {
@@ -137,8 +137,8 @@ def contract(program: Program, terms: list[tuple[int, Legs]], output: Legs, sear
         }
         order = search([frozenset(legs) for _, legs in terms], frozenset(output), sizes)
     for group in order:
-        picked = [terms[at] for at in group]
-        terms = [term for at, term in enumerate(terms) if at not in group]
+        picked = [terms[index] for index in group]
+        terms = [term for index, term in enumerate(terms) if index not in group]
         while len(picked) > 1:
             (a, left), (b, right) = picked[:2]
             needed = {*output, *(leg for _, legs in (*terms, *picked[2:]) for leg in legs)}
@@ -157,11 +157,11 @@ def contract(program: Program, terms: list[tuple[int, Legs]], output: Legs, sear
 
 
 def _summed(
-    program: Program, terms: list[tuple[int, Legs]], at: int, output: Legs
+    program: Program, terms: list[tuple[int, Legs]], index: int, output: Legs
 ) -> tuple[int, Legs]:
     """Sum the legs that no other term and not the output has, as torch would do first."""
-    slot, legs = terms[at]
-    others = {leg for i, (_, names) in enumerate(terms) if i != at for leg in names}
+    slot, legs = terms[index]
+    others = {leg for i, (_, names) in enumerate(terms) if i != index for leg in names}
     result = tuple(dict.fromkeys(leg for leg in legs if leg in others or leg in output))
     return (slot, legs) if result == legs else (program.step((slot,), (legs,), result), result)
 
@@ -197,24 +197,24 @@ def by_halves(network: Network, search: Search) -> Program | None:
         return None
     sides = []
     first = _recording(search)  # the second half is contracted like the first
-    for mine, other in ((terms[:half], terms[half:]), (terms[half:], terms[:half])):
-        needed = {*network.output.legs, *(leg for _, legs in other for leg in legs)}
-        legs = tuple(dict.fromkeys(leg for _, names in mine for leg in names if leg in needed))
-        sides.append((contract(program, mine, legs, first), legs))
+    for inside, outside in ((terms[:half], terms[half:]), (terms[half:], terms[:half])):
+        needed = {*network.output.legs, *(leg for _, legs in outside for leg in legs)}
+        legs = tuple(dict.fromkeys(leg for _, names in inside for leg in names if leg in needed))
+        sides.append((contract(program, inside, legs, first), legs))
     program.result = contract(program, sides, network.output.legs, search)
     return program
 
 
 def _recording(search: Search) -> Search:
     """A search that answers every call as it did the first."""
-    found: list[tuple[tuple[int, ...], ...]] = []
+    paths: list[tuple[tuple[int, ...], ...]] = []
 
     def once(
         terms: list[frozenset[str]], output: frozenset[str], sizes: dict[str, int]
     ) -> Iterable[tuple[int, ...]]:
-        if not found:
-            found.append(tuple(search(terms, output, sizes)))
-        return found[0]
+        if not paths:
+            paths.append(tuple(search(terms, output, sizes)))
+        return paths[0]
 
     return once
 
@@ -235,11 +235,11 @@ def slot_to_scale(program: Program) -> int | None:
 def peak_memory(program: Program) -> int:
     """Largest number of entries that results hold at one time."""
     steps = program.running
-    last = {slot: at for at, step in enumerate(steps) for slot in step.inputs}
+    last = {slot: index for index, step in enumerate(steps) for slot in step.inputs}
     alive: dict[int, int] = {}
     peak = 0
-    for at, step in enumerate(steps):
+    for index, step in enumerate(steps):
         alive[step.output] = step.size
         peak = max(peak, sum(alive.values()))
-        alive = {s: n for s, n in alive.items() if last.get(s, len(steps)) > at}
+        alive = {s: n for s, n in alive.items() if last.get(s, len(steps)) > index}
     return max(peak, prod(program.shapes[program.result]))

@@ -151,8 +151,8 @@ def _pair_of_deltas(
 def _see_windows(op: Operand, axis: Axis, k: str, o: str, pixels: str) -> Operand:
     if pixels not in op.legs:
         return op
-    at = op.legs.index(pixels)
-    return _stepped(op, Window(at, axis), (*op.legs[:at], o, k, *op.legs[at + 1 :]))
+    index = op.legs.index(pixels)
+    return _stepped(op, Window(index, axis), (*op.legs[:index], o, k, *op.legs[index + 1 :]))
 
 
 def join_equal_patterns(network: Network) -> Network | None:
@@ -186,8 +186,8 @@ def sum_over_pixels(network: Network) -> Network | None:
                 _constant(Ones(axis.kernel_size), (axis.kernel_size,), k),
                 _constant(Ones(axis.output_size), (axis.output_size,), o),
             )
-            rest = tuple(op for op in network.operands if op is not pattern)
-            return replace(network, operands=(*rest, *ones))
+            operands = tuple(op for op in network.operands if op is not pattern)
+            return replace(network, operands=(*operands, *ones))
     return None
 
 
@@ -201,14 +201,14 @@ def contract_deltas(network: Network) -> Network | None:
         if a in outputs and b in outputs and a != b:
             continue
         keep, drop = (a, b) if a in outputs else (b, a)
-        rest = [op.renamed({drop: keep}) for op in network.operands if op is not delta]
+        operands = [op.renamed({drop: keep}) for op in network.operands if op is not delta]
         scale = network.scale
-        if not any(keep in op.legs for op in rest):
+        if not any(keep in op.legs for op in operands):
             if keep in outputs:
-                rest.append(_constant(Ones(delta.source.size), (delta.source.size,), keep))
+                operands.append(_constant(Ones(delta.source.size), (delta.source.size,), keep))
             else:
                 scale *= delta.source.size
-        return Network(tuple(rest), network.output, scale)
+        return Network(tuple(operands), network.output, scale)
     return None
 
 
@@ -218,11 +218,11 @@ def drop_ones(network: Network) -> Network | None:
         if not isinstance(ones.source, Ones) or not ones.legs:
             continue
         leg = ones.legs[0]
-        rest = tuple(op for op in network.operands if op is not ones)
-        if any(leg in op.legs for op in rest):
-            return replace(network, operands=rest)
-        if leg not in network.output.legs and rest:
-            return Network(rest, network.output, network.scale * ones.source.size)
+        operands = tuple(op for op in network.operands if op is not ones)
+        if any(leg in op.legs for op in operands):
+            return replace(network, operands=operands)
+        if leg not in network.output.legs and operands:
+            return Network(operands, network.output, network.scale * ones.source.size)
     return None
 
 
@@ -235,22 +235,22 @@ def squeeze_legs(network: Network) -> Network | None:
     def squeezed(op: Operand) -> Operand:
         for leg in single:
             while leg in op.legs:
-                at = op.legs.index(leg)
-                op = _stepped(op, Squeeze(at), op.legs[:at] + op.legs[at + 1 :])
+                index = op.legs.index(leg)
+                op = _stepped(op, Squeeze(index), op.legs[:index] + op.legs[index + 1 :])
         return op
 
     network = _mapped(network, squeezed)
-    kept = tuple(
+    operands = tuple(
         op for op in network.operands if op.legs or isinstance(op.source, Variable | Pattern)
     )
-    return replace(network, operands=kept) if kept else network
+    return replace(network, operands=operands) if operands else network
 
 
 def merge_parallel_legs(network: Network) -> Network | None:
     """Merge two legs that stand side by side in this order wherever they occur."""
     for op in (*network.operands, network.output):
         for a, b in zip(op.legs, op.legs[1:], strict=False):
-            if all(_side_by_side(other, a, b) for other in (*network.operands, network.output)):
+            if all(_side_by_side(operand, a, b) for operand in (*network.operands, network.output)):
                 return _mapped(network, partial(_merged, a=a, b=b))
     return None
 
@@ -266,8 +266,8 @@ def _side_by_side(op: Operand, a: str, b: str) -> bool:
 def _merged(op: Operand, a: str, b: str) -> Operand:
     if a not in op.legs:
         return op
-    at = op.legs.index(a)
-    return _stepped(op, Merge(at, 2), (*op.legs[:at], f"{a}*{b}", *op.legs[at + 2 :]))
+    index = op.legs.index(a)
+    return _stepped(op, Merge(index, 2), (*op.legs[:index], f"{a}*{b}", *op.legs[index + 2 :]))
 
 
 def _mapped(network: Network, change: Callable[[Operand], Operand]) -> Network:

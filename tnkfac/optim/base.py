@@ -15,11 +15,12 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 
-from tnkfac.curvature import FirstForward, FullPrecision
+from tnkfac.curvature.capture.tap import FirstForward
+from tnkfac.curvature.precision import FullPrecision
 from tnkfac.optim import checkpoint, options
 from tnkfac.optim.distributed.assignment import Placement
 from tnkfac.optim.distributed.reduction import Processes
-from tnkfac.optim.finite import SkippedUpdates, Verdicts, either, loss_scale, non_finite
+from tnkfac.optim.finite import AsyncFlags, SkippedUpdates, either, loss_scale, non_finite
 from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.captured import CapturedLayer
@@ -108,7 +109,7 @@ class CurvatureOptimizer(Optimizer):
         self._registry: Registry = Registry(self.rule.needs)
         self._grad_scaler = grad_scaler
         self._skipped = SkippedUpdates()
-        self._verdicts = Verdicts()
+        self._flags = AsyncFlags()
         self._trust: Tensor | None = None
         self._search: FirstForward | None = None
         self._notices = Notices()
@@ -154,13 +155,13 @@ class CurvatureOptimizer(Optimizer):
         self.rule.choose_structures(new, self._registry, self.param_groups, self.state)
         if not has_modules and self._search is None:
             self._search = FirstForward(self, "_search_module")
-        for other in self._registry.others:
-            group = other.group
-            if group["fallback"] == "error" and other.param.requires_grad:
+        for uncaptured in self._registry.others:
+            group = uncaptured.group
+            if group["fallback"] == "error" and uncaptured.param.requires_grad:
                 self.close()
                 raise ValueError(
-                    f"params: {other.name} is not in a supported layer ({other.reason}) and "
-                    "fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
+                    f"params: {uncaptured.name} is not in a supported layer ({uncaptured.reason}) "
+                    "and fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
                 )
 
     @property
@@ -184,7 +185,7 @@ class CurvatureOptimizer(Optimizer):
             return
         state = self.state
         for layer in self._registry.layers:
-            if not layer.statistics.on and "last_update" not in state.get(layer.weight, ()):
+            if not layer.statistics.enabled and "last_update" not in state.get(layer.weight, ()):
                 self._follow_state()
                 return
 
@@ -231,13 +232,13 @@ class CurvatureOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._regroup()  # an emptied state is taken up in the end
-        due = [layer for layer in self._registry.layers if layer.statistics.on]
+        due = [layer for layer in self._registry.layers if layer.statistics.enabled]
         several = False
         if distributed.is_available() and distributed.is_initialized():
             self._processes.look(self._registry.params, bool(due))
             self._notices.check_processes(self._processes.overlooked, self._registry, due)
             several = self._processes.count > 1
-        self._verdicts.receive(wait=several)  # all processes act upon a flag at the same step
+        self._flags.receive(wait=several)  # all processes act upon a flag at the same step
         if any(layer.statistics.refused for layer in self._registry.layers):
             due = self._release(due)
         if several:
@@ -262,7 +263,7 @@ class CurvatureOptimizer(Optimizer):
         undo = self._undo(pending) if isinstance(found_inf, Tensor) else None
         self._advance(self._updated(pending) if found_inf is not True else [])
         if isinstance(found_inf, Tensor):
-            self._verdicts.send(found_inf, undo)
+            self._flags.send(found_inf, undo)
         return loss
 
     def _release(self, due: list[CapturedLayer]) -> list[CapturedLayer]:
@@ -280,7 +281,7 @@ class CurvatureOptimizer(Optimizer):
                 )
         if self._processes.count > 1:
             return due
-        self._verdicts.receive(wait=True)  # they look at the state that is dropped
+        self._flags.receive(wait=True)  # they look at the state that is dropped
         self._registry.release(released)
         for layer in released:
             for param in layer.params():
@@ -308,7 +309,7 @@ class CurvatureOptimizer(Optimizer):
         layers, state, gradients = self._registry.layers, self.state, self._gradients()
         diagonals, unread = self._runner.diagonals(layers, state), gradients
         deferred = None
-        if diagonals and self._runner.placing.plan.world == 1:
+        if diagonals and self._runner.placing.assignment.world == 1:
             deferred = DeferredCheck(layers, diagonals, state)
             unread = deferred.others(gradients)
         measured = [tensor for layer in pending for tensor in layer.statistics.sums()]
@@ -433,11 +434,11 @@ class CurvatureOptimizer(Optimizer):
         state = self.state
         for layer in self._registry.layers:
             if self._paused or not layer.needs.statistics:
-                layer.statistics.on = False
+                layer.statistics.enabled = False
                 continue
-            layer.statistics.on = self._runner.is_due(layer, state)
-            own = state[layer.weight] if has_curvature(layer, state) else None
-            self.rule.feed_taps(layer, own, mark(state, layer, "last_refresh") >= 0)
+            layer.statistics.enabled = self._runner.is_due(layer, state)
+            param_state = state[layer.weight] if has_curvature(layer, state) else None
+            self.rule.feed_taps(layer, param_state, mark(state, layer, "last_refresh") >= 0)
 
     def __setstate__(self, state: StateDict) -> None:
         """Capture anew in a copied or unpickled optimizer."""
@@ -459,26 +460,27 @@ class CurvatureOptimizer(Optimizer):
                 continue
             has_gradient = layer.weight.grad is not None
             if has_gradient or layer.statistics.pending:
-                own = state[layer.weight]
-                if "last_update" not in own:
-                    own.update(self._runner.kept(layer))
+                param_state = state[layer.weight]
+                if "last_update" not in param_state:
+                    param_state.update(self._runner.kept(layer))
                 if has_gradient:
-                    states.complete(own, layer.weight, layer.group)
+                    states.complete(param_state, layer.weight, layer.group)
             if layer.bias is not None and layer.bias.grad is not None:
                 states.complete(state[layer.bias], layer.bias, layer.group)
-        for other in self._registry.others:
-            if other.param.grad is not None and not state.get(other.param):
-                state[other.param].update(fallback.init_state(other.param, other.group))
+        for uncaptured in self._registry.others:
+            param = uncaptured.param
+            if param.grad is not None and not state.get(param):
+                state[param].update(fallback.init_state(param, uncaptured.group))
 
     def _drop_misfit(self, layer: CapturedLayer) -> None:
         """Start the curvature anew that was handed on to a new weight, and has another shape."""
         if not has_curvature(layer, self.state) or not layer.statistics.bound:
             return
-        own = self.state[layer.weight]
+        saved = self.state[layer.weight]
         fresh = {k: v for k, v in self._runner.fresh(layer).items() if k not in states.ON_HOST}
-        fits = [key in own and own[key].shape == part.shape for key, part in fresh.items()]
-        if self._runner.placing.plan.keeps(layer) and not all(fits):
-            own.update(self._runner.kept(layer))
+        fits = [key in saved and saved[key].shape == part.shape for key, part in fresh.items()]
+        if self._runner.placing.assignment.is_grad_worker(layer) and not all(fits):
+            saved.update(self._runner.kept(layer))
             self._follow_state()
 
     def placement(self) -> Placement:
@@ -517,7 +519,7 @@ class CurvatureOptimizer(Optimizer):
         Raises:
             RuntimeError: If processes keep parts of the state and one does not take part.
         """
-        self._verdicts.receive(wait=True)
+        self._flags.receive(wait=True)
         self._catch_up()
         hook = self.register_state_dict_post_hook(
             lambda _, saved: checkpoint.as_saved(saved, self._runner), prepend=True
@@ -541,7 +543,7 @@ class CurvatureOptimizer(Optimizer):
             state_dict: A saved state.
         """
         self._catch_up()
-        self._verdicts.receive(wait=True)  # what they undo is of the state that goes
+        self._flags.receive(wait=True)  # what they undo is of the state that goes
         before = [dict(group) for group in self.param_groups]
         given: list[StateDict] = []  # what hooks of the user have made of the argument
         last = self.register_load_state_dict_pre_hook(lambda _, saved: given.append(saved))
@@ -580,8 +582,8 @@ class CurvatureOptimizer(Optimizer):
         contradicts = self._registry.contradicts(self.state, self.param_groups)
         if checkpoint.chooses_alike(self.param_groups, before) and not contradicts:
             return
-        for group, own in zip(self.param_groups, saved, strict=True):
-            if contradicts and "capture_tied" not in own:
+        for group, saved_group in zip(self.param_groups, saved, strict=True):
+            if contradicts and "capture_tied" not in saved_group:
                 group["capture_tied"] = True
         self._registry.forget()
         self._runner.placing.forget()
@@ -604,8 +606,8 @@ class CurvatureOptimizer(Optimizer):
         owner = weakref.ref(self)
 
         def diagnose() -> Diagnostics | None:
-            found = owner()
-            return None if found is None else found.diagnostics()
+            optimizer = owner()
+            return None if optimizer is None else optimizer.diagnostics()
 
         report.diagnose = diagnose
         return report
@@ -622,10 +624,10 @@ class CurvatureOptimizer(Optimizer):
         self._catch_up()
         layers = self._registry.layers
         spectra = self._runner.spectra
-        found = diagnose(layers, self.state, spectra)
-        found.trust_region = None if self._trust is None else float(self._trust)
-        found.skipped_updates = self.skipped_updates
-        return found
+        diagnostics = diagnose(layers, self.state, spectra)
+        diagnostics.trust_region = None if self._trust is None else float(self._trust)
+        diagnostics.skipped_updates = self.skipped_updates
+        return diagnostics
 
     def close(self) -> None:
         """Remove every hook; afterwards the factors stay as they are."""

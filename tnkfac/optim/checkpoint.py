@@ -45,8 +45,8 @@ def as_saved(saved: dict[str, Any], runner: RuleRunner) -> dict[str, Any]:
     for group in saved["param_groups"]:
         if not runner.rule.saves_derived(group):
             for index in group["params"]:
-                own = state.get(index, {})
-                state[index] = {k: v for k, v in own.items() if not runner.is_derived(k)}
+                param_state = state.get(index, {})
+                state[index] = {k: v for k, v in param_state.items() if not runner.is_derived(k)}
     groups = [
         {k: v for k, v in group.items() if not callable(v)} for group in saved["param_groups"]
     ]
@@ -80,15 +80,15 @@ def restore_tensors(
     """
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     for key, param in zip(keys, params, strict=True):
-        known, own = dtypes.get(id(param), {}), state.get(param, {})
-        for old in _OLD_NAMES.keys() & own.keys():
-            del own[old]
+        known, param_state = dtypes.get(id(param), {}), state.get(param, {})
+        for old in _OLD_NAMES.keys() & param_state.keys():
+            del param_state[old]
         for name, value in saved["state"].get(key, {}).items():
             name = _OLD_NAMES.get(name, name)
             if isinstance(value, Tensor):
                 device = torch.device("cpu") if name in ON_HOST else param.device
                 dtype = known.get(name.split(".")[0], value.dtype)
-                own[name] = value.detach().to(device, dtype, copy=True)
+                param_state[name] = value.detach().to(device, dtype, copy=True)
 
 
 def split_second_moments(layer: CapturedLayer, state: State, step: int) -> None:
@@ -99,10 +99,10 @@ def split_second_moments(layer: CapturedLayer, state: State, step: int) -> None:
         state: State of the optimizer, just loaded.
         step: What counted their updates then: the steps of the group.
     """
-    own = state.get(layer.weight, {})
-    if "exp_avg_sq" not in own or "step" in own:
+    param_state = state.get(layer.weight, {})
+    if "exp_avg_sq" not in param_state or "step" in param_state:
         return
-    parts = layer.statistics.layer.from_matrix(own["exp_avg_sq"], layer.weight.shape)
+    parts = layer.statistics.layer.from_matrix(param_state["exp_avg_sq"], layer.weight.shape)
     for param, part in zip(layer.params(), parts, strict=False):
         assert part is not None
         count = torch.full((), float(step), dtype=torch.float32, device=param.device)
@@ -135,20 +135,20 @@ def expected_dtypes(registry: Registry, runner: RuleRunner) -> dict[int, dict[st
             dtypes[id(param)] = {key: part.dtype for key, part in made.items()}
         made = runner.kept(layer)
         dtypes[id(layer.weight)] |= {k.split(".")[0]: part.dtype for k, part in made.items()}
-    for other in registry.others:
-        like = torch.empty(0, dtype=other.param.dtype, device="meta")
-        made = fallback.init_state(like, other.group)
-        dtypes[id(other.param)] = {key: part.dtype for key, part in made.items()}
+    for uncaptured in registry.others:
+        like = torch.empty(0, dtype=uncaptured.param.dtype, device="meta")
+        made = fallback.init_state(like, uncaptured.group)
+        dtypes[id(uncaptured.param)] = {key: part.dtype for key, part in made.items()}
     return dtypes
 
 
 def complete_derived(layers: Iterable[CapturedLayer], state: State, runner: RuleRunner) -> None:
     """Have made anew what a file lacks of what is derived."""
     for layer in layers:
-        if not has_curvature(layer, state) or not runner.placing.plan.keeps(layer):
+        if not has_curvature(layer, state) or not runner.placing.assignment.is_grad_worker(layer):
             continue
-        own = state[layer.weight]
-        if runner.rule.derived and not any(map(runner.is_derived, own)):
+        param_state = state[layer.weight]
+        if runner.rule.derived and not any(map(runner.is_derived, param_state)):
             fresh = runner.fresh(layer)
-            own.update({key: part for key, part in fresh.items() if runner.is_derived(key)})
+            param_state.update({key: part for key, part in fresh.items() if runner.is_derived(key)})
             set_mark(state, layer, "last_refresh", -1)

@@ -67,16 +67,16 @@ def non_finite(tensors: Iterable[Tensor]) -> Tensor | bool:
     return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any().float()
 
 
-def either(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
+def either(a: Tensor | bool, b: Tensor | bool) -> Tensor | bool:
     """Whether one of two flags is set; both as :func:`non_finite` returns them."""
-    if isinstance(one, bool) and isinstance(other, bool):
-        return one or other
-    if isinstance(one, bool):
-        one, other = other, one
-    assert isinstance(one, Tensor)
-    if isinstance(other, bool):
-        return torch.ones_like(one) if other else one
-    return torch.maximum(one, other.to(one.device, non_blocking=True))
+    if isinstance(a, bool) and isinstance(b, bool):
+        return a or b
+    if isinstance(a, bool):
+        a, b = b, a
+    assert isinstance(a, Tensor)
+    if isinstance(b, bool):
+        return torch.ones_like(a) if b else a
+    return torch.maximum(a, b.to(a.device, non_blocking=True))
 
 
 def finite(tensors: list[Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ class SkippedUpdates:
         return self._host + (0 if self._device is None else int(self._device.item()))
 
 
-class Verdicts:
+class AsyncFlags:
     """Flags of past steps on their way from the device to the host, without waiting.
 
     A step on a device is not known to be good when it is queued. Its flag is copied along and

@@ -254,9 +254,9 @@ class KFAC(CurvatureOptimizer):
 
     def _sampled_layers(self, caller: str) -> list[CapturedLayer]:
         """Layers whose output factor is that of drawn targets, and due."""
-        sampled = [layer for layer in self._registry.layers if layer.statistics.chosen_passes]
+        sampled = [layer for layer in self._registry.layers if layer.statistics.explicit_passes]
         if not sampled:
             raise ValueError(
                 f"fisher_type: got {self.defaults['fisher_type']!r}, but {caller}() is for 'mc'."
             )
-        return [layer for layer in sampled if layer.statistics.on]
+        return [layer for layer in sampled if layer.statistics.enabled]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim import options
 from tnkfac.optim.kfac import KFAC
 from tnkfac.optim.params.scaling import Diagonals
@@ -243,8 +243,8 @@ class KFACPreconditioner:
 
     def __repr__(self) -> str:
         """Hyper-parameters as of the next step, in the form of torch's optimizers."""
-        own = {**self._shown, "layers": len(self._kfac._registry.layers), "steps": self.steps}
-        lines = (f"    {name}: {own[name] if name in own else self._now(name)}" for name in SHOWN)
+        info = {**self._shown, "layers": len(self._kfac._registry.layers), "steps": self.steps}
+        lines = (f"    {name}: {info[name] if name in info else self._now(name)}" for name in SHOWN)
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
     def memory_usage(self) -> dict[str, int]:
@@ -277,18 +277,18 @@ def _matching(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     """
     wanted = [re.compile(pattern) for pattern in options.names("skip_layers", patterns)]
     leaves = [(name, module) for name, module in model.named_modules() if not module._modules]
-    found = {
+    matches = {
         pattern: [n for n, m in leaves if pattern.search(n) or pattern.search(type(m).__name__)]
         for pattern in wanted
     }
-    silent = [pattern.pattern for pattern, names in found.items() if not names]
+    silent = [pattern.pattern for pattern, names in matches.items() if not names]
     if silent:
         warn(
             f"skip_layers: {', '.join(map(repr, silent))} matches no layer. Supported: regular "
             "expressions for names of modules or of their types.",
         )
     trained = {n for n, m in leaves if any(p.requires_grad for p in m.parameters())}
-    return sorted(trained & {name for names in found.values() for name in names})
+    return sorted(trained & {name for names in matches.values() for name in names})
 
 
 def _is_function(scaler: Any) -> bool:

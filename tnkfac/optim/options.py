@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from tnkfac.curvature import check_factor_structure, check_structure, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.structures import check_factor_structure, check_structure
 
 Group = dict[str, Any]
 """A parameter group, with its hyper-parameters."""
@@ -424,7 +425,7 @@ def take_aliases(
         if alias not in known:
             refuse_unknown(alias, [*parameters, *known])
         name = known[alias]
-        twice = [other for other in given if known.get(other) == name and other != alias]
+        twice = [key for key in given if known.get(key) == name and key != alias]
         if twice or arguments[name] != parameters[name].default:
             raise TypeError(f"Got {twice[0] if twice else name!r} and its alias {alias!r}.")
         arguments[name] = value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim.base import CurvatureOptimizer
 from tnkfac.optim.options import Group, Params
 from tnkfac.optim.rules.singd_rule import SingdRule

@@ -87,10 +87,10 @@ def _may_have_kept(node: Any, x: Tensor) -> bool:
     """
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return True
-    kept = getattr(node, _PRODUCTS[_kind(node)], None)
-    if kept is None or (kept.dtype, kept.numel()) != (x.dtype, x.numel()) or not x.is_contiguous():
+    held = getattr(node, _PRODUCTS[_kind(node)], None)
+    if held is None or (held.dtype, held.numel()) != (x.dtype, x.numel()) or not x.is_contiguous():
         return True
-    return bool(kept.data_ptr() == x.data_ptr())
+    return bool(held.data_ptr() == x.data_ptr())
 
 
 def is_compiled(output: Tensor) -> bool:

@@ -73,9 +73,9 @@ def root_of(params: Any) -> nn.Module | None:
             return params
         if isinstance(params, types.GeneratorType) and params.gi_frame is not None:
             scope = params.gi_frame.f_locals
-            found = scope.get("self")
-            if isinstance(found, nn.Module):
-                return found
+            caller = scope.get("self")
+            if isinstance(caller, nn.Module):
+                return caller
             params = scope.get(".0")
         elif isinstance(params, filter | map | enumerate | zip):
             inner = [ref for ref in gc.get_referents(params) if hasattr(ref, "__next__")]
@@ -107,7 +107,7 @@ def find_owners(params: Iterable[Tensor], roots: Iterable[nn.Module]) -> dict[in
 
 
 def _search(roots: list[nn.Module], wanted: set[int], owners: dict[int, list[Owner]]) -> None:
-    seen = {id(owner.module) for found in owners.values() for owner in found}
+    seen = {id(owner.module) for entries in owners.values() for owner in entries}
     prefix = len(roots) > 1
     for root in roots:
         uncalled = {

@@ -42,20 +42,20 @@ class Call:
         """
         if self.x._version == self.version:
             return self.layer, self.x
-        found = None
+        retained = None
         if self.layer is not None:
-            found = kept_input(self.edge.node, self.layer, self.shape)
-        if found is None:
+            retained = kept_input(self.edge.node, self.layer, self.shape)
+        if retained is None:
             raise RuntimeError(
                 f"The input {tuple(self.x.shape)} of a module was changed in place after the call. "
                 "Supported: changes out of place."
             )
-        return found[0], found[1].detach()
+        return retained[0], retained[1].detach()
 
     def gradient(self, outputs: Tensor, vector: Tensor) -> Tensor:
         """Vector-Jacobian product of ``outputs`` with respect to the output of this call."""
-        found = gradients([self], outputs, vector)
-        return found[0]
+        grads = gradients([self], outputs, vector)
+        return grads[0]
 
 
 def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Tensor]:
@@ -67,10 +67,10 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
     if not calls:
         return []
     edges = [call.edge for call in calls]
-    found = torch.autograd.grad(outputs, edges, vector, retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(outputs, edges, vector, retain_graph=True, allow_unused=True)
     return [
         vector.new_zeros(call.shape) if g is None else g.reshape(call.shape)
-        for call, g in zip(calls, found, strict=True)
+        for call, g in zip(calls, grads, strict=True)
     ]
 
 
@@ -136,11 +136,11 @@ def output_shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[int, ...
         model: The network.
         x: Its input; on the meta device nothing is computed.
     """
-    found: dict[nn.Module, tuple[int, ...]] = {}
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            found[module] = tuple(output.shape)
+            shapes[module] = tuple(output.shape)
 
     handles = [module.register_forward_hook(note) for module in model.modules()]
     try:
@@ -149,4 +149,4 @@ def output_shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[int, ...
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return shapes

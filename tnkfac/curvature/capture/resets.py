@@ -81,17 +81,17 @@ class Resets:
 
     def all_zero(self) -> bool:
         """Whether all gradients are zero; most often the first number tells."""
-        found = self._gradients()
-        if any(bool(grad[(0,) * grad.ndim]) for grad in found):
+        gradients = self._gradients()
+        if any(bool(grad[(0,) * grad.ndim]) for grad in gradients):
             return False
-        return bool(found) and not any(bool(grad.any()) for grad in found)
+        return bool(gradients) and not any(bool(grad.any()) for grad in gradients)
 
     def all_zero_flag(self) -> Tensor:
         """The same as a scalar on the device, without waiting for it."""
-        found = self._gradients()
-        if not found:
+        gradients = self._gradients()
+        if not gradients:
             return torch.zeros((), dtype=torch.bool, device=self._params[0].device)
-        return ~torch.stack([grad.any() for grad in found]).any()
+        return ~torch.stack([grad.any() for grad in gradients]).any()
 
     def _gradients(self) -> list[Tensor]:
         grads = (_local(p.grad) for p in self._params if p.grad is not None)
@@ -125,8 +125,8 @@ def handing(owner: object, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         leaves: The leaves.
     """
     with torch.enable_grad():
-        found: tuple[Tensor, ...] = _Handing.apply(weakref.ref(owner), *leaves)
-    return found
+        handed: tuple[Tensor, ...] = _Handing.apply(weakref.ref(owner), *leaves)
+    return handed
 
 
 def _version(grad: Tensor | None) -> Version:

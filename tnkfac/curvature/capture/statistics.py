@@ -37,7 +37,7 @@ class Factors:
         A: Parts of the input factor, without the leading ``G`` as in its structure.
         B: Parts of the output-gradient factor; the identity where it is not measured.
         counts: ``[samples, rows, terms]`` of the batch.
-        squares: Second moments ``[G, C_out / G, D]`` in the basis of :meth:`Statistics.project`.
+        squares: Second moments ``[G, C_out / G, D]``, see :meth:`Statistics.use_eigenbasis`.
     """
 
     A: Parts
@@ -52,12 +52,11 @@ class Statistics:
     Attributes:
         approx: ``"expand"`` or ``"reduce"``.
         loss_average: What the loss is averaged over.
-        on: Whether taps measure at all.
+        enabled: Whether taps measure at all.
         hooks: Handles of the taps.
-        live: The factors ``K`` and ``C`` in use, for structures whose statistics depend on them.
-        told: What a callable ``loss_average`` said of the last call since the last step.
-        seen: What became of the last call or backward pass, where nothing was measured; empty
-            before the first call.
+        factors_in_use: ``K`` and ``C``, for structures whose statistics depend on them.
+        told_terms: What a callable ``loss_average`` said of the last call since the last step.
+        last_event: Why the last call or backward pass was not measured; empty before the first.
         refused: Why nothing can be measured any more, or empty.
         layer: The layer, once its shape is known; its ``bias`` tells whether the bias is trained.
         k: Structure of the input side, once the shape is known.
@@ -68,7 +67,7 @@ class Statistics:
     layer: Layer
     k: Structure
     c: Structure
-    told: float | None
+    told_terms: float | None
     _kept: list[Tensor] | None
     _drawn: float
     _draws: float
@@ -84,7 +83,7 @@ class Statistics:
         loss_average: LossAverage,
         outputs: bool = True,
         squares: bool = False,
-        chosen_passes: bool = False,
+        explicit_passes: bool = False,
         params: Sequence[Tensor] = (),
     ) -> None:
         """Nothing is allocated before the first pass.
@@ -96,21 +95,21 @@ class Statistics:
             loss_average: ``"batch"``, ``"batch+sequence"``, None for a sum, or a callable.
             outputs: Whether output gradients are measured, too.
             squares: Whether per-sample gradients are squared in an eigenbasis.
-            chosen_passes: Whether only backward passes inside of :meth:`listening` count.
+            explicit_passes: Whether only backward passes inside of :meth:`listening` count.
             params: The weight, and the bias that is trained with it.
         """
-        self.outputs, self.squares, self.chosen_passes = outputs, squares, chosen_passes
-        self._heard = False
+        self.outputs, self.squares, self.explicit_passes = outputs, squares, explicit_passes
+        self._recording = False
         self._counting = False
         self._forget()
         self._basis: tuple[Parts, Parts] | None = None
         self.approx: Approx = approx
         self.loss_average = loss_average
-        self.on = True
-        self.seen = ""
+        self.enabled = True
+        self.last_event = ""
         self.refused = ""
         self._spoiled = False
-        self.live: tuple[Parts | None, Parts | None] = (None, None)
+        self.factors_in_use: tuple[Parts | None, Parts | None] = (None, None)
         self._used = False
         self._structures = structures
         self._bias = bias
@@ -137,7 +136,7 @@ class Statistics:
         self.k = resolve_structure(k, layer.in_dim)
         self.c = resolve_structure(c, layer.out_dim, output=True)
 
-    def expect(self, structures: tuple[str, str]) -> None:
+    def set_structures(self, structures: tuple[str, str]) -> None:
         """Take these structures once the shape is known."""
         self._structures = structures
 
@@ -153,7 +152,7 @@ class Statistics:
         self.clear()
         self._leaves = ()
         self._used = False
-        self.live = (None, None)
+        self.factors_in_use = (None, None)
         self.leaves(like)
 
     def leaves(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -175,7 +174,7 @@ class Statistics:
                 self._graph_leaves = handing(self, self._leaves)
                 self.sink = get_gradient_edge(self._leaves[-1]).node
             if not self._used:
-                self.live = self._identities(zero)
+                self.factors_in_use = self._identities(zero)
         return self._leaves
 
     def graph_leaves(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -183,13 +182,13 @@ class Statistics:
         self.leaves(like)
         return self._graph_leaves
 
-    def use(self, factors: tuple[Parts, Parts] | None) -> None:
+    def use_factors(self, factors: tuple[Parts, Parts] | None) -> None:
         """Measure with these factors ``K`` and ``C`` from now on, or with the identity."""
         self._used = factors is not None
         if factors is not None:
-            self.live = factors
+            self.factors_in_use = factors
         elif self._leaves:
-            self.live = self._identities(self._leaves[0])
+            self.factors_in_use = self._identities(self._leaves[0])
 
     def _identities(self, like: Tensor) -> tuple[Parts | None, Parts | None]:
         """Where statistics depend on the factors in use."""
@@ -224,8 +223,8 @@ class Statistics:
             draws: Number of passes through this call that have counted; None for all to count.
         """
         if draws is not None:
-            if not self._heard:
-                self.seen = NOT_SAMPLED
+            if not self._recording:
+                self.last_event = NOT_SAMPLED
                 return None
             if self._counting:
                 self._count(draws, x.numel())
@@ -236,7 +235,7 @@ class Statistics:
             terms = rows if self.loss_average == "batch+sequence" else a.samples
         count = _filled if torch.compiler.is_compiling() else _kept_counts
         counts = count(a.samples, rows, terms, dtype, g.device)
-        K, C = self.live
+        K, C = self.factors_in_use
         parts = list(self.k.statistic(a, K))
         if self.outputs:
             parts += self.c.statistic(b, C)
@@ -253,7 +252,7 @@ class Statistics:
         basis = tuple(tuple(part.to(g.dtype) for part in parts) for parts in self._basis)
         return second_moments(layer, x, g, self.k, self.c, (basis[0], basis[1]))
 
-    def project(self, basis: tuple[Parts, Parts] | None) -> None:
+    def use_eigenbasis(self, basis: tuple[Parts, Parts] | None) -> None:
         """Square gradients in this eigenbasis from now on."""
         self._basis = basis
 
@@ -270,19 +269,19 @@ class Statistics:
         self.drop_stale()
         for leaf in self._leaves:
             leaf.grad = None
-        self._heard, self._counting = True, draws is None
+        self._recording, self._counting = True, draws is None
         try:
             yield
         finally:
-            self._heard = False
+            self._recording = False
             self._resets.mark()
-            found = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
-            if found:
-                self._keep(found, draws, terms)
+            sums = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
+            if sums:
+                self._keep(sums, draws, terms)
             for leaf in self._leaves:
                 leaf.grad = None
 
-    def _keep(self, found: list[Tensor], draws: int | None, terms: float | None) -> None:
+    def _keep(self, sums: list[Tensor], draws: int | None, terms: float | None) -> None:
         """Add sums over some passes to what is kept: that of one pass through the whole batch."""
         old, new = 1.0, 1 / (draws or 1)
         if draws is None and self._first:
@@ -293,16 +292,16 @@ class Statistics:
             before, self._drawn = self._drawn, self._drawn + terms
             old_B *= (before / self._drawn) ** 2 if before else 1.0
             new_B /= self._drawn**2
-        outputs = len(found) - self._inputs - 1
+        outputs = len(sums) - self._inputs - 1
 
         def scaled(tensors: list[Tensor], on_A: float, on_B: float) -> list[Tensor]:
             scales = [on_A] * self._inputs + [on_B] * outputs + [on_A]  # counts are the last
             return [*torch._foreach_mul(tensors, scales)]
 
-        kept = scaled(found, new, new_B)
+        total = scaled(sums, new, new_B)
         if self._kept:
-            torch._foreach_add_(kept, scaled(self._kept, old, old_B))
-        self._kept = kept
+            torch._foreach_add_(total, scaled(self._kept, old, old_B))
+        self._kept = total
 
     def _count(self, draws: list[int], size: int) -> None:
         """One more pass through a call of this size."""
@@ -322,7 +321,7 @@ class Statistics:
 
     def spoil(self, why: str) -> None:
         """Count nothing until :meth:`clear`, since a part of what was to be measured is lost."""
-        self._spoiled, self.seen = True, why
+        self._spoiled, self.last_event = True, why
 
     def refuse(self, why: str) -> None:
         """Say that nothing can be measured any more; the step takes this up."""
@@ -330,8 +329,8 @@ class Statistics:
 
     def begins(self) -> None:
         """A backward pass is about to add to what was collected."""
-        if self.chosen_passes:
-            if not self._heard:
+        if self.explicit_passes:
+            if not self._recording:
                 self._resets.mark_after_pass()
             return
         if self.pending:
@@ -340,7 +339,7 @@ class Statistics:
 
     def arrives(self) -> None:
         """A compiled backward pass has ended, and is about to add to what was collected."""
-        if not self.chosen_passes and self.pending and self._resets.changed_before_pass:
+        if not self.explicit_passes and self.pending and self._resets.changed_before_pass:
             self.clear()  # whether anything was left of the gradients cannot be known any more
         self._resets.mark_after_pass()
 
@@ -361,14 +360,14 @@ class Statistics:
     def _drop_unnoticed(self) -> None:
         """The same for changes that no version tells of, as by way of ``.data`` or NumPy."""
         resets = self._resets
-        if self.chosen_passes or not resets.on_host or not resets.between_passes:
+        if self.explicit_passes or not resets.on_host or not resets.between_passes:
             return
         if self._is_contradicted():
             self.clear()
 
     def _drop_on_device(self) -> None:
         """The same where gradients cannot be read without waiting."""
-        if self.chosen_passes:
+        if self.explicit_passes:
             self.clear()
             return
         stale = self._resets.all_zero_flag()
@@ -420,7 +419,7 @@ class Statistics:
         """Whether any pass has contributed since the last :meth:`clear`."""
         if self._spoiled:
             return False
-        if self.chosen_passes:
+        if self.explicit_passes:
             return bool(self._kept)
         return bool(self._leaves) and self._leaves[-1].grad is not None  # every pass has counts
 
@@ -428,7 +427,7 @@ class Statistics:
         """What has been collected: un-normalised sums and counts."""
         if self._spoiled:
             return []
-        if self.chosen_passes:
+        if self.explicit_passes:
             return self._kept or []
         return [leaf.grad for leaf in self._leaves if leaf.grad is not None]
 
@@ -463,11 +462,11 @@ class Statistics:
             B = self.c.identity(self.layer.groups, counts.dtype, counts.device)
         return Factors(A, B, counts, squares)
 
-    def exchanged(self, share: float) -> list[tuple[Tensor, bool]]:
-        """What processes add up: zeros where nothing has been collected.
+    def to_reduce(self, share: float) -> list[tuple[Tensor, bool]]:
+        """Tensors that processes add up: zeros where nothing has been collected.
 
         Every process has a loss of its own, averaged over its own terms, so output gradients are
-        weighted with these; the sum over processes is that of a single one (see :meth:`take`).
+        weighted with these; :meth:`set_reduced` takes the sum over processes.
 
         Args:
             share: One over the number of processes.
@@ -490,15 +489,15 @@ class Statistics:
         square += [False] * (len(parts) - len(square))
         return [*zip(parts, square, strict=True), (counts, False)]
 
-    def take(self, sums: Sequence[Tensor]) -> None:
-        """Replace what has been collected by the sums over processes of :meth:`exchanged`."""
+    def set_reduced(self, sums: Sequence[Tensor]) -> None:
+        """Replace what has been collected by the sums over processes of :meth:`to_reduce`."""
         *parts, counts = sums
         self._spoiled = False  # others may have measured what was lost here
         if self.loss_average is not None:  # what normalises multiplies with the terms of all
             inputs = self._inputs
             by = 1 / torch.where(counts[2] > 0, counts[2], 1.0)
             parts = [*parts[:inputs], *(part * by for part in parts[inputs:])]
-        if self.chosen_passes:
+        if self.explicit_passes:
             self._kept = [*parts, counts]
             return
         for leaf, new in zip(self._leaves, (*parts, counts), strict=True):
@@ -506,7 +505,7 @@ class Statistics:
 
     def clear(self) -> None:
         """Drop what has been collected."""
-        if self.chosen_passes:
+        if self.explicit_passes:
             self._forget()
         self._spoiled = False
         self._doubtful = None
@@ -519,7 +518,7 @@ class Statistics:
         self._drawn = 0.0  # terms of the loss
         self._draws = 1.0  # passes through each call, in the mean
         self._passes = self._first = 0  # sizes of the calls, of every pass and of their first ones
-        self.told = None
+        self.told_terms = None
 
 
 def _counts(

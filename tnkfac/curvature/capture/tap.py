@@ -23,6 +23,7 @@ from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.layers import Layer, is_wrapped, layer_type
 from tnkfac.curvature.layers.stock_forward import (
     REPLACED_FORWARD,
+    Geometry,
     forward_of,
     geometry,
     has_known_wrappers,
@@ -92,27 +93,27 @@ class _EagerCall(_TracedCall):
     ) -> None:
         self.statistics, self.layer, self.shape, self.terms = tap.statistics, layer, shape, terms
         self.tap, self.weight, self.version = tap, weight, version
-        self.draws = [0] if tap.statistics.chosen_passes else None
+        self.draws = [0] if tap.statistics.explicit_passes else None
 
     def backward(self, ctx: Any, g: Tensor) -> tuple[Tensor, ...] | None:
         statistics = self.statistics
         if torch.is_grad_enabled():
-            statistics.seen = DOUBLE_BACKWARD
+            statistics.last_event = DOUBLE_BACKWARD
             return None
-        found = self._input(ctx, g)
-        if found is None:
+        retained = self._input(ctx, g)
+        if retained is None:
             self.tap.copies = True
             statistics.spoil(CHANGED_INPUT)
             return None
         statistics.begins()
         with without_autocast(g.device.type), FullPrecision(g.device):
-            measured = self.measure(found[0], plain(found[1]), plain(g))
+            measured = self.measure(retained[0], plain(retained[1]), plain(g))
         if measured is None or torch._C._will_engine_execute_node(statistics.sink):
             return measured
         if _accumulates(self.weight):  # .backward(inputs=...): the leaves are not among these
             statistics.add(measured)
         else:
-            statistics.seen = FUNCTIONAL_GRADIENT
+            statistics.last_event = FUNCTIONAL_GRADIENT
         return None
 
     def _input(self, ctx: Any, g: Tensor) -> tuple[Layer, Tensor] | None:
@@ -186,14 +187,14 @@ class Tap:
         self._forward: Any = None
         self._wrapped = False
         self._known = True
-        self._geometry: tuple[Any, ...] = ()
+        self._geometry: Geometry = ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap the output, or leave it alone where nothing may be measured."""
         statistics = self.statistics
         if self.layer is None:  # lazy modules know their shape only now
             self.describe(module)
-        if not (statistics.on and torch.is_grad_enabled()):
+        if not (statistics.enabled and torch.is_grad_enabled()):
             return None
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._is_tracing():  # before anything that a trace would record
@@ -218,7 +219,7 @@ class Tap:
         if not (x.numel() and output.numel()):
             return None
         if forward_of(module) is not self._forward or not self._known:
-            self.statistics.seen = UNKNOWN_FORWARD
+            self.statistics.last_event = UNKNOWN_FORWARD
             return None
         layer = self._called(module, weight)
         if layer is None:
@@ -240,12 +241,12 @@ class Tap:
             if obstacle is None and not (x.numel() and output.numel()):
                 obstacle = EMPTY
         if obstacle is not None:
-            statistics.seen = obstacle or statistics.seen
+            statistics.last_event = obstacle or statistics.last_event
             return None
         layer = self._called(module, weight)
         if layer is None or (self._wrapped and not self._hands_on(module, weight, x, output)):
             return None
-        statistics.seen = TAPPED
+        statistics.last_event = TAPPED
         if self.copies:
             x = x.detach().clone()
         call = _EagerCall(
@@ -309,8 +310,8 @@ class Tap:
         """The layer as it is called now; None if its factors would have another shape."""
         layer = self.layer
         assert layer is not None  # since every call begins with it
-        if layer.has_geometry and (found := geometry(module)) != self._geometry:
-            layer = layer.called(hashable(found))
+        if layer.has_geometry and (current := geometry(module)) != self._geometry:
+            layer = layer.called(hashable(current))
         if id(weight) != self._weight_id and layer.weight_shape != tuple(weight.shape):
             self.statistics.refuse(f"a weight of shape {tuple(weight.shape)} took its place")
             return None
@@ -333,7 +334,7 @@ class Tap:
             return None
         terms = float(average(module, output.shape))
         if not torch.compiler.is_compiling():
-            self.statistics.told = terms
+            self.statistics.told_terms = terms
         return terms
 
     @staticmethod
@@ -420,11 +421,11 @@ class FirstForward:
 def silenced(model: nn.Module) -> Iterator[None]:
     """Keep the taps of all optimizers from measuring, in this model."""
     taps = (hook for m in model.modules() for hook in m._forward_hooks.values())
-    measured = [tap.statistics for tap in taps if isinstance(tap, Tap) and tap.statistics.on]
+    measured = [tap.statistics for tap in taps if isinstance(tap, Tap) and tap.statistics.enabled]
     for statistics in measured:
-        statistics.on = False
+        statistics.enabled = False
     try:
         yield
     finally:
         for statistics in measured:
-            statistics.on = True
+            statistics.enabled = True

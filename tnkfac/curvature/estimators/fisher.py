@@ -115,15 +115,15 @@ def kfac(
             samples += loss.samples(outputs, loss_average == "batch+sequence")
             propagated = vectors(loss, fisher_type, outputs, y, mc_samples, generator)
             _add(sums, calls, outputs, propagated)
-    found = {}
+    estimates = {}
     for module, (name, _) in layers.items():
         if terms and (sums[module].A is None or sums[module].lost):
             why = "ran another forward" if sums[module].lost else "did not run"
             warn(f"kfac: layer {name!r} {why} and is left out.")
             continue
         weight = _weight(loss, fisher_type, terms, samples)
-        found[name] = sums[module].kronecker(weight, like=module.get_parameter("weight"))
-    return found
+        estimates[name] = sums[module].kronecker(weight, like=module.get_parameter("weight"))
+    return estimates
 
 
 def _weight(loss: Loss, fisher_type: str, terms: int, samples: int) -> float | None:
@@ -205,8 +205,8 @@ def _add(
         dtype = accumulation_dtype(x.dtype if x.is_floating_point() else outputs.dtype)
         total.add_input(layer.input_moment(x, total.approx, call.shape, dtype))
     for vector in propagated:
-        found = gradients([call for _, call in flat], outputs, vector)
-        for (total, _), layer, g in zip(flat, layers, found, strict=True):
+        grads = gradients([call for _, call in flat], outputs, vector)
+        for (total, _), layer, g in zip(flat, layers, grads, strict=True):
             if layer is not None:
                 total.add_gradient(
                     layer.output_moment(g, total.approx, accumulation_dtype(g.dtype))

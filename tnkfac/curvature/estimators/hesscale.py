@@ -128,10 +128,10 @@ def add_recursive_diagonal(
     if not exact_outputs and isinstance(loss, CrossEntropy):
         h = h * _probabilities(outputs, y)
     for module, leaf, output in reversed(passed):
-        for attribute, found in _parameter_diagonals(module, leaf, h):
+        for attribute, entries in _parameter_diagonals(module, leaf, h):
             name = names.get(id(module._parameters[attribute]))
             if name is not None:
-                total[name] += found.to(total[name].dtype)
+                total[name] += entries.to(total[name].dtype)
         h = _pulled(module, leaf, output, g, h)
         (g,) = torch.autograd.grad(output, leaf, g)
 
@@ -185,8 +185,8 @@ def _parameter_diagonals(module: nn.Module, x: Tensor, h: Tensor) -> Iterator[tu
         if p is not None
     }
     squared = functional_call(module, leaves, (x.detach().square(),))
-    found = torch.autograd.grad(squared, list(leaves.values()), h)
-    yield from zip(leaves, found, strict=True)
+    diagonals = torch.autograd.grad(squared, list(leaves.values()), h)
+    yield from zip(leaves, diagonals, strict=True)
 
 
 def _pulled(module: nn.Module, x: Tensor, output: Tensor, g: Tensor, h: Tensor) -> Tensor:

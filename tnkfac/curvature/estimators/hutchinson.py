@@ -35,8 +35,8 @@ def add_square(
 ) -> None:
     """Add the square of the gradient of all samples together."""
     wanted = list(parameters.values())
-    found = torch.autograd.grad(outputs, wanted, vector, retain_graph=True, allow_unused=True)
-    for name, g in zip(parameters, found, strict=True):
+    products = torch.autograd.grad(outputs, wanted, vector, retain_graph=True, allow_unused=True)
+    for name, g in zip(parameters, products, strict=True):
         if g is not None:
             total[name] += g.to(total[name].dtype).square()
 

@@ -23,10 +23,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: If there is none.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
         raise ValueError("model: got no parameter that requires a gradient.")
-    return found
+    return parameters
 
 
 def owners(parameters: dict[str, nn.Parameter], model: nn.Module) -> list[nn.Module]:
@@ -97,17 +97,17 @@ class _Use:
             for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers())
         }
 
-        def one(x: Tensor, g: Tensor) -> Tensor:
+        def sample_row(x: Tensor, g: Tensor) -> Tensor:
             def run(parameter: Tensor) -> Tensor:
-                found: Tensor = functional_call(
+                output: Tensor = functional_call(
                     self.module, state | {self.name: parameter}, (x.unsqueeze(0),)
                 )
-                return found.squeeze(0)
+                return output.squeeze(0)
 
             row: Tensor = vjp(run, state[self.name])[1](g)[0]
             return row
 
-        rows: Tensor = vmap(one)(x, g)
+        rows: Tensor = vmap(sample_row)(x, g)
         return rows
 
 
@@ -147,24 +147,24 @@ class SampleRows:
         self._calls = [call for recorded in calls.values() for call in recorded]
         names = {id(p): name for name, p in parameters.items()}
         self._uses: dict[str, list[tuple[int, _Use]]] = {}
-        at = 0
+        index = 0
         for module, recorded in calls.items():
             for call in recorded:
                 for attribute, p in module._parameters.items():
                     if p is not None and id(p) in names:
-                        use = (at, _Use(module, attribute, call))
+                        use = (index, _Use(module, attribute, call))
                         self._uses.setdefault(names[id(p)], []).append(use)
-                at += 1
+                index += 1
         self._alone: list[str] = []
         self._checked = False
 
     def backpropagate(self, vector: Tensor) -> list[Tensor]:
         """Gradients with respect to the outputs of all calls, for :meth:`rows`."""
-        found = gradients(self._calls, self._outputs, vector)
+        grads = gradients(self._calls, self._outputs, vector)
         if not self._checked:
             self._checked = True
-            self._check(vector, found)
-        return found
+            self._check(vector, grads)
+        return grads
 
     @property
     def together(self) -> list[str]:
@@ -187,35 +187,35 @@ class SampleRows:
         return layer.out_channels
 
     def rows(
-        self, name: str, found: Sequence[Tensor], samples: slice, channels: slice | None = None
+        self, name: str, grads: Sequence[Tensor], samples: slice, channels: slice | None = None
     ) -> Tensor:
         """Gradients of some samples, ``[n, *parameter.shape]``.
 
         Args:
             name: One of :attr:`together`.
-            found: From :meth:`backpropagate`.
+            grads: From :meth:`backpropagate`.
             samples: Which samples.
             channels: Which output channels, if not all.
         """
-        parts = [use.rows(found[at], samples, channels) for at, use in self._uses[name]]
+        parts = [use.rows(grads[index], samples, channels) for index, use in self._uses[name]]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
-    def squares(self, name: str, found: Sequence[Tensor], most: int) -> Tensor:
+    def squares(self, name: str, grads: Sequence[Tensor], most: int) -> Tensor:
         """Sum over samples of the squared gradients of a parameter, shaped like it.
 
         Args:
             name: One of :attr:`together`.
-            found: From :meth:`backpropagate`.
+            grads: From :meth:`backpropagate`.
             most: Numbers of the gradients that are held at one time.
         """
         if len(self._uses[name]) == 1:
-            ((at, use),) = self._uses[name]
-            whole = use.squares(found[at])
+            ((index, use),) = self._uses[name]
+            whole = use.squares(grads[index])
             if whole is not None:
                 return whole
         step = max(1, most // max(1, self._parameters[name].numel()))
         parts = (slice(first, first + step) for first in range(0, self.samples, step))
-        squares = (self.rows(name, found, part).square().sum(0) for part in parts)
+        squares = (self.rows(name, grads, part).square().sum(0) for part in parts)
         return functools.reduce(torch.add, squares)
 
     def one_by_one(self, vector: Tensor) -> Iterator[tuple[int, str, Tensor]]:
@@ -231,12 +231,12 @@ class SampleRows:
         masked = torch.zeros_like(vector)
         masked[n] = vector[n]
         wanted = [self._parameters[name] for name in names]
-        found = torch.autograd.grad(
+        grads = torch.autograd.grad(
             self._outputs, wanted, masked, retain_graph=True, allow_unused=True
         )
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, grads, strict=True)]
 
-    def _check(self, vector: Tensor, found: Sequence[Tensor]) -> None:
+    def _check(self, vector: Tensor, grads: Sequence[Tensor]) -> None:
         """Keep together only what agrees with a backward pass of the first sample."""
         parameters = list(self._parameters.values())
         everything = torch.autograd.grad(
@@ -249,7 +249,7 @@ class SampleRows:
             for name, uses in self._uses.items()
             if name in expected
             and all(self._fits(use.call) for _, use in uses)
-            and self._agrees(name, found, expected[name])
+            and self._agrees(name, grads, expected[name])
         }
         self._alone = [name for name in used if name not in self._uses]
 
@@ -257,9 +257,9 @@ class SampleRows:
         x, n = call.x, self.samples
         return x.ndim > 0 and x.shape[0] == n and len(call.shape) > 0 and call.shape[0] == n
 
-    def _agrees(self, name: str, found: Sequence[Tensor], expected: Tensor) -> bool:
+    def _agrees(self, name: str, grads: Sequence[Tensor], expected: Tensor) -> bool:
         try:
-            row = self.rows(name, found, slice(0, 1))[0]
+            row = self.rows(name, grads, slice(0, 1))[0]
         except Exception:  # whatever a module of the user's raises under vmap
             return False
         if row.shape != expected.shape:

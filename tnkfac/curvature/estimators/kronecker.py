@@ -72,8 +72,8 @@ class Operator(ABC):
                 raise ValueError(f"vectors: got {list(vectors)}. Supported: 'weight', 'bias'.")
             given = {name: vectors[key] for name, key in keys.items()}
             weight, bias = self._product(given.get("weight"), given.get("bias"))
-            found = {"weight": weight, "bias": bias}
-            return {key: found[name] for name, key in keys.items()}
+            parts = {"weight": weight, "bias": bias}
+            return {key: parts[name] for name, key in keys.items()}
         if not 1 <= len(vectors) <= 2:
             raise ValueError(f"vectors: got {len(vectors)} tensors. Supported: (weight, bias).")
         return self._product(vectors[0], vectors[1] if len(vectors) == 2 else None)[: len(vectors)]

@@ -55,8 +55,8 @@ class Loss(ABC):
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Gradient of the summed loss with respect to the outputs, shaped like them."""
         leaf = outputs.detach().requires_grad_()
-        found: Tensor = torch.autograd.grad(self.value(leaf, targets), leaf)[0]
-        return found
+        gradient: Tensor = torch.autograd.grad(self.value(leaf, targets), leaf)[0]
+        return gradient
 
     @abstractmethod
     def root_columns(self, outputs: Tensor) -> Iterator[Tensor]:

@@ -130,14 +130,14 @@ class _Jacobian:
     @classmethod
     def of(cls, rows: SampleRows, vectors: Iterator[Tensor]) -> _Jacobian:
         """Back-propagate some vectors."""
-        found = cls(rows)
+        jacobian = cls(rows)
         for vector in vectors:
-            found.back.append(rows.backpropagate(vector))
+            jacobian.back.append(rows.backpropagate(vector))
             parts: dict[str, list[Tensor]] = {}
             for _, name, row in rows.one_by_one(vector):
                 parts.setdefault(name, []).append(row.flatten())
-            found.single.append({name: torch.stack(part) for name, part in parts.items()})
-        return found
+            jacobian.single.append({name: torch.stack(part) for name, part in parts.items()})
+        return jacobian
 
     def of_parameter(self, name: str, numbers: int, channels: slice | None) -> Tensor:
         """``[C, N, P]`` for a parameter of ``P`` numbers, or the part of some output channels."""

@@ -51,7 +51,7 @@ def per_sample_gradients(model: nn.Module, loss_fn: nn.Module, data: Data) -> di
     loss = describe_loss(loss_fn)
     parameters = trainable(model)
     check_independent(model)
-    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    parts: dict[str, list[Tensor]] = {name: [] for name in parameters}
     terms = 0
     with undisturbed(model):
         for x, y in batches(data):
@@ -64,12 +64,12 @@ def per_sample_gradients(model: nn.Module, loss_fn: nn.Module, data: Data) -> di
             batch = SampleRows(parameters, calls, outputs)
             vector = loss.gradient(outputs, y)
             for name, part in all_rows(batch, vector, parameters).items():
-                found[name].append(part)
+                parts[name].append(part)
     for name, p in parameters.items():
-        if not found[name]:
+        if not parts[name]:
             dtype = accumulation_dtype(p.dtype)
-            found[name] = [torch.zeros(0, *p.shape, dtype=dtype, device=p.device)]
-    joined = {n: part[0] if len(part) == 1 else torch.cat(part) for n, part in found.items()}
+            parts[name] = [torch.zeros(0, *p.shape, dtype=dtype, device=p.device)]
+    joined = {n: part[0] if len(part) == 1 else torch.cat(part) for n, part in parts.items()}
     return {name: rows.div_(loss.divisor(terms)) for name, rows in joined.items()}
 
 
@@ -78,13 +78,13 @@ def all_rows(
 ) -> dict[str, Tensor]:
     """Per-sample gradients of one batch for one vector, ``[N, *parameter.shape]`` each."""
     back = rows.backpropagate(vector)
-    found = {name: rows.rows(name, back, slice(None)).detach() for name in rows.together}
+    gradients = {name: rows.rows(name, back, slice(None)).detach() for name in rows.together}
     single: dict[str, list[Tensor]] = {}
     for _, name, row in rows.one_by_one(vector):
         single.setdefault(name, []).append(row.to(accumulation_dtype(row.dtype)))
-    found |= {name: torch.stack(parts) for name, parts in single.items()}
+    gradients |= {name: torch.stack(parts) for name, parts in single.items()}
     for name in rows.unused:
         p = parameters[name]
         dtype = accumulation_dtype(p.dtype)
-        found[name] = torch.zeros(rows.samples, *p.shape, dtype=dtype, device=p.device)
-    return {name: found[name] for name in parameters}
+        gradients[name] = torch.zeros(rows.samples, *p.shape, dtype=dtype, device=p.device)
+    return {name: gradients[name] for name in parameters}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnkfac.curvature.layers.layer import Layer
-from tnkfac.curvature.layers.stock_forward import geometry, hashable
+from tnkfac.curvature.layers.stock_forward import Geometry, geometry, hashable
 from tnkfac.curvature.moments.patches import Patches, TracedPatches
 from tnkfac.curvature.moments.per_sample import convolution_gradients
 from tnkfac.curvature.moments.rows import Pixels, Rows, TracedRows, Vectors
@@ -41,12 +41,12 @@ class Convolution(Layer):
         channels = module.in_channels, module.out_channels, module.bias is not None
         return convolution(cls, channels, tuple(module.kernel_size), hashable(geometry(module)))
 
-    def called(self, found: tuple[Any, ...]) -> Layer:
+    def called(self, geometry: Geometry) -> Layer:
         """This convolution with another geometry."""
         channels = self.in_channels, self.out_channels, self.bias
         if not torch.compiler.is_compiling():
-            return convolution(type(self), channels, self.kernel_size, found)
-        name = traced_name(type(self), channels, self.kernel_size, found)
+            return convolution(type(self), channels, self.kernel_size, geometry)
+        name = traced_name(type(self), channels, self.kernel_size, geometry)
         layer: Layer = getattr(traced_layers, name)
         return layer
 
@@ -57,10 +57,10 @@ class Convolution(Layer):
 
     @classmethod
     def with_geometry(
-        cls, channels: tuple[int, int, bool], kernel_size: tuple[int, ...], found: tuple[Any, ...]
+        cls, channels: tuple[int, int, bool], kernel_size: tuple[int, ...], geometry: Geometry
     ) -> Layer:
         """As :func:`convolution`, which keeps what this returns."""
-        groups, stride, padding, dilation, _, mode, pads = found
+        groups, stride, padding, dilation, _, mode, pads = geometry
         each = partial(_per_dimension, dims=len(kernel_size))
         stride, dilation = each(stride), each(dilation)
         unfolding = partial(Unfolding, channels[0], groups, kernel_size, stride, dilation=dilation)
@@ -86,13 +86,13 @@ class Convolution(Layer):
         return self._images(y, self.out_channels, "output")
 
     def _images(self, tensor: Tensor, channels: int, name: str) -> Tensor:
-        at = -self.dims - 1
-        if not -at <= tensor.ndim <= 1 - at or tensor.shape[at] != channels:
+        axis = -self.dims - 1
+        if not -axis <= tensor.ndim <= 1 - axis or tensor.shape[axis] != channels:
             raise ValueError(
                 f"{name}: got shape {tuple(tensor.shape)}, but the layer with {self.dims} "
-                f"spatial dimensions needs {channels} channels on axis {at}."
+                f"spatial dimensions needs {channels} channels on axis {axis}."
             )
-        return tensor if tensor.ndim == 1 - at else tensor.unsqueeze(0)
+        return tensor if tensor.ndim == 1 - axis else tensor.unsqueeze(0)
 
     def input_rows(self, x: Tensor, output_shape: Sequence[int] | None, dtype: torch.dtype) -> Rows:
         """Windows, which nothing forms as a whole unless it is traced."""
@@ -130,7 +130,7 @@ def convolution(
     cls: type[Convolution],
     channels: tuple[int, int, bool],
     kernel_size: tuple[int, ...],
-    found: tuple[Any, ...],
+    geometry: Geometry,
 ) -> Layer:
     """A convolution as its ``forward`` computes it.
 
@@ -138,9 +138,9 @@ def convolution(
         cls: Which kind.
         channels: ``C_in``, ``C_out``, and whether there is a bias.
         kernel_size: Taps per spatial dimension.
-        found: Its :func:`~tnkfac.curvature.forward.geometry`.
+        geometry: Its :func:`~tnkfac.curvature.layers.stock_forward.geometry`.
     """
-    return cls.with_geometry(channels, kernel_size, found)
+    return cls.with_geometry(channels, kernel_size, geometry)
 
 
 class _Traced:
@@ -154,13 +154,13 @@ def traced_name(
     cls: type[Convolution],
     channels: tuple[int, int, bool],
     kernel_size: tuple[int, ...],
-    found: tuple[Any, ...],
+    geometry: Geometry,
 ) -> str:
     """Name of a :func:`convolution` among the :data:`traced_layers`."""
-    layer = convolution(cls, channels, kernel_size, found)
+    layer = convolution(cls, channels, kernel_size, geometry)
     known = vars(traced_layers)
-    for name, other in known.items():
-        if other == layer:
+    for name, known_layer in known.items():
+        if known_layer == layer:
             return name
     known[f"layer{len(known)}"] = layer
     return f"layer{len(known) - 1}"
@@ -187,10 +187,10 @@ class TransposedConvolution(Convolution):
 
     @classmethod
     def with_geometry(
-        cls, channels: tuple[int, int, bool], kernel_size: tuple[int, ...], found: tuple[Any, ...]
+        cls, channels: tuple[int, int, bool], kernel_size: tuple[int, ...], geometry: Geometry
     ) -> Layer:
         """As :func:`convolution`, which keeps what this returns."""
-        groups, stride, padding, dilation, output_padding, *_ = found
+        groups, stride, padding, dilation, output_padding, *_ = geometry
         each = partial(_per_dimension, dims=len(kernel_size))
         zeros = tuple((p, p) for p in each(padding))
         unfolding = TransposedUnfolding(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from tnkfac.curvature.layers.stock_forward import Geometry
 from tnkfac.curvature.moments.matrices import to_matrix, to_weight
 from tnkfac.curvature.moments.rows import Rows
 from tnkfac.curvature.moments.second_moment import Approx, SecondMoment
@@ -56,7 +57,7 @@ class Layer(ABC):
         """Taps per spatial dimension."""
         return ()
 
-    def called(self, found: tuple[Any, ...]) -> Layer:
+    def called(self, geometry: Geometry) -> Layer:
         """This layer with another :func:`~tnkfac.curvature.forward.geometry`."""
         return self
 

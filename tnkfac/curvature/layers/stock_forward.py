@@ -12,9 +12,10 @@ REPLACED_FORWARD = "its forward was replaced"
 """Reason of a layer that computes something else."""
 _DEPTH = 32
 """Wrappers around wrappers."""
+Geometry = tuple[Any, ...]
 
 
-def geometry(module: Any) -> tuple[Any, ...]:
+def geometry(module: Any) -> Geometry:
     """What the ``forward`` of a convolution reads of its module, beside the parameters."""
     return (  # torch.compile traces this, but no operator.attrgetter
         module.groups,
@@ -27,14 +28,14 @@ def geometry(module: Any) -> tuple[Any, ...]:
     )
 
 
-def snapshot(module: nn.Module) -> tuple[Any, ...]:
-    """The :func:`geometry` with copies of lists, which do not change with the module."""
+def snapshot(module: nn.Module) -> Geometry:
+    """A :func:`geometry` with copies of lists, which do not change with the module."""
     return tuple(list(part) if isinstance(part, list) else part for part in geometry(module))
 
 
-def hashable(found: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same :func:`geometry` with tuples in the place of lists."""
-    return tuple(tuple(part) if isinstance(part, list) else part for part in found)
+def hashable(values: Geometry) -> Geometry:
+    """A :func:`geometry` with tuples in the place of lists."""
+    return tuple(tuple(part) if isinstance(part, list) else part for part in values)
 
 
 def forward_of(module: nn.Module) -> Any:

@@ -193,9 +193,9 @@ def _lags_algorithm(unfolding: Unfolding, shape: tuple[int, ...], classes: TapCl
         for inner in product((False, True), repeat=len(pairs)):
             if not any(inner):
                 continue
-            borders = [p.borders for p, at in zip(pairs, inner, strict=True) if at]
-            outer = [n for n, at in zip(lags, inner, strict=True) if not at]
-            sizes = [t.pixels for t, at in zip(taps, inner, strict=True) if not at]
+            borders = [p.borders for p, is_inner in zip(pairs, inner, strict=True) if is_inner]
+            outer = [n for n, is_inner in zip(lags, inner, strict=True) if not is_inner]
+            sizes = [t.pixels for t, is_inner in zip(taps, inner, strict=True) if not is_inner]
             for sides in product(*borders):
                 met = prod(border.pixels for border in sides)
                 pieces = channels * each * met**2 * prod(n.count for n in outer)

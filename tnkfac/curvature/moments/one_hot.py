@@ -105,5 +105,5 @@ def equal_positions(index: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: That of the result.
     """
     step = max(1, CHUNK // max(1, index.shape[1] ** 2))
-    counts = [(some.unsqueeze(1) == some.unsqueeze(2)).sum(2) for some in torch.split(index, step)]
+    counts = [(part.unsqueeze(1) == part.unsqueeze(2)).sum(2) for part in torch.split(index, step)]
     return torch.cat(counts).to(dtype)

@@ -44,8 +44,8 @@ class Patches(Rows):
 
     def parts(self) -> Iterator[Tensor]:
         """Unfold a few samples at a time."""
-        for some in chunks(self.x, self.classes):
-            yield from window_rows(some, self.groups, self.classes)
+        for chunk in chunks(self.x, self.classes):
+            yield from window_rows(chunk, self.groups, self.classes)
 
     def sample_sums(self) -> Tensor:
         """Sums over boxes of pixels."""
@@ -88,8 +88,8 @@ class Patches(Rows):
         if block_algorithms(self.unfolding, shape, self.sizes, size)[0].name != "slabs":
             super().blocks(blocks, last)
             return
-        for at in range(blocks.shape[1]):
-            blocks[:, at] = self._slab(at * size, (at + 1) * size)
+        for index in range(blocks.shape[1]):
+            blocks[:, index] = self._slab(index * size, (index + 1) * size)
         if last.shape[1]:
             last.copy_(self._slab(end, end + last.shape[1]))
 
@@ -136,8 +136,8 @@ class Patches(Rows):
     def columns(self, first: int, last: int) -> Tensor:
         """The product with columns of the identity."""
         eye = torch.eye(self.dim, dtype=self.dtype, device=self.raw.device)
-        chosen = torch.cat([eye[:, :first], eye[:, self.dim - last :]], 1)
-        return self.times(chosen.expand(self.groups, -1, -1))
+        selected = torch.cat([eye[:, :first], eye[:, self.dim - last :]], 1)
+        return self.times(selected.expand(self.groups, -1, -1))
 
     def algorithms(self, width: int) -> tuple[Algorithm, ...]:
         """Sums over boxes for the diagonal; else what the cost model knows."""

@@ -87,7 +87,7 @@ def _folded(
     padding = [left for left, _ in pads]
     args = (None, list(unfolding.stride), padding, list(unfolding.dilation), False, [0] * dims)
     mask = (False, True, False)
-    found: Tensor = torch.ops.aten.convolution_backward(
+    gradients: Tensor = torch.ops.aten.convolution_backward(
         g, x, weight, *args, count * unfolding.groups, mask
     )[1]
-    return found.view(count, *shape)
+    return gradients.view(count, *shape)

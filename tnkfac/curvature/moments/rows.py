@@ -295,10 +295,10 @@ class TracedRows(Rows):
     def blocks(self, blocks: Tensor, last: Tensor) -> None:
         """A product for every block."""
         u, end = self.unfolded().flatten(1, 2).mT, blocks.shape[1] * blocks.shape[2]
-        whole, rest = u[:, :end], u[:, end : end + last.shape[1]]
+        whole, tail = u[:, :end], u[:, end : end + last.shape[1]]
         whole = whole.reshape(len(u), blocks.shape[1], blocks.shape[2], u.shape[2])
         blocks.copy_(whole @ whole.mT)
-        last.copy_(rest @ rest.mT)
+        last.copy_(tail @ tail.mT)
 
 
 def _add_blocks(blocks: Tensor, last: Tensor, u: Tensor, beta: float) -> None:

@@ -38,8 +38,8 @@ def _squares_of_sums(  # type: ignore[no-untyped-def]
         sums = tl.zeros((KP, BC), tl.float32)
         for first in range(0, P, BP):
             p = first + pixel
-            at = sample + p[:, None] * sp + channel[None, :] * sc
-            values = tl.load(at, mask=(p < P)[:, None] & there[None, :], other=0.0)
+            pointers = sample + p[:, None] * sp + channel[None, :] * sc
+            values = tl.load(pointers, mask=(p < P)[:, None] & there[None, :], other=0.0)
             if TAPS:
                 h, w = p // W, p % W
                 if TRANSPOSED:

@@ -115,10 +115,10 @@ class Unfolding:
             sizes: Spatial shape of the output.
         """
         for a, reach in enumerate(self._reach):
-            at = 2 + 2 * a  # behind it stand the taps of the axes before
+            axis = 2 + 2 * a  # behind it stand the taps of the axes before
             if any(self.padding[a]):
-                x = F.pad(x, [0, 0] * (x.ndim - 1 - at) + [*self.padding[a]])
-            x = _windows(x, at, reach, self.stride[a], self.dilation[a], sizes[a])
+                x = F.pad(x, [0, 0] * (x.ndim - 1 - axis) + [*self.padding[a]])
+            x = _windows(x, axis, reach, self.stride[a], self.dilation[a], sizes[a])
         return self._in_order(x)
 
     def _in_order(self, x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class TransposedUnfolding(Unfolding):
         """Pixels that these sizes are more than they have to be."""
         least = self.output_size(input_size)
         triples = zip(sizes, least, self.output_padding, strict=True)
-        return [size - (usual - own) for size, usual, own in triples]
+        return [size - (usual - actual) for size, usual, actual in triples]
 
     def single_pixels(self, x: Tensor) -> Tensor | None:
         """All of them; strides leave positions out."""
@@ -198,12 +198,12 @@ class TransposedUnfolding(Unfolding):
     def unfolded(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """A convolution with flipped taps over the input with zeros in between unfolds the same."""
         for a, reach in enumerate(self._reach):
-            at = 2 + 2 * a
-            x = _spread(x, at, self.stride[a])
+            axis = 2 + 2 * a
+            x = _spread(x, axis, self.stride[a])
             left = reach - 1 - self.padding[a][0]
-            right = sizes[a] + reach - 1 - left - x.shape[at]
-            x = F.pad(x, [0, 0] * (x.ndim - 1 - at) + [left, right])
-            x = _windows(x, at, reach, 1, self.dilation[a], sizes[a]).flip(1)
+            right = sizes[a] + reach - 1 - left - x.shape[axis]
+            x = F.pad(x, [0, 0] * (x.ndim - 1 - axis) + [left, right])
+            x = _windows(x, axis, reach, 1, self.dilation[a], sizes[a]).flip(1)
         return self._in_order(x)
 
     def _seen(self, pixels: Tensor, taps: Tensor, a: int, size: int) -> Tensor:

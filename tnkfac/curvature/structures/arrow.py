@@ -49,7 +49,7 @@ class Arrow(Structure):
         return not self.row
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Diagonal and arm."""
         return (self.dim,), (self.dim - 1,)
 
@@ -85,7 +85,7 @@ class Arrow(Structure):
         corner = c.square() + b.square().sum(1, keepdim=True)
         return self._join(a.square(), corner), 2 * a * b
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K^T A K``, the arm doubled."""
         (a, c), b = self._split(K[0]), K[1]
         (q, corner), (r, _) = self._split(A[0]), self._split(A[1])
@@ -103,7 +103,7 @@ class Arrow(Structure):
         """Mean of the diagonal."""
         return A[0].mean(1)
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """``K^T X``, then ``K`` times it."""
         (a, c), b = self._split(K[0].unsqueeze(2)), K[1].unsqueeze(2)
         v, s = self._split(X)

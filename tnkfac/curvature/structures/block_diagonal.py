@@ -30,10 +30,10 @@ class BlockDiagonal(Decomposable):
         return f"block{self.size}diagonal"
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The whole blocks and the rest."""
-        rest = self.dim % self.size
-        return (self.dim // self.size, self.size, self.size), (rest, rest)
+        last = self.dim % self.size
+        return (self.dim // self.size, self.size, self.size), (last, last)
 
     def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
         """The diagonal blocks only."""
@@ -41,37 +41,37 @@ class BlockDiagonal(Decomposable):
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Identity blocks."""
-        return tuple(eyes(groups, shape, dtype, device) for shape in self.shapes)
+        return tuple(eyes(groups, shape, dtype, device) for shape in self.part_shapes)
 
     def matmul(self, K: Parts, m: Parts) -> Parts:
         """Block by block."""
-        return tuple(k @ other for k, other in zip(K, m, strict=True))
+        return tuple(k @ part for k, part in zip(K, m, strict=True))
 
     def gram(self, K: Parts) -> Parts:
         """``K_i^T K_i``."""
         return tuple(k.mT @ k for k in K)
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K_i^T A_i K_i``."""
         return tuple(k.mT @ a @ k for k, a in zip(K, A, strict=True))
 
     def trace(self, m: Parts) -> Tensor:
         """Mean of the diagonal of all blocks."""
-        whole, rest = (part.diagonal(dim1=-2, dim2=-1) for part in m)
-        return (whole.sum((-1, -2)) + rest.sum(-1)) / self.dim
+        whole, last = (part.diagonal(dim1=-2, dim2=-1) for part in m)
+        return (whole.sum((-1, -2)) + last.sum(-1)) / self.dim
 
     def norm(self, m: Parts) -> Tensor:
         """That of the largest block; they are symmetric."""
-        whole, rest = (symmetric_norm(part) for part in m)
-        return torch.cat([whole, rest.unsqueeze(1)], dim=1).amax(1)
+        whole, last = (symmetric_norm(part) for part in m)
+        return torch.cat([whole, last.unsqueeze(1)], dim=1).amax(1)
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """``K_i K_i^T`` on the rows of block ``i``."""
         return self.product(K, self.product(K, X, transpose=True))
 
     def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
         """``Q_i`` times the rows of block ``i``."""
-        count, size, _ = self.shapes[0]
+        count, size, _ = self.part_shapes[0]
         whole = X[:, : count * size].reshape(X.shape[0], count, size, X.shape[2])
         split = whole, X[:, count * size :]
         done = [(q.mT if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
@@ -80,17 +80,17 @@ class BlockDiagonal(Decomposable):
 
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
         """Of every block."""
-        whole, rest = A
-        return cholesky_inverse(whole, shift.unsqueeze(1)), cholesky_inverse(rest, shift)
+        whole, last = A
+        return cholesky_inverse(whole, shift.unsqueeze(1)), cholesky_inverse(last, shift)
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Of every block, in the order of the blocks."""
-        (values, vectors), (last, rest) = (eigh(part) for part in A)
-        return torch.cat([values.flatten(1), last], dim=1), (vectors, rest)
+        (values, vectors), (last, last_vectors) = (eigh(part) for part in A)
+        return torch.cat([values.flatten(1), last], dim=1), (vectors, last_vectors)
 
     def from_eigen(self, values: Tensor, vectors: Parts) -> Parts:
         """``V_i diag(values_i) V_i^T``."""
-        count, size, _ = self.shapes[0]
+        count, size, _ = self.part_shapes[0]
         whole = values[:, : count * size].reshape(values.shape[0], count, size)
         split = whole, values[:, count * size :]
         return tuple((v * e.unsqueeze(-2)) @ v.mT for v, e in zip(vectors, split, strict=True))

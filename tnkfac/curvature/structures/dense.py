@@ -19,7 +19,7 @@ class Dense(Decomposable):
     name = "dense"
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``d x d``."""
         return ((self.dim, self.dim),)
 
@@ -29,7 +29,7 @@ class Dense(Decomposable):
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Identity matrices."""
-        return (eyes(groups, self.shapes[0], dtype, device),)
+        return (eyes(groups, self.part_shapes[0], dtype, device),)
 
     def matmul(self, K: Parts, m: Parts) -> Parts:
         """Matrix product."""
@@ -39,7 +39,7 @@ class Dense(Decomposable):
         """``K^T K``."""
         return (K[0].mT @ K[0],)
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K^T A K``."""
         return (K[0].mT @ A[0] @ K[0],)
 
@@ -51,7 +51,7 @@ class Dense(Decomposable):
         """By power iterations on ``m``, which is symmetric."""
         return symmetric_norm(m[0])
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """``K (K^T X)``."""
         return K[0] @ (K[0].mT @ X)
 

@@ -18,7 +18,7 @@ class Diagonal(Decomposable):
     name = "diagonal"
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``d``."""
         return ((self.dim,),)
 
@@ -43,7 +43,7 @@ class Diagonal(Decomposable):
         """Squares."""
         return (K[0].square(),)
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K^2 A``."""
         return (K[0].square() * A[0],)
 
@@ -55,7 +55,7 @@ class Diagonal(Decomposable):
         """Largest magnitude."""
         return m[0].abs().amax(-1)
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """Rows of ``X`` scaled by ``K^2``."""
         return K[0].square().unsqueeze(-1) * X
 

@@ -44,7 +44,7 @@ class Hierarchical(Structure):
         return top, self.dim - top - end, end
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``T``, ``[B | F]``, ``C``, ``D``, ``E``."""
         t, c, e = self._sizes
         return (t, t), (t, c + e), (c,), (e, c), (e, e)
@@ -63,7 +63,7 @@ class Hierarchical(Structure):
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
         """Identity blocks and ones, zeros beside them."""
-        top, right, middle, left, end = self.shapes
+        top, right, middle, left, end = self.part_shapes
 
         def zeros(shape: tuple[int, ...]) -> Tensor:
             return torch.zeros(groups, *shape, dtype=dtype, device=device)
@@ -91,7 +91,7 @@ class Hierarchical(Structure):
         left = 2 * (F.mT @ B + E.mT @ D)
         return T.mT @ T, 2 * T.mT @ BF, middle, left, E.mT @ E + F.mT @ F
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K^T A K`` from the top rows, the end rows and the diagonal of ``A``."""
         T, BF, C, D, E = K
         B, F = self._split(BF)
@@ -126,7 +126,7 @@ class Hierarchical(Structure):
         last = ends[..., t + c :].diagonal(dim1=-2, dim2=-1).sum(-1)
         return (first + q.sum(-1) + last) / self.dim
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """``K^T X``, then ``K`` times it, row block by row block."""
         T, BF, C, D, E = K
         B, F = self._split(BF)

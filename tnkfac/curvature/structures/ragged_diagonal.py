@@ -48,7 +48,7 @@ class RaggedDiagonal(Matrices):
         """Squares."""
         return (K[0].square(),)
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K^2 A``."""
         return (K[0].square() * A[0],)
 

@@ -36,7 +36,7 @@ class Matrices(ABC):
         """``Pi(K^T K)``."""
 
     @abstractmethod
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """``Pi(K^T A K)``."""
 
     @abstractmethod
@@ -87,30 +87,30 @@ class Structure(Matrices):
 
     @property
     @abstractmethod
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of every part of ``K``, without the leading ``G``."""
 
     @property
     def statistic_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of every part of a statistic; by default that of ``K``."""
-        return self.shapes
+        return self.part_shapes
 
     @property
-    def numbers(self) -> int:
+    def numel(self) -> int:
         """How many numbers a matrix is kept in."""
-        return sum(prod(shape) for shape in self.shapes)
+        return sum(prod(shape) for shape in self.part_shapes)
 
     @abstractmethod
     def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
-        """What :meth:`pull` needs of a second moment; additive over batches.
+        """What :meth:`congruence` needs of a second moment; additive over batches.
 
         Args:
             moment: The second moment, not yet formed.
-            K: The factor that :meth:`pull` will be called with; None for the identity.
+            K: The factor that :meth:`congruence` will be called with; None for the identity.
         """
 
     @abstractmethod
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """``K K^T X`` for ``X`` of shape ``[G, dim, columns]``."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Structure(Matrices):
         tiny = torch.finfo(vector.dtype).tiny
         for _ in range(_ITERATIONS):
             length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-            vector = self.apply(m, vector / length.clamp(min=tiny))
+            vector = self.apply_kkt(m, vector / length.clamp(min=tiny))
         norm: Tensor = torch.linalg.vector_norm(vector, dim=(1, 2)).sqrt()
         return norm
 
@@ -154,7 +154,7 @@ class Decomposable(Structure):
     @property
     def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of every part of the eigenvectors; by default that of ``K``."""
-        return self.shapes
+        return self.part_shapes
 
     @abstractmethod
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:

@@ -46,7 +46,7 @@ class Toeplitz(Structure):
         return "triltoeplitz" if self.lower else "triutoeplitz"
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """``d``."""
         return ((self.dim,),)
 
@@ -86,7 +86,7 @@ class Toeplitz(Structure):
         sums = self._multiply(t, (weights * t).unsqueeze(2), correlate=True).squeeze(2)
         return (self._means(sums),)
 
-    def pull(self, K: Parts, A: Parts) -> Parts:
+    def congruence(self, K: Parts, A: Parts) -> Parts:
         """What was measured with the same ``K``."""
         return A[:1]
 
@@ -98,7 +98,7 @@ class Toeplitz(Structure):
         """What was measured of it."""
         return A[1].squeeze(1)
 
-    def apply(self, K: Parts, X: Tensor) -> Tensor:
+    def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
         """Correlate, then convolve; the other way round for upper ones."""
         pulled = self._multiply(K[0], X, correlate=self.lower)
         return self._multiply(K[0], pulled, correlate=not self.lower)
@@ -106,8 +106,8 @@ class Toeplitz(Structure):
     def to_dense(self, K: Parts) -> Tensor:
         """Diagonals written out."""
         t = K[0]
-        at = torch.arange(self.dim, device=t.device)
-        distance = at[:, None] - at if self.lower else at - at[:, None]
+        index = torch.arange(self.dim, device=t.device)
+        distance = index[:, None] - index if self.lower else index - index[:, None]
         zero = torch.zeros((), dtype=t.dtype, device=t.device)
         return torch.where(distance >= 0, t[:, distance.clamp(min=0)], zero)
 
@@ -124,5 +124,5 @@ class Toeplitz(Structure):
         spectrum = torch.fft.rfft(t.to(dtype), n=length, dim=1).unsqueeze(2)
         spectrum = spectrum.conj() if correlate else spectrum
         product = spectrum * torch.fft.rfft(X.to(dtype), n=length, dim=1)
-        found: Tensor = torch.fft.irfft(product, n=length, dim=1)[:, : self.dim].to(X.dtype)
-        return found
+        result: Tensor = torch.fft.irfft(product, n=length, dim=1)[:, : self.dim].to(X.dtype)
+        return result

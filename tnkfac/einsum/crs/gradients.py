@@ -102,7 +102,7 @@ def estimate(
     layer: Layer,
     shape: torch.Size,
     weight_shape: torch.Size,
-    kept: Tensor,
+    slices: Tensor,
     g: Tensor,
     x_index: Index,
     g_index: Index,
@@ -111,19 +111,19 @@ def estimate(
     c_out, channels, *taps = weight_shape
     per_group = c_out // layer.groups
     gradient = g.new_zeros(weight_shape)
-    if kept.numel() == 0 or any(index is not None and len(index) == 0 for index in g_index):
+    if slices.numel() == 0 or any(index is not None and len(index) == 0 for index in g_index):
         return gradient
 
     # Channels: drop groups without a kept one, and give the others the same number of slots.
     groups, width, slots = layer.groups, channels, None
-    chosen = x_index[1]
-    if chosen is not None:
+    sample = x_index[1]
+    if sample is not None:
         live, owner, counts = torch.unique_consecutive(
-            chosen // channels, return_inverse=True, return_counts=True
+            sample // channels, return_inverse=True, return_counts=True
         )
         groups, width = len(live), int(counts.max())
-        rank = torch.arange(len(chosen), device="cpu") - (counts.cumsum(0) - counts)[owner]
-        if groups * width > len(chosen):
+        rank = torch.arange(len(sample), device="cpu") - (counts.cumsum(0) - counts)[owner]
+        if groups * width > len(sample):
             slots = owner * width + rank
         if groups < layer.groups:
             rows = (live[:, None] * per_group + torch.arange(per_group, device="cpu")).flatten()
@@ -138,16 +138,16 @@ def estimate(
         axes.append(Axis(len(pixels), 1) if sliced and pixels is not None else axis)
         x_place.append(None if sliced else pixels)
         g_place.append(None if sliced else outputs)
-    x = _spread(kept, x_place, [0, groups * width, *shape[2:]])
+    x = _spread(slices, x_place, [0, groups * width, *shape[2:]])
     g = _spread(g[mesh(g, g_index)], g_place, g.shape)
     small = replace(layer, axes=tuple(axes), groups=groups)
     part = small.weight_gradient(x, g, (groups * per_group, width, *taps))
-    if chosen is None:
+    if sample is None:
         return part
     target = gradient.view(layer.groups, per_group, channels, *taps)
     source = part.reshape(groups, per_group, width, *taps)
     device = g.device
-    target[(chosen // channels).to(device), :, (chosen % channels).to(device)] = source[
+    target[(sample // channels).to(device), :, (sample % channels).to(device)] = source[
         owner.to(device), :, rank.to(device)
     ]
     return gradient
@@ -158,14 +158,14 @@ def mesh(tensor: Tensor, index: Sequence[Tensor | None]) -> tuple[Tensor | slice
 
     Whole axes between two lists are spelt out: torch would move the axes to the front otherwise.
     """
-    some = [dim for dim, entries in enumerate(index) if entries is not None]
+    sampled = [dim for dim, entries in enumerate(index) if entries is not None]
     mesh: list[Tensor | slice] = [slice(None)] * len(index)
-    for dim in range(some[0], some[-1] + 1) if some else ():
+    for dim in range(sampled[0], sampled[-1] + 1) if sampled else ():
         entries = index[dim]
         if entries is None:
             entries = torch.arange(tensor.shape[dim], device=tensor.device)
         device = tensor.device
-        mesh[dim] = entries.to(device, non_blocking=True).view(-1, *[1] * (some[-1] - dim))
+        mesh[dim] = entries.to(device, non_blocking=True).view(-1, *[1] * (sampled[-1] - dim))
     return tuple(mesh)
 
 

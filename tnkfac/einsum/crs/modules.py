@@ -55,7 +55,7 @@ def apply(
         raise TypeError(f"model: got a {type(model).__name__}. Supported: a torch.nn.Module.")
     fractions = dict(keep) if fractions_below_one(keep) else {}
     check_generator(generator)
-    found: list[tuple[str, nn.Module, Any]] = []
+    switched: list[tuple[str, nn.Module, Any]] = []
     for name, module in model.named_modules():
         kind = next((kind for kind in _STOCK if isinstance(module, kind)), None)
         if kind is None or type(module).forward is not kind.forward:
@@ -64,15 +64,15 @@ def apply(
         if isinstance(current, _ConvForward):
             raise RuntimeError(f"The layer {name!r} is randomised already: undo() that first.")
         if getattr(current, "__func__", None) is kind._conv_forward:
-            found.append((name, module, kind))
-    if not found:
+            switched.append((name, module, kind))
+    if not switched:
         names = ", ".join(kind.__name__ for kind in _STOCK)
         raise ValueError(
             f"model: {type(model).__name__} has no layer to switch. Supported: {names}."
         )
-    for _, module, kind in found:
+    for _, module, kind in switched:
         module.__dict__["_conv_forward"] = _ConvForward(module, kind, fractions, generator)
-    return Handle(tuple((name, module) for name, module, _ in found))
+    return Handle(tuple((name, module) for name, module, _ in switched))
 
 
 class Handle:

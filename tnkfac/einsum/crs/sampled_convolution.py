@@ -166,15 +166,15 @@ class _Conv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, sample: Sample
     ) -> Tensor:
-        kept = x[mesh(x, sample.x)] if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(weight, kept, *sample.x, *sample.g)
+        slices = x[mesh(x, sample.x)] if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(weight, slices, *sample.x, *sample.g)
         ctx.layer, ctx.sample, ctx.shape, ctx.has_bias = layer, sample, x.shape, bias is not None
         return layer(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        weight, kept, *lists = ctx.saved_tensors
+        weight, slices, *lists = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         with torch.autocast(g.device.type, enabled=False):
@@ -184,6 +184,6 @@ class _Conv(torch.autograd.Function):
                 )
             if needs_weight:
                 x_index, g_index = tuple(lists[: g.ndim]), tuple(lists[g.ndim :])
-                dw = estimate(ctx.layer, ctx.shape, weight.shape, kept, g, x_index, g_index)
+                dw = estimate(ctx.layer, ctx.shape, weight.shape, slices, g, x_index, g_index)
                 dw = dw.mul_(ctx.sample.scale)
         return dx, dw, db, None, None

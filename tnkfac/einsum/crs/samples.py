@@ -88,14 +88,14 @@ def select(
 ) -> Sample:
     """Turn random numbers into lists of indices."""
     parts = torch.split(numbers, [size for _, size, _ in legs])
-    kept = {
+    indices = {
         name: (part < p).nonzero().squeeze(1)
         for (name, _, p), part in zip(legs, parts, strict=True)
     }
-    x = [kept.get("batch"), kept.get("channels")]
-    g = [kept.get("batch"), None]
+    x = [indices.get("batch"), indices.get("channels")]
+    g = [indices.get("batch"), None]
     for a, axis in enumerate(axes):
-        pixels, outputs = _match(axis, kept.get(f"space{a}"), kept.get(f"output{a}"))
+        pixels, outputs = _match(axis, indices.get(f"space{a}"), indices.get(f"output{a}"))
         x.append(pixels)
         g.append(outputs)
     return Sample(tuple(x), tuple(g), 1 / prod(p for _, _, p in legs), generator)

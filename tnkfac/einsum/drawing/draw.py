@@ -106,7 +106,7 @@ def _diagram(network: Drawable) -> Diagram:
         text = " ".join(legs)
         diagram.nodes.append(Node("open", f"({text})" if len(legs) > 1 else text, legs=legs))
     for leg in network.sizes:
-        ends = [i for i, op in enumerate(network.operands) for own in op.legs if own == leg]
+        ends = [i for i, op in enumerate(network.operands) for name in op.legs if name == leg]
         ends += [ports[leg]] if leg in ports else []
         text = "" if leg in ports and diagram.nodes[ports[leg]].text == leg else leg
         if len(ends) == 2 and ends[0] != ends[1]:
@@ -166,11 +166,11 @@ def _mirror(operands: Sequence[Operand], nodes: Sequence[Node]) -> list[int]:
                 partner |= {a: b, b: a}
     if not partner:
         return [-1] * len(nodes)
-    own = [*(op.legs for op in operands), *(node.legs for node in nodes[len(operands) :])]
+    held = [*(op.legs for op in operands), *(node.legs for node in nodes[len(operands) :])]
     for a, node in enumerate(nodes):
-        image = {legs.get(leg, leg) for leg in own[a]}
+        image = {legs.get(leg, leg) for leg in held[a]}
         for b in [a] if node.kind not in ("open", "dot") else range(len(operands), len(nodes)):
-            if image == {*own[b]} and nodes[b].kind == node.kind and not {a, b} & partner.keys():
+            if image == {*held[b]} and nodes[b].kind == node.kind and not {a, b} & partner.keys():
                 partner |= {a: b, b: a}
     return [partner.get(a, -1) for a in range(len(nodes))]
 
@@ -246,12 +246,12 @@ def _curves(diagram: Diagram, points: Sequence[Point], sides: Mapping[int, Point
     """Lines as arrays of points; those that run side by side are bent away from each other."""
     import numpy as np
 
-    edges, at = diagram.edges, np.array(points)
-    ends = [[at[edge.start], at[edge.stop]] for edge in edges]
+    edges, xy = diagram.edges, np.array(points)
+    ends = [[xy[edge.start], xy[edge.stop]] for edge in edges]
     for v, (x, y) in sides.items():
         along = np.array([abs(y), abs(x)])
         arriving = [i for i, edge in enumerate(edges) if v in (edge.start, edge.stop)]
-        arriving.sort(key=lambda i: float((at[edges[i].start] + at[edges[i].stop]) @ along))
+        arriving.sort(key=lambda i: float((xy[edges[i].start] + xy[edges[i].stop]) @ along))
         for rank, i in enumerate(arriving):
             end = int(edges[i].stop == v)
             ends[i][end] = ends[i][end] + along * _BAR * (rank - (len(arriving) - 1) / 2)
@@ -259,7 +259,7 @@ def _curves(diagram: Diagram, points: Sequence[Point], sides: Mapping[int, Point
     curves = []
     for i, edge in enumerate(edges):
         same = [j for j, e in enumerate(edges) if (e.start, e.stop) == (edge.start, edge.stop)]
-        dx, dy = at[edge.stop] - at[edge.start]
+        dx, dy = xy[edge.stop] - xy[edge.start]
         normal = np.array([-dy, dx]) * (1 if dx > 0 or dx == 0 > dy else -1) / hypot(dx, dy)
         start, stop = ends[i]
         bend = (start + stop) / 2 + normal * _BEND * (same.index(i) - (len(same) - 1) / 2)
@@ -324,9 +324,9 @@ def _draw_labels(
     for i, edge in enumerate(diagram.edges):
         if edge.text:
             places.append((edge.text, _OPEN if edge.open else _LINE, i, curves[i][middle]))
-    for text, color, own, spots in places:
+    for text, color, line, spots in places:
         half = np.array(text_size(text, SMALL)) + 0.03
-        others = np.array([curve for i, curve in enumerate(curves) if i != own]).reshape(-1, 61, 2)
+        others = np.array([curve for i, curve in enumerate(curves) if i != line]).reshape(-1, 61, 2)
         covered = _covered(spots, half, others, boxes) + _covered(
             spots, half + _CLEAR, others, boxes
         )

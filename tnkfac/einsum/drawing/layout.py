@@ -153,11 +153,11 @@ class _Search:
     def _moved(self, cells: list[_Cell], v: int, cell: _Cell) -> list[_Cell] | None:
         """Put a node on a cell, and who is there on the old one."""
         new = dict(enumerate(cells))
-        other = cells.index(cell) if cell in cells else v
-        if other not in (v, self.mirror[v]):
-            if cells[v] not in self.cells[other]:
+        swapped = cells.index(cell) if cell in cells else v
+        if swapped not in (v, self.mirror[v]):
+            if cells[v] not in self.cells[swapped]:
                 return None
-            self._put(new, other, cells[v])
+            self._put(new, swapped, cells[v])
         self._put(new, v, cell)
         return list(new.values()) if len({*new.values()}) == len(new) else None
 

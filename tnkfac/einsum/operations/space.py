@@ -108,13 +108,13 @@ class Space:
         if not input_size:
             raise ValueError(f"{operation}: the input has no spatial dimension.")
         try:
-            found = axes(input_size, kernel_size, **hyper)  # type: ignore[operator]
+            spatial_axes = axes(input_size, kernel_size, **hyper)  # type: ignore[operator]
         except (TypeError, ValueError) as error:
             raise type(error)(
                 f"{operation}: input size {tuple(input_size)}, kernel size {kernel_size}, "
                 f"{hyper}: {error}"
             ) from None
-        return cls(found, groups, transposed, operation)
+        return cls(spatial_axes, groups, transposed, operation)
 
     def _legs(self, letter: str) -> str:
         return " ".join(f"{letter}{d}" for d in range(1, len(self.axes) + 1))

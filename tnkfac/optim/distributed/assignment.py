@@ -11,23 +11,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 
-from tnkfac.curvature import Structure
+from tnkfac.curvature.structures import Structure
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.report.table import aligned
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the preconditioner of a layer is.
+class LayerAssignment:
+    """Processes that update and keep the preconditioner of a layer.
 
     Attributes:
-        owner: The process that updates it; None where that costs less than to send it, so that
-            every one does.
-        keepers: The processes that keep it, in order.
+        inv_worker: The process that updates it; None where every one does, since that costs less
+            than to send it.
+        grad_workers: The processes that keep it and apply it, in order.
     """
 
-    owner: int | None
-    keepers: tuple[int, ...]
+    inv_worker: int | None
+    grad_workers: tuple[int, ...]
 
 
 def workers(fraction: float, world: int) -> int:
@@ -40,18 +40,20 @@ def workers(fraction: float, world: int) -> int:
     Raises:
         ValueError: If that many do not divide the number of processes.
     """
-    found = max(1, round(fraction * world))
-    if world % found:
-        fitting = [str(g / world) for g in range(1, world + 1) if world % g == 0]
+    count = max(1, round(fraction * world))
+    if world % count:
+        divisors = [str(g / world) for g in range(1, world + 1) if world % g == 0]
         raise ValueError(
-            f"grad_worker_fraction: got {fraction}, which are {found} of {world} processes. "
-            f"Supported: numbers of processes that divide all, {', '.join(fitting)}."
+            f"grad_worker_fraction: got {fraction}, which are {count} of {world} processes. "
+            f"Supported: numbers of processes that divide all, {', '.join(divisors)}."
         )
-    return found
+    return count
 
 
-def assign(costs: Sequence[float], counts: Sequence[int], loads: list[float]) -> list[Place]:
-    """Place layers, the costliest first, each where the least is to be done.
+def assign(
+    costs: Sequence[float], counts: Sequence[int], loads: list[float]
+) -> list[LayerAssignment]:
+    """Assign layers, the costliest first, each where the least is to be done.
 
     Args:
         costs: Cost of the update of each layer; zero for one that every process makes.
@@ -59,17 +61,17 @@ def assign(costs: Sequence[float], counts: Sequence[int], loads: list[float]) ->
         loads: Cost so far of each process, updated in place.
     """
     world = len(loads)
-    found = [Place(None, tuple(range(world)))] * len(costs)
+    assigned = [LayerAssignment(None, tuple(range(world)))] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         if not costs[i]:
             continue
         columns = world // counts[i]
         column = min(range(columns), key=lambda c: sum(loads[c::columns]))
-        keepers = tuple(range(column, world, columns))
-        owner = min(keepers, key=lambda rank: loads[rank])
-        loads[owner] += costs[i]
-        found[i] = Place(owner, keepers)
-    return found
+        grad_workers = tuple(range(column, world, columns))
+        inv_worker = min(grad_workers, key=lambda rank: loads[rank])
+        loads[inv_worker] += costs[i]
+        assigned[i] = LayerAssignment(inv_worker, grad_workers)
+    return assigned
 
 
 def update_cost(groups: int, structures: Iterable[Structure]) -> float:
@@ -79,60 +81,60 @@ def update_cost(groups: int, structures: Iterable[Structure]) -> float:
         groups: Channel groups.
         structures: Structures of both factors; vectors cost nothing that is worth a message.
     """
-    return float(groups * sum(_cost(shape) for s in structures for shape in s.shapes))
+    return float(groups * sum(_cost(shape) for s in structures for shape in s.part_shapes))
 
 
 def _cost(shape: Sequence[int]) -> int:
     return prod(shape) * shape[-1] if len(shape) > 1 else 0
 
 
-class Plan:
-    """The places of all layers, for one of several processes."""
+class Assignment:
+    """Workers of all layers, as one of several processes sees them."""
 
     def __init__(self, world: int = 1, rank: int = 0) -> None:
-        """No layer has a place; what has none is updated and kept by every process."""
+        """No layer is assigned; such layers are updated and kept by every process."""
         self.world, self.rank = world, rank
         self.loads = [0.0] * world
-        self._places: dict[int, Place] = {}
+        self._layers: dict[int, LayerAssignment] = {}
 
     def extend(
         self, layers: Sequence[CapturedLayer], costs: Sequence[float], counts: Sequence[int]
     ) -> None:
-        """Give places to layers that have none; all others stay where they are.
+        """Assign layers that are not yet; all others stay where they are.
 
         Args:
             layers: The same in every process.
             costs: As for :func:`assign`.
             counts: Likewise.
         """
-        for layer, place in zip(layers, assign(costs, counts, self.loads), strict=True):
-            self._places[id(layer)] = place
+        for layer, assigned in zip(layers, assign(costs, counts, self.loads), strict=True):
+            self._layers[id(layer)] = assigned
 
-    def knows(self, layer: CapturedLayer) -> bool:
-        """Whether a layer has a place."""
-        return id(layer) in self._places
+    def has(self, layer: CapturedLayer) -> bool:
+        """Whether a layer is assigned."""
+        return id(layer) in self._layers
 
-    def place(self, layer: CapturedLayer) -> Place:
-        """Where the preconditioner of a layer is."""
-        return self._places.get(id(layer)) or Place(None, tuple(range(self.world)))
+    def of(self, layer: CapturedLayer) -> LayerAssignment:
+        """Workers of a layer."""
+        return self._layers.get(id(layer)) or LayerAssignment(None, tuple(range(self.world)))
 
-    def computes(self, layer: CapturedLayer) -> bool:
+    def is_inv_worker(self, layer: CapturedLayer) -> bool:
         """Whether this process updates the preconditioner of a layer."""
-        return self.place(layer).owner in (None, self.rank)
+        return self.of(layer).inv_worker in (None, self.rank)
 
-    def keeps(self, layer: CapturedLayer) -> bool:
-        """Whether this process keeps it."""
-        return self.rank in self.place(layer).keepers
+    def is_grad_worker(self, layer: CapturedLayer) -> bool:
+        """Whether this process keeps the preconditioner of a layer, and applies it."""
+        return self.rank in self.of(layer).grad_workers
 
     def source(self, layer: CapturedLayer) -> int:
-        """The process in the row of this one that keeps it."""
-        keepers = self.place(layer).keepers
-        columns = self.world // len(keepers)
-        return keepers[self.rank // columns]
+        """The process in the row of this one that keeps the preconditioner of a layer."""
+        grad_workers = self.of(layer).grad_workers
+        columns = self.world // len(grad_workers)
+        return grad_workers[self.rank // columns]
 
     def row(self, layer: CapturedLayer) -> tuple[int, ...]:
         """The processes that get preconditioned gradients of a layer from the same one."""
-        columns = self.world // len(self.place(layer).keepers)
+        columns = self.world // len(self.of(layer).grad_workers)
         first = self.rank // columns * columns
         return tuple(range(first, first + columns))
 
@@ -144,7 +146,7 @@ class PlacementRow:
     Attributes:
         name: Qualified name of the layer.
         cost: Multiply-adds of an update or a decomposition, up to a number common to all layers.
-        state_bytes: Bytes of what its keepers keep.
+        state_bytes: Bytes of what its grad workers keep.
         updated_by: The process that updates it, or ``all``.
         kept_by: The processes that keep it, or ``all``.
     """

@@ -17,14 +17,14 @@ def buckets(entries: Sequence[tuple[Tensor, bool]]) -> Iterator[list[int]]:
     bucket: list[int] = []
     kind, room = None, 0
     for place, (tensor, symmetric) in enumerate(entries):
-        own = size(tensor, symmetric) * tensor.element_size()
-        if bucket and (kind != (tensor.device, tensor.dtype) or own > room):
+        nbytes = size(tensor, symmetric) * tensor.element_size()
+        if bucket and (kind != (tensor.device, tensor.dtype) or nbytes > room):
             yield bucket
             bucket = []
         if not bucket:
             kind, room = (tensor.device, tensor.dtype), BUCKET
         bucket.append(place)
-        room -= own
+        room -= nbytes
     if bucket:
         yield bucket
 

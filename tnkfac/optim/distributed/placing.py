@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tnkfac.optim.distributed.assignment import (
-    Place,
+    Assignment,
+    LayerAssignment,
     Placement,
     PlacementRow,
-    Plan,
     update_cost,
     workers,
 )
@@ -28,11 +28,11 @@ Fresh = Callable[[CapturedLayer], ParamState]
 
 
 class Placing:
-    """Which process updates and keeps the preconditioner of which layer.
+    """Assignment of layers to processes, and what is sent because of it.
 
     Attributes:
         processes: The processes that train the same parameters.
-        plan: The places of all layers.
+        assignment: Workers of all layers.
     """
 
     def __init__(self, processes: Processes, fresh: Fresh) -> None:
@@ -43,43 +43,43 @@ class Placing:
             fresh: The state of the curvature of a layer before any statistics.
         """
         self.processes = processes
-        self.plan = Plan()
+        self.assignment = Assignment()
         self._fresh = fresh
 
     def forget(self) -> None:
-        """No layer has a place any more."""
-        self.plan = Plan()
+        """Assign no layer any more."""
+        self.assignment = Assignment()
 
     def place(self, layers: Sequence[CapturedLayer], state: State) -> None:
-        """Give layers their places among the processes, once these are known."""
+        """Assign layers to processes, once these are known."""
         count = self.processes.count
         if count == 1:
             return
-        if self.plan.world != count:
-            self.plan = Plan(count, self.processes.rank)
-        new = [la for la in layers if la.statistics.bound and not self.plan.knows(la)]
+        if self.assignment.world != count:
+            self.assignment = Assignment(count, self.processes.rank)
+        new = [la for la in layers if la.statistics.bound and not self.assignment.has(la)]
         if not new:
             return
         counts = [
             count if _is_read_by_taps(layer) else workers(_fraction(layer), count) for layer in new
         ]
-        self.plan.extend(new, [_cost(layer) for layer in new], counts)
+        self.assignment.extend(new, [_cost(layer) for layer in new], counts)
         self.drop(new, state)
 
     def drop(self, layers: Sequence[CapturedLayer], state: State) -> None:
         """Let go of what other processes keep."""
         for layer in layers:
-            own = state.get(layer.weight)
-            if own and not self.plan.keeps(layer):
+            param_state = state.get(layer.weight)
+            if param_state and not self.assignment.is_grad_worker(layer):
                 for key in self._placed_keys(layer):
-                    own.pop(key, None)
+                    param_state.pop(key, None)
 
     def _placed_keys(self, layer: CapturedLayer) -> list[str]:
-        """What of the state of a layer only its keepers have."""
+        """Keys of the state of a layer that only its grad workers have."""
         return sorted(key for key in self._fresh(layer) if key not in ON_HOST)
 
     def share(self, layers: Sequence[CapturedLayer], names: Sequence[str], state: State) -> None:
-        """Copy matrices from the processes that have updated them to all keepers.
+        """Copy matrices from the processes that have updated them to all grad workers.
 
         Args:
             layers: Layers.
@@ -88,12 +88,12 @@ class Placing:
         """
         copies = []
         for layer in layers:
-            place = self.plan.place(layer)
-            if place.owner is None or self.plan.rank not in place.keepers:
+            assigned = self.assignment.of(layer)
+            if assigned.inv_worker is None or self.assignment.rank not in assigned.grad_workers:
                 continue
-            own = state[layer.weight]
-            parts = [own[key] for key in sorted(own) if key.split(".")[0] in names]
-            copies.append(Copy(layer.name, place.owner, place.keepers, parts))
+            param_state = state[layer.weight]
+            parts = [param_state[key] for key in sorted(param_state) if key.split(".")[0] in names]
+            copies.append(Copy(layer.name, assigned.inv_worker, assigned.grad_workers, parts))
         self.processes.copy(copies)
 
     def precondition(
@@ -109,17 +109,17 @@ class Placing:
             matrices: Their gradients ``[G, C_out / G, D]``.
             here: Does so in this process.
         """
-        kept = [i for i, layer in enumerate(layers) if self.plan.keeps(layer)]
-        done = here([layers[i] for i in kept], [matrices[i] for i in kept])
-        known = dict(zip(kept, done, strict=True))
+        local = [i for i, layer in enumerate(layers) if self.assignment.is_grad_worker(layer)]
+        preconditioned = here([layers[i] for i in local], [matrices[i] for i in local])
+        done = dict(zip(local, preconditioned, strict=True))
         updates, copies = [], []
         for i, layer in enumerate(layers):
-            row = self.plan.row(layer)
+            row = self.assignment.row(layer)
             if len(row) > 1:
-                update = known[i].contiguous() if i in known else torch.empty_like(matrices[i])
-                copies.append(Copy(layer.name, self.plan.source(layer), row, [update]))
+                update = done[i].contiguous() if i in done else torch.empty_like(matrices[i])
+                copies.append(Copy(layer.name, self.assignment.source(layer), row, [update]))
             else:
-                update = known[i]
+                update = done[i]
             updates.append(update)
         self.processes.copy(copies)
         return updates
@@ -129,16 +129,16 @@ class Placing:
         """Have here what only other processes keep."""
         copies, lacking = [], []
         for layer in layers:
-            row, own = self.plan.row(layer), state.get(layer.weight)
-            if len(row) == 1 or not own:
+            row, param_state = self.assignment.row(layer), state.get(layer.weight)
+            if len(row) == 1 or not param_state:
                 continue
             keys = self._placed_keys(layer)
-            if not self.plan.keeps(layer):
+            if not self.assignment.is_grad_worker(layer):
                 fresh = self._fresh(layer)
-                own.update({key: fresh[key] for key in keys})
+                param_state.update({key: fresh[key] for key in keys})
                 lacking.append(layer)
-            tensors = [own[key] for key in keys]
-            copies.append(Copy(layer.name, self.plan.source(layer), row, tensors))
+            tensors = [param_state[key] for key in keys]
+            copies.append(Copy(layer.name, self.assignment.source(layer), row, tensors))
         try:
             self.processes.copy(copies, PATIENCE)
             yield
@@ -147,26 +147,25 @@ class Placing:
 
     def table(self, layers: Sequence[CapturedLayer]) -> Placement:
         """Who updates and who keeps the preconditioner of every layer."""
-        placement, world = Placement(), self.plan.world
+        placement, world = Placement(), self.assignment.world
         costs, sizes = [0.0] * world, [0] * world
         for layer in layers:
             if not layer.statistics.bound:
                 continue
-            place, cost, taken = self.plan.place(layer), _cost(layer), size(self._fresh(layer))
-            for rank in place.keepers:
-                sizes[rank] += taken
-                costs[rank] += cost if place.owner in (None, rank) else 0
-            placement.append(_row(layer.name, cost, taken, place, world))
+            assigned = self.assignment.of(layer)
+            cost, state_bytes = _cost(layer), size(self._fresh(layer))
+            for rank in assigned.grad_workers:
+                sizes[rank] += state_bytes
+                costs[rank] += cost if assigned.inv_worker in (None, rank) else 0
+            placement.append(_row(layer.name, cost, state_bytes, assigned, world))
         placement.costs, placement.state_bytes = costs, sizes
         return placement
 
 
-def _row(name: str, cost: float, taken: int, place: Place, world: int) -> PlacementRow:
-    owner = "all" if place.owner is None else str(place.owner)
-    every = len(place.keepers) == world
-    return PlacementRow(
-        name, cost, taken, owner, "all" if every else ", ".join(map(str, place.keepers))
-    )
+def _row(layer: str, cost: float, taken: int, to: LayerAssignment, world: int) -> PlacementRow:
+    updated_by = "all" if to.inv_worker is None else str(to.inv_worker)
+    kept_by = "all" if len(to.grad_workers) == world else ", ".join(map(str, to.grad_workers))
+    return PlacementRow(layer, cost, taken, updated_by, kept_by)
 
 
 def _cost(layer: CapturedLayer) -> float:

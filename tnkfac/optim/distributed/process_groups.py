@@ -45,8 +45,8 @@ def ranks_of(params: list[Tensor], groups: list[Any]) -> list[int]:
 
 def holders_of(params: list[Tensor]) -> list[Any]:
     """Process groups that hold parts of some parameters."""
-    found = {id(group): group for p in params if is_distributed(p) for group in _axes(p)}
-    return list(found.values())
+    groups = {id(group): group for p in params if is_distributed(p) for group in _axes(p)}
+    return list(groups.values())
 
 
 def _axes(param: Any) -> list[Any]:

@@ -95,8 +95,8 @@ class Processes:
 
     def _named(self) -> list[Any]:
         """The group that the user named, unless it is this process alone."""
-        other = self._given is not None and dist.get_world_size(self._given) > 1
-        return [self._given] if other else []
+        shared = self._given is not None and dist.get_world_size(self._given) > 1
+        return [self._given] if shared else []
 
     @property
     def overlooked(self) -> bool:
@@ -146,20 +146,20 @@ class Processes:
         layers = [layer for layer in layers if layer.statistics.hidden_leaves]
         self._compare(layers)
         share = 1 / self.count
-        sent = [layer.statistics.exchanged(share) for layer in layers]
+        sent = [layer.statistics.to_reduce(share) for layer in layers]
         entries = [entry for statistics in sent for entry in statistics]
-        names = [layer.name for layer, own in zip(layers, sent, strict=True) for _ in own]
+        names = [layer.name for layer, parts in zip(layers, sent, strict=True) for _ in parts]
         arrive = self._travelling(entries, names)
 
         def receive() -> None:
             received = iter(arrive())
-            for layer, own in zip(layers, sent, strict=True):
-                sums = [next(received) for _ in own]
+            for layer, parts in zip(layers, sent, strict=True):
+                sums = [next(received) for _ in parts]
                 counts = sums[-1]
                 if counts.device.type == "cpu" and not bool(counts[0] > 0):
                     layer.statistics.clear()
                 else:
-                    layer.statistics.take(sums)
+                    layer.statistics.set_reduced(sums)
 
         return receive
 
@@ -177,14 +177,14 @@ class Processes:
             travelling.append((bucket, flat, work))
 
         def arrive() -> list[Tensor]:
-            found: list[Tensor] = []
+            arrived: list[Tensor] = []
             for bucket, flat, work in travelling:
                 with _names([names[i] for i in bucket]):
                     work.wait()
                 sizes = [size(*entries[i]) for i in bucket]
                 for i, part in zip(bucket, torch.split(flat, sizes), strict=True):
-                    found.append(unpacked(part, *entries[i]))
-            return found
+                    arrived.append(unpacked(part, *entries[i]))
+            return arrived
 
         return arrive
 
@@ -199,20 +199,20 @@ class Processes:
             RuntimeError: If a message is lost; it names the layers.
         """
         together: dict[tuple[tuple[int, ...], int], list[tuple[str, Tensor]]] = {}
-        for one in copies:
-            if len(one.members) > 1:
-                kept = together.setdefault((one.members, one.source), [])
-                kept += [(one.name, tensor) for tensor in one.tensors]
+        for copy in copies:
+            if len(copy.members) > 1:
+                entries = together.setdefault((copy.members, copy.source), [])
+                entries += [(copy.name, tensor) for tensor in copy.tensors]
         travelling = []
         for (members, source), named in sorted(together.items(), key=lambda item: item[0]):
-            group, mine = self._group(members), source == self.rank
+            group, is_source = self._group(members), source == self.rank
             for bucket in buckets([(tensor, False) for _, tensor in named]):
                 flat = torch.cat([named[i][1].detach().view(-1) for i in bucket])
                 names = [named[i][0] for i in bucket]
                 with _names(names):
                     work = dist.broadcast(flat, self._ranks[source], group=group, async_op=True)
                 assert work is not None
-                tensors = [] if mine else [named[i][1] for i in bucket]
+                tensors = [] if is_source else [named[i][1] for i in bucket]
                 travelling.append((work, flat, tensors, names))
         for work, flat, tensors, names in travelling:
             with _names(names):
@@ -226,10 +226,10 @@ class Processes:
         """The largest of each number over all processes."""
         if not self._groups or not codes:
             return codes
-        found = torch.tensor(codes, device=device)
+        worst = torch.tensor(codes, device=device)
         for group in self._groups:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
-        listed: list[int] = found.tolist()
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
+        listed: list[int] = worst.tolist()
         return listed
 
     def _group(self, members: tuple[int, ...]) -> Any:
@@ -247,18 +247,18 @@ class Processes:
             f"{layer.name} {[tuple(leaf.shape) for leaf in layer.statistics.hidden_leaves]}"
             for layer in layers
         )
-        mine = zlib.crc32(words.encode())
-        if mine in self._compared or not layers:
+        checksum = zlib.crc32(words.encode())
+        if checksum in self._compared or not layers:
             return
         device = layers[0].statistics.hidden_leaves[0].device
-        ends = torch.tensor([mine, -mine], dtype=torch.int64, device=device)
+        ends = torch.tensor([checksum, -checksum], dtype=torch.int64, device=device)
         for group in self._groups:
             dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
-        if ends.tolist() != [mine, -mine]:
+        if ends.tolist() != [checksum, -checksum]:
             raise RuntimeError(
                 f"Processes are to add up the statistics of different layers; this one has {words}."
             )
-        self._compared.add(mine)
+        self._compared.add(checksum)
 
 
 def full_tensor(tensor: Any) -> Tensor:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Factors, Matrices, Parts, RaggedDiagonal, Structure, switch
+from tnkfac.curvature import switch
+from tnkfac.curvature.capture.statistics import Factors
+from tnkfac.curvature.structures import Matrices, Parts, RaggedDiagonal, Structure
 from tnkfac.optim.finite import finite_on_host
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
@@ -37,23 +40,23 @@ def stacks(layers: Sequence[CapturedLayer], state: State) -> list[list[int]]:
         state: State of the optimizer.
     """
     open_stacks: dict[Hashable, list[int]] = {}
-    found: list[list[int]] = []
+    stacked: list[list[int]] = []
     for place, layer in enumerate(layers):
         statistics, weight = layer.statistics, layer.weight
         k, c, groups = statistics.k, statistics.c, statistics.layer.groups
-        numbers = groups * (_numbers(k.shapes) + _numbers(c.shapes))
+        numel = groups * sum(prod(shape) for s in (k, c) for shape in s.part_shapes)
         limit = SMALL if weight.device.type == "cpu" else SMALL_ON_DEVICE
-        if switch.plain or numbers > limit:
-            found.append([place])
+        if switch.plain or numel > limit:
+            stacked.append([place])
             continue
         dtypes = tuple(part.dtype for part in state.get(weight, {}).values())
         key = k, c, groups, weight.device, weight.dtype, id(layer.group), dtypes
         mates = open_stacks.get(key)
-        if mates is None or (len(mates) + 1) * numbers > TOGETHER:
+        if mates is None or (len(mates) + 1) * numel > TOGETHER:
             mates = open_stacks[key] = []
-            found.append(mates)
+            stacked.append(mates)
         mates.append(place)
-    return found
+    return stacked
 
 
 def joined(several: Sequence[Parts]) -> Parts:
@@ -158,8 +161,8 @@ class Stack(Batch):
     def write(self, new: Mapping[str, Parts]) -> None:
         """Parted."""
         pieces = [parted(parts, len(self.layers)) for parts in new.values()]
-        for state, own in zip(self._states, zip(*pieces, strict=True), strict=True):
-            write_where(state, dict(zip(new, own, strict=True)), self._found_inf)
+        for state, layer_parts in zip(self._states, zip(*pieces, strict=True), strict=True):
+            write_where(state, dict(zip(new, layer_parts, strict=True)), self._found_inf)
 
 
 class EndToEnd(Batch):
@@ -228,16 +231,12 @@ class EndToEnd(Batch):
             good &= self._found_inf.to(good.device, non_blocking=True) == 0
         guarded: dict[str, Tensor] = {}
         for sizes, names in alike.items():
-            kept = good[layers[sizes].segment]
+            mask = good[layers[sizes].segment]
             for name in names:
                 (old,) = self.read(name, values[name].dtype)
-                guarded[name] = torch.where(kept, values[name], old)
+                guarded[name] = torch.where(mask, values[name], old)
         return guarded
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _numbers(shapes: Sequence[tuple[int, ...]]) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes)

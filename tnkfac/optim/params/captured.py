@@ -1,22 +1,17 @@
-"""Sorting parameters into captured layers and those that the fallback trains."""
+"""Captured layers, and parameters that the fallback trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
-from tnkfac.curvature import Owner, Statistics, Tap, attach, describe, warn
+from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.optim.options import Group
-from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
-from tnkfac.optim.params.scaling import Scaling
-from tnkfac.optim.params.sharding import fully_sharded, is_distributed
-from tnkfac.optim.params.skipping import skipped
+from tnkfac.optim.params.scaling import ElementwisePreconditioner
 
 
 @dataclass(frozen=True)
@@ -27,14 +22,14 @@ class Needs:
         statistics: Whether anything is; else gradients alone are used.
         outputs: Whether output gradients are, too.
         squares: Whether per-sample gradients are squared in an eigenbasis.
-        chosen_passes: Whether only passes that the user names count.
+        explicit_passes: Whether only passes that the user names count.
         everywhere: Whether every process has to keep what is made of it.
     """
 
     statistics: bool = True
     outputs: bool = True
     squares: bool = False
-    chosen_passes: bool = False
+    explicit_passes: bool = False
     everywhere: bool = False
 
 
@@ -51,9 +46,9 @@ class CapturedLayer:
         bias_group: Parameter group of the bias.
         needs: What is to be measured of it.
         statistics: What the taps of its modules measure.
-        scaling: What was derived from the state to scale its gradients with, if anything.
+        scaling: Diagonal factors that were read of its state, if any.
         removers: Callables that remove the taps.
-        seen: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
+        cached_marks: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
     """
 
     name: str
@@ -64,9 +59,9 @@ class CapturedLayer:
     bias_group: Group
     needs: Needs
     statistics: Statistics
-    scaling: Scaling | None = None
+    scaling: ElementwisePreconditioner | None = None
     removers: list[Callable[[], Any]] = field(default_factory=list)
-    seen: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
+    cached_marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
 
     def params(self) -> list[Tensor]:
         """Weight, and bias if there is one."""
@@ -108,219 +103,6 @@ class Uncaptured:
     param: Tensor
     group: Group
     reason: str
-
-
-def sort(
-    owner: object,
-    params: list[Tensor],
-    owners: dict[int, list[Owner]],
-    group_of: Callable[[Tensor], Group],
-    state: Mapping[Tensor, Any],
-    needs: Callable[[Group], Needs],
-    known: Iterable[int] = (),
-    before: Mapping[int, str] = MappingProxyType({}),
-) -> tuple[list[CapturedLayer], list[Uncaptured]]:
-    """Find the layers among parameters, and put taps on their modules.
-
-    Args:
-        owner: The taps live as long as this object.
-        params: All parameters, in the order of the parameter groups.
-        owners: Modules that own them, by ``id`` of the parameter, in module order.
-        group_of: The parameter group of a parameter.
-        state: State of the optimizer: what the fallback has begun to train, it goes on with.
-        needs: What is to be measured of the layers of a group.
-        known: ``id`` of parameters of layers that were captured before.
-        before: Reasons that all other parameters had before, by ``id``.
-
-    Returns:
-        Captured layers in module order, and the other parameters in the order of the groups.
-    """
-    by_id = {id(param): param for param in params}
-    done = set(known)
-    captured_before = set(known)
-    layers: list[CapturedLayer] = []
-    rest: list[Uncaptured] = []
-    reasons: dict[int, str] = {}
-    sharded = fully_sharded(params)
-    for key, found in owners.items():
-        weight = by_id.get(key)
-        if weight is None or key in done or all(o.attribute == "bias" for o in found):
-            continue
-        group = group_of(weight)
-        if group["capture_embeddings"]:
-            found = _with_embeddings(found)
-        reason = _refusal(weight, found, sharded, group) or skipped(found, group)
-        if reason is None and begun_by_fallback(state.get(weight, {}), group):
-            reason = _BEGUN
-        if reason is not None:
-            reasons[key] = reason
-            continue
-        bias, why = _joint_bias(weight, found, by_id, done, owners, group_of, state)
-        bias_group = group if bias is None else group_of(bias)
-        layers.append(_capture(owner, weight, bias, found, (group, bias_group), needs(group)))
-        done |= {id(param) for param in layers[-1].params()}
-        for entry in found:
-            other = entry.module._parameters.get("bias")
-            if other is not None and other is not bias:
-                reasons[id(other)] = why
-    for index, param in enumerate(params):
-        if id(param) in done:
-            continue
-        found = owners.get(id(param), [])
-        if not found:
-            reason = "no module that owns it was found"
-            rest.append(Uncaptured(f"param_{index}", "", param, group_of(param), reason))
-            continue
-        first = found[0]
-        if id(first.module._parameters.get("weight")) in captured_before:
-            reason = before.get(id(param), "it was added after its weight")
-        else:
-            reason = reasons.get(id(param)) or _lonely(first, by_id, reasons)
-        kind = type(first.module).__name__
-        rest.append(Uncaptured(first.parameter_name, kind, param, group_of(param), reason))
-    parallel = [u.name for u in rest if is_distributed(u.param) and id(u.param) not in sharded]
-    if parallel:
-        warn(
-            f"{', '.join(parallel)}: trained without curvature, because processes hold parts of "
-            "them in the forward pass, too (tensor parallelism). Supported: fully_shard."
-        )
-    return layers, rest
-
-
-_BEGUN = "the fallback had begun to train it before its layer was found"
-
-
-def _capture(
-    owner: object,
-    weight: Tensor,
-    bias: Tensor | None,
-    found: list[Owner],
-    groups: tuple[Group, Group],
-    needs: Needs,
-) -> CapturedLayer:
-    group = groups[0]
-    statistics = Statistics(
-        group["kfac_approx"],
-        group["structures"],
-        bias is not None,
-        group["loss_average"],
-        outputs=needs.outputs,
-        squares=needs.squares,
-        chosen_passes=needs.chosen_passes,
-        params=[weight] if bias is None else [weight, bias],
-    )
-    first = next(entry for entry in found if entry.refusal is None)
-    kind = type(first.module).__name__
-    layer = CapturedLayer(first.name, kind, weight, bias, *groups, needs, statistics)
-    for entry in found:
-        if entry.attribute == "weight" and entry.refusal is None:
-            layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))
-    return layer
-
-
-def _joint_bias(
-    weight: Tensor,
-    found: list[Owner],
-    by_id: dict[int, Tensor],
-    done: set[int],
-    owners: dict[int, list[Owner]],
-    group_of: Callable[[Tensor], Group],
-    state: Mapping[Tensor, Any],
-) -> tuple[Tensor | None, str]:
-    """The bias that is trained together with the weight, or why there is none."""
-    biases = [o.module._parameters.get("bias") for o in found if o.refusal is None]
-    bias = biases[0]
-    if any(other is not bias for other in biases):
-        return None, "its weight is shared by layers with other biases"
-    if bias is None:
-        return None, ""
-    if id(bias) not in by_id or id(bias) in done:
-        if not (weight.requires_grad and bias.requires_grad):
-            return None, _frozen(weight)
-        return None, "it is not trained together with its weight"
-    own = state.get(bias, {})
-    if "exp_avg" in own:
-        return None, _BEGUN
-    if not begun_in_layer(own, group_of(bias)):
-        module = next(entry.module for entry in found if entry.refusal is None)
-        row = _row_for_bias(state.get(weight), module, group_of(weight))
-        if row is False:
-            return None, "its weight was measured without it"
-        if row is None and not (weight.requires_grad and bias.requires_grad):
-            return None, _frozen(weight)
-    why = skipped(owners[id(bias)], group_of(bias))
-    return (bias, "") if why is None else (None, why)
-
-
-def _row_for_bias(state: Any, module: nn.Module, group: dict[str, Any]) -> bool | None:
-    return has_row_for_bias(state, describe(module), group) if state else None
-
-
-def _frozen(weight: Tensor) -> str:
-    """Why a bias of which one is frozen is not trained together with its weight."""
-    return (
-        f"{'it' if weight.requires_grad else 'its weight'} was frozen when the optimizer was built"
-    )
-
-
-def _lonely(owner: Owner, by_id: dict[int, Tensor], reasons: dict[int, str]) -> str:
-    """Why a parameter beside the weight of a module, such as its bias, has no curvature."""
-    weight = owner.module._parameters.get("weight")
-    if owner.refusal is not None:
-        return owner.refusal
-    if owner.attribute != "bias":
-        return f"it is the {owner.attribute} of {type(owner.module).__name__}"
-    if weight is None:
-        return "its weight is not a parameter"
-    if id(weight) not in by_id:
-        return "its weight is in no parameter group"
-    why = reasons.get(id(weight))
-    return "its weight is not captured" + (f": {why}" if why else "")
-
-
-def _with_embeddings(found: list[Owner]) -> list[Owner]:
-    """Owners of which embeddings are supported, unless they share the weight with another layer."""
-    if any(entry.refusal is None for entry in found):
-        return found
-    return [replace(entry, indices=True) for entry in found]
-
-
-def _refusal(
-    weight: Tensor, found: list[Owner], sharded: set[int], group: dict[str, Any]
-) -> str | None:
-    """Why a parameter with these owners is not the weight of a captured layer, if so.
-
-    Args:
-        weight: The parameter.
-        found: Its owners.
-        sharded: ``id`` of the parameters that are cut, but whole in the forward pass.
-        group: Its group.
-    """
-    supported = [owner for owner in found if owner.refusal is None]
-    if not supported:
-        return found[0].refusal
-    if any(owner.attribute != "weight" for owner in supported):
-        return f"it is the {supported[0].attribute} of {type(supported[0].module).__name__}"
-    others = [owner for owner in found if owner.refusal is not None and owner.runs]
-    if others and not group.get("capture_tied", False):
-        pair = others[0], supported[0]
-        names = [f"{type(o.module).__name__} {o.name}".rstrip() for o in pair]
-        return f"it is shared by {' and '.join(names)} (capture_tied is False)"
-    if is_distributed(weight) and id(weight) not in sharded:
-        return "it is distributed, also in the forward pass"
-    if not weight.is_floating_point():
-        return f"{weight.dtype} is not supported"
-    if is_lazy(weight):
-        return None
-    if not weight.numel():
-        return "it has no entries"
-    first = describe(supported[0].module)
-    if first.weight_shape != tuple(weight.shape):
-        return f"its shape {tuple(weight.shape)} is not that of the layer"
-    for entry in supported[1:]:
-        if describe(entry.module).weight_layout != first.weight_layout:
-            return "layers of different kinds share it"
-    return None
 
 
 def update_dtype(dtype: torch.dtype) -> torch.dtype:

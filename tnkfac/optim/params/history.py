@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tnkfac.curvature import Layer
-from tnkfac.optim.params.ladders import matching
+from tnkfac.curvature.layers import Layer
+from tnkfac.optim.params.auto_structure import matching
 
 State = Mapping[str, Any]
 Group = Mapping[str, Any]
@@ -53,5 +53,5 @@ def has_row_for_bias(state: State, layer: Layer, group: Group) -> bool | None:
         if key.split(".")[0] in tuple(names)
     ]
     both = [replace(layer, bias=bias) for bias in (True, False)] if shapes else []
-    fits = [own.bias for own in both if matching(own, group["structures"], shapes)]
+    fits = [each.bias for each in both if matching(each, group["structures"], shapes)]
     return fits[0] if len(fits) == 1 else None

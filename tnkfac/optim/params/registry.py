@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature import find_owners, root_of
+from tnkfac.curvature.capture.owners import find_owners, root_of
 from tnkfac.optim.options import Group
-from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured, sort
+from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.skipping import Unmatched
+from tnkfac.optim.params.sorting import sort
 
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
@@ -80,7 +81,7 @@ class Registry:
         roots = [root for ref in self._roots if (root := ref()) is not None]
         owners = find_owners(params, roots)
         taken = {id(param) for layer in self.layers for param in layer.params()}
-        before = {id(other.param): other.reason for other in self.others}
+        before = {id(uncaptured.param): uncaptured.reason for uncaptured in self.others}
         layers, self.others = sort(
             owner, params, owners, lambda p: group_of[id(p)], state, self._needs, taken, before
         )
@@ -102,8 +103,8 @@ class Registry:
             layer.group = layer.bias_group = group_of[id(layer.weight)]
             if layer.bias is not None:
                 layer.bias_group = group_of[id(layer.bias)]
-        for other in self.others:
-            other.group = group_of[id(other.param)]
+        for uncaptured in self.others:
+            uncaptured.group = group_of[id(uncaptured.param)]
         self._sorted, self._groups = listed, list(groups)
         return True
 
@@ -148,10 +149,10 @@ class Registry:
             groups: Its parameter groups.
         """
         group_of = by_parameter(groups)
-        others = ((state.get(other.param, {}), other.param) for other in self.others)
-        return any(begun_in_layer(own, group_of[id(param)]) for own, param in others) or any(
-            _is_of_another(layer, state, group_of[id(layer.weight)]) for layer in self.layers
-        )
+        others = ((state.get(uncaptured.param, {}), uncaptured.param) for uncaptured in self.others)
+        return any(
+            begun_in_layer(param_state, group_of[id(param)]) for param_state, param in others
+        ) or any(_is_of_another(layer, state, group_of[id(layer.weight)]) for layer in self.layers)
 
     def close(self) -> None:
         """Remove all taps."""
@@ -164,15 +165,15 @@ class Registry:
             yield layer.weight
             if layer.bias is not None:
                 yield layer.bias
-        for other in self.others:
-            yield other.param
+        for uncaptured in self.others:
+            yield uncaptured.param
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters with their qualified names."""
         for layer in self.layers:
             yield from layer.named()
-        for other in self.others:
-            yield other.name, other.param
+        for uncaptured in self.others:
+            yield uncaptured.name, uncaptured.param
 
 
 def _are(these: list[Any], those: list[Any]) -> bool:
@@ -187,12 +188,12 @@ def by_parameter(groups: list[Group]) -> dict[int, Group]:
 
 def _is_of_another(layer: CapturedLayer, state: dict[Tensor, Any], group: Group) -> bool:
     """Whether a state is one of the fallback, or of the layer with or without its bias."""
-    own = state.get(layer.weight, {})
-    if begun_by_fallback(own, group):
+    param_state = state.get(layer.weight, {})
+    if begun_by_fallback(param_state, group):
         return True
     if layer.bias is not None and "exp_avg" in state.get(layer.bias, {}):
         return True
     row = None
     if layer.statistics.bound:
-        row = has_row_for_bias(own, layer.statistics.layer, group)
+        row = has_row_for_bias(param_state, layer.statistics.layer, group)
     return row is not None and row != (layer.bias is not None)

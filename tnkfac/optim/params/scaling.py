@@ -1,4 +1,4 @@
-"""What an optimizer has read of diagonal factors, to scale gradients with."""
+"""Preconditioning with diagonal factors, entry by entry."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Diagonals = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
-class Scaling:
+class ElementwisePreconditioner:
     """``C C^T G K K^T`` of diagonal factors.
 
     Attributes:
         K: Input factor ``[G, D]`` in the state.
         C: Output factor ``[G, C_out / G]`` in the state.
         versions: Which versions of the two were read.
-        squares: What :func:`square` has made of them.
+        squares: Squares of the two, once they were needed.
     """
 
     K: Tensor

@@ -37,11 +37,11 @@ def fully_sharded(params: Iterable[Tensor]) -> set[int]:
         return set()
     from torch.distributed.fsdp import FSDPModule
 
-    found = set()
+    sharded = set()
     for thing in gc.get_objects():
         if issubclass(type(thing), FSDPModule):
-            found |= {id(param) for param in thing.parameters()}
-    return candidates & found
+            sharded |= {id(param) for param in thing.parameters()}
+    return candidates & sharded
 
 
 def _along_first_axis(param: Any) -> bool:

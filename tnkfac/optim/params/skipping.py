@@ -6,14 +6,15 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from tnkfac.curvature import Owner, find_owners, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.capture.owners import Owner, find_owners
 from tnkfac.optim.options import Group
 
 
-def skipped(found: Iterable[Owner], group: Group) -> str | None:
+def skipped(owners: Iterable[Owner], group: Group) -> str | None:
     """Why the group's ``skip_layers`` leaves a parameter with these owners out, if it does."""
     for name in group.get("skip_layers", ()):
-        if any(owner.answers_to(name) for owner in found):
+        if any(owner.answers_to(name) for owner in owners):
             return f"skip_layers names {name}"
     return None
 
@@ -37,9 +38,9 @@ class Unmatched:
         """
         unknown = {name for group in groups for name in group.get("skip_layers", ())} - self._told
         for group in groups:
-            own = [owner for param in group["params"] for owner in owners.get(id(param), ())]
+            members = [owner for param in group["params"] for owner in owners.get(id(param), ())]
             for name in unknown.intersection(group.get("skip_layers", ())):
-                if any(owner.answers_to(name) for owner in own):
+                if any(owner.answers_to(name) for owner in members):
                     unknown.remove(name)
         if unknown:
             unknown -= _names_outside(unknown, groups, roots)
@@ -56,5 +57,5 @@ def _names_outside(names: set[str], groups: list[Group], roots: list[nn.Module])
     """Those of some names that frozen parameters answer to, and others that no group has."""
     known = {id(param) for group in groups for param in group["params"]}
     outside = [p for root in roots for p in root.parameters() if id(p) not in known]
-    found = [owner for own in find_owners(outside, roots).values() for owner in own]
-    return {name for name in names if any(owner.answers_to(name) for owner in found)}
+    owners = [owner for entries in find_owners(outside, roots).values() for owner in entries]
+    return {name for name in names if any(owner.answers_to(name) for owner in owners)}

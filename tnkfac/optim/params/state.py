@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts
+from tnkfac.curvature.structures import Parts
 from tnkfac.optim.finite import finite
 from tnkfac.optim.options import Group
+from tnkfac.optim.params.auto_structure import matching
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
-from tnkfac.optim.params.ladders import matching
 
 ParamState = dict[str, Tensor]
 """State of one parameter, by name."""
@@ -82,28 +82,28 @@ def mark(state: Mapping[Tensor, ParamState], layer: CapturedLayer, name: str) ->
         layer: The layer.
         name: Of the mark.
     """
-    own = state.get(layer.weight)
-    kept: Tensor | None = own.get(name) if own else None
-    if kept is None:
+    param_state = state.get(layer.weight)
+    tensor: Tensor | None = param_state.get(name) if param_state else None
+    if tensor is None:
         return -1
-    seen = layer.seen.get(name)
-    if seen is not None and seen[0] is kept and seen[1] == kept._version:
+    seen = layer.cached_marks.get(name)
+    if seen is not None and seen[0] is tensor and seen[1] == tensor._version:
         return seen[2]
-    value = int(kept)
-    _remember(layer, name, kept, value)
+    value = int(tensor)
+    _remember(layer, name, tensor, value)
     return value
 
 
 def set_mark(state: State, layer: CapturedLayer, name: str, value: int) -> None:
     """Write a mark that the state has of a layer."""
-    kept = state[layer.weight][name]
-    kept.fill_(value)
-    _remember(layer, name, kept, value)
+    tensor = state[layer.weight][name]
+    tensor.fill_(value)
+    _remember(layer, name, tensor, value)
 
 
-def _remember(layer: CapturedLayer, name: str, kept: Tensor, value: int) -> None:
-    if not kept.is_inference():  # these do not tell that they were written to
-        layer.seen[name] = (kept, kept._version, value)
+def _remember(layer: CapturedLayer, name: str, tensor: Tensor, value: int) -> None:
+    if not tensor.is_inference():  # these do not tell that they were written to
+        layer.cached_marks[name] = (tensor, tensor._version, value)
 
 
 def has_curvature(layer: CapturedLayer, state: Mapping[Tensor, ParamState]) -> bool:
@@ -165,8 +165,8 @@ def adam_state(param: Tensor) -> ParamState:
 
 def size(state: Mapping[str, Tensor]) -> int:
     """Bytes of a state that lie with its parameter."""
-    kept = (part for name, part in state.items() if name not in ON_HOST)
-    return sum(part.numel() * part.element_size() for part in kept)
+    parts = (part for name, part in state.items() if name not in ON_HOST)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 # -------------------------------------------------------------------------------- structures
@@ -178,15 +178,15 @@ def _encoded(structures: tuple[str, str]) -> Tensor:
 
 def follow_structures(layer: CapturedLayer, state: Mapping[Tensor, ParamState]) -> None:
     """Give a layer the structures that its state was saved with, where they were not given."""
-    own, statistics, group = state.get(layer.weight), layer.statistics, layer.group
-    if not own or "auto" not in group["structures"] or not statistics.bound:
+    param_state, statistics, group = state.get(layer.weight), layer.statistics, layer.group
+    if not param_state or "auto" not in group["structures"] or not statistics.bound:
         return
-    saved = own.get("structures")
+    saved = param_state.get("structures")
     names: tuple[str, ...] | None
     if saved is not None:
         names = tuple(bytes(map(int, saved.tolist())).decode().split(", "))
     else:  # up to 0.1 the shapes have to tell
-        names = matching(statistics.layer, group["structures"], part_shapes(own))
+        names = matching(statistics.layer, group["structures"], part_shapes(param_state))
     if names is not None and names != (statistics.k.name, statistics.c.name):
         k, c = names
         statistics.restructure((k, c), layer.weight)

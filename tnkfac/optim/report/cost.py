@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnkfac.curvature import output_shapes
+from tnkfac.curvature.capture.recording import output_shapes
 from tnkfac.optim.params import state as states
-from tnkfac.optim.params.ladders import Choice, base_work
+from tnkfac.optim.params.auto_structure import StructurePair, base_work
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ def estimated(optimizer: Any, model: nn.Module, shape: tuple[int, ...], every: i
     layers = optimizer._registry.layers
     with torch.device("meta"):
         known = output_shapes(model, torch.empty(shape, device="meta"))
-    outputs = {id(m.weight): found for m, found in known.items() if hasattr(m, "weight")}
+    outputs = {id(m.weight): dims for m, dims in known.items() if hasattr(m, "weight")}
     work = base = 0.0
     for layer in layers:
         output = outputs.get(id(layer.weight))
         if output is None:
             continue
-        own = layer.statistics
-        described = own.layer
+        statistics = layer.statistics
+        described = statistics.layer
         rows = prod(output) // (described.groups * described.out_dim)
-        names = own.k.name, own.c.name
+        names = statistics.k.name, statistics.c.name
         base += base_work(described, rows)
-        work += Choice(names, own.k, own.c, described.groups).work(rows, every)
+        work += StructurePair(names, statistics.k, statistics.c, described.groups).work(rows, every)
     size = 0
     for layer in layers:
         size += states.size(optimizer._runner.fresh(layer))
         size += sum(param.numel() * param.element_size() for param in layer.params())
-    others = optimizer._registry.others
-    size += sum(2 * other.param.numel() * other.param.element_size() for other in others)
+    params = [uncaptured.param for uncaptured in optimizer._registry.others]
+    size += sum(2 * param.numel() * param.element_size() for param in params)
     return Estimate(size, 1 + work / base if base else 1.0)

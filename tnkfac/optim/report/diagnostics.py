@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts, Structure
+from tnkfac.curvature.structures import Decomposable, Parts, Structure
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.sharding import local_shard
 from tnkfac.optim.params.state import ParamState, State, mark
@@ -101,24 +101,24 @@ def diagnose(
         state: State of the optimizer.
         spectra: Eigenvalues of the damped factors of a layer, or None.
     """
-    found = Diagnostics()
+    rows = Diagnostics()
     known_spectra: dict[str, Spectra] = {}
-    found.spectra = known_spectra
+    rows.spectra = known_spectra
     for layer in layers:
-        own = state.get(layer.weight, {})
+        param_state = state.get(layer.weight, {})
         conditions: tuple[float | None, float | None] = (None, None)
-        known = spectra(layer, own) if mark(state, layer, "last_update") >= 0 else None
+        known = spectra(layer, param_state) if mark(state, layer, "last_update") >= 0 else None
         if known is not None:
             known_spectra[layer.name] = known
             conditions = _condition(known[0]), _condition(known[1])
         rms = None
-        if "momentum_buffer" in own:
-            buffer = local_shard(own["momentum_buffer"])
+        if "momentum_buffer" in param_state:
+            buffer = local_shard(param_state["momentum_buffer"])
             if buffer.numel() and bool(buffer.any()):
                 size = torch.linalg.vector_norm(buffer, dtype=torch.float64) / buffer.numel() ** 0.5
                 rms = float(size) * float(layer.group["lr"])
-        found.append(Diagnosis(layer.name, *conditions, rms))
-    return found
+        rows.append(Diagnosis(layer.name, *conditions, rms))
+    return rows
 
 
 def eigenvalues(structure: Structure, parts: Parts) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.sharding import is_distributed
@@ -96,22 +96,22 @@ class Notices:
                 and id(layer.weight) not in self._silent
             ):
                 self._silent.add(id(layer.weight))
-                cause = layer.statistics.refused or layer.statistics.seen or _unseen()
+                cause = layer.statistics.refused or layer.statistics.last_event or _unseen()
                 causes.setdefault(cause, []).append(layer.named()[0][0])
         if causes:
-            found = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
+            listed = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
             warn(
-                f"No statistics reached {found}, which have gradients. Until that changes they are "
-                "trained without curvature; see report().",
+                f"No statistics reached {listed}, which have gradients. Until that changes they "
+                "are trained without curvature; see report().",
             )
 
     def tell_released(self, released: Sequence[CapturedLayer]) -> None:
         """Warn of layers that the fallback trains from now on."""
-        found = "; ".join(
+        listed = "; ".join(
             f"{layer.named()[0][0]}: {layer.statistics.refused}" for layer in released
         )
         warn(
-            f"The fallback trains layers whose curvature cannot be measured any more. {found}.",
+            f"The fallback trains layers whose curvature cannot be measured any more. {listed}.",
         )
 
     def check_stale(self, due: Sequence[CapturedLayer], state: State) -> None:
@@ -127,7 +127,7 @@ class Notices:
         if stale:
             self._stale = True
             unhooked = [layer for layer in stale if not layer.statistics.hooked]
-            sampled = any(layer.statistics.chosen_passes for layer in stale)
+            sampled = any(layer.statistics.explicit_passes for layer in stale)
             cause = (
                 f"the forward hooks of {_some(_names(unhooked))} were removed; build the optimizer "
                 "anew, or load its state into a new one"

@@ -39,8 +39,8 @@ def draw_report(rows: Sequence[Any], diagnostics: Diagnostics, path: str | Path)
     sizes = [row.update_rms or 0.0 for row in layers]
     _bars(axes[2], [row.name for row in layers], sizes, "last update, root mean square")
     weights = {row.name.removesuffix(".weight"): row.state_bytes / 2**20 for row in rows}
-    kept = [weights.get(row.name, 0.0) for row in layers]
-    _bars(axes[3], [], kept, "state, MiB")
+    mebibytes = [weights.get(row.name, 0.0) for row in layers]
+    _bars(axes[3], [], mebibytes, "state, MiB")
     figure.savefig(Path(path), dpi=110)
     return Path(path)
 

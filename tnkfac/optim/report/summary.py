@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Statistics
+from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.state import mark
@@ -125,10 +125,10 @@ def summarize(registry: Registry, state: dict[Tensor, Any]) -> Report:
     rows = Report()
     for layer in registry.layers:
         rows += _layer_rows(layer, state)
-    for other in registry.others:
-        size, shape = _bytes(state.get(other.param, {})), _shape(other.param)
-        reason = other.reason if other.param.requires_grad else FROZEN
-        rows.append(Row(other.name, other.kind, shape, "", "", (), size, None, reason))
+    for uncaptured in registry.others:
+        size, shape = _bytes(state.get(uncaptured.param, {})), _shape(uncaptured.param)
+        reason = uncaptured.reason if uncaptured.param.requires_grad else FROZEN
+        rows.append(Row(uncaptured.name, uncaptured.kind, shape, "", "", (), size, None, reason))
     return rows
 
 
@@ -159,7 +159,7 @@ def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]
 
 def _waits(statistics: Statistics) -> str:
     """Why the factors of a layer wait."""
-    why = statistics.refused or statistics.seen
+    why = statistics.refused or statistics.last_event
     return f"no statistics yet: {why}" if why else "no statistics yet"
 
 

@@ -14,7 +14,7 @@ def aligned(titles: Sequence[str], *parts: Sequence[Sequence[str]]) -> list[str]
     def text(line: Sequence[str]) -> str:
         return "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
 
-    found = [text(titles)]
+    lines = [text(titles)]
     for part in parts:
-        found += [rule, *map(text, part)]
-    return found
+        lines += [rule, *map(text, part)]
+    return lines

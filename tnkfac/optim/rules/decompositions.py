@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts, Structure
+from tnkfac.curvature.structures import Decomposable, Parts, Structure
 
 Decomposition = dict[str, Parts]
 METHODS = {"eigen": ("tikhonov",), "cholesky": ("pi", "factor"), "ekfac": ("tikhonov",)}
@@ -69,13 +69,13 @@ class Decomposer:
         a, b = (_above_rounding(values, self.eps) for values in (a, b))
         return self._with_spectra({"Q_A": Q_A, "Q_B": Q_B}, a, b)
 
-    def sound(self, found: Mapping[str, Parts], A: Parts, B: Parts, damping: float) -> Tensor:
+    def sound(self, derived: Mapping[str, Parts], A: Parts, B: Parts, damping: float) -> Tensor:
         """Whether what :meth:`decompose` found can be right, for every channel group ``[G]``.
 
         LAPACK returns NaN for some singular matrices, and where rounding exceeds the damping, an
         inverse that is much larger than one over it.
         """
-        parts = [part for several in found.values() for part in several]
+        parts = [part for several in derived.values() for part in several]
         good = torch.stack([part.isfinite().flatten(1).all(1) for part in parts]).all(0)
         if self.method != "cholesky":
             return good
@@ -86,7 +86,7 @@ class Decomposer:
         ):
             least = torch.maximum(shift, structure.trace(factor) * torch.finfo(shift.dtype).eps)
             if structure.dim:
-                good = good & (structure.norm(found[name]) * least <= _LARGEST)
+                good = good & (structure.norm(derived[name]) * least <= _LARGEST)
         return good
 
     def repaired(self, A: Parts, B: Parts, damping: float) -> Decomposition:
@@ -105,12 +105,12 @@ class Decomposer:
         for rung in dict.fromkeys(rungs):
             wide = tuple(tuple(part.to(rung[1], rung[0]) for part in parts) for parts in (A, B))
             try:
-                found = self.decompose(wide[0], wide[1], damping)
+                derived = self.decompose(wide[0], wide[1], damping)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 reason = str(error)
                 continue
-            if bool(self.sound(found, wide[0], wide[1], damping).all()):
-                return {name: _narrowed(parts, A[0]) for name, parts in found.items()}
+            if bool(self.sound(derived, wide[0], wide[1], damping).all()):
+                return {name: _narrowed(parts, A[0]) for name, parts in derived.items()}
         if self.method == "cholesky":
             shifts = self._shifts(wide[0], wide[1], damping)
             A_inv, B_inv = (
@@ -121,7 +121,7 @@ class Decomposer:
         raise torch.linalg.LinAlgError(reason)  # type: ignore[attr-defined]
 
     def bounded(
-        self, kept: Mapping[str, Parts], A: Parts, B: Parts, damping: float
+        self, derived: Mapping[str, Parts], A: Parts, B: Parts, damping: float
     ) -> Decomposition:
         """What stands in for a decomposition that failed: no update is larger than a right one.
 
@@ -129,7 +129,7 @@ class Decomposer:
         one of its rows' absolute sums, which take the place of the eigenvalues.
 
         Args:
-            kept: The last decomposition.
+            derived: The last decomposition.
             A: Input factor.
             B: Output factor.
             damping: As always.
@@ -138,7 +138,7 @@ class Decomposer:
             shift_A, shift_B = self._shifts(A, B, damping)
             A_inv, B_inv = _least(self.k, A, shift_A), _least(self.c, B, shift_B)
             return {"A_inv": A_inv, "B_inv": B_inv}
-        Q_A, Q_B = (tuple(part.to(A[0].dtype) for part in kept[name]) for name in ("Q_A", "Q_B"))
+        Q_A, Q_B = (tuple(part.to(A[0].dtype) for part in derived[name]) for name in ("Q_A", "Q_B"))
         sums = _row_sums(self.k, A, Q_A), _row_sums(self.c, B, Q_B)
         return self._with_spectra({"Q_A": Q_A, "Q_B": Q_B}, *sums)
 
@@ -171,27 +171,29 @@ class Decomposer:
         more = torch.where(usable & short.isfinite(), short, 1.0).clamp(min=1.0)
         return shift_A * more, shift_B * more
 
-    def precondition(self, kept: Mapping[str, Parts], gradient: Tensor, damping: float) -> Tensor:
+    def precondition(
+        self, derived: Mapping[str, Parts], gradient: Tensor, damping: float
+    ) -> Tensor:
         """Apply the inverse to a gradient matrix ``[G, C_out / G, D]``."""
         if self.method == "cholesky":
-            right = self.k.product(kept["A_inv"], gradient.mT).mT
-            return self.c.product(kept["B_inv"], right)
+            right = self.k.product(derived["A_inv"], gradient.mT).mT
+            return self.c.product(derived["B_inv"], right)
         # in this order no product needs a copy of its operands: both leave what the next one takes
-        turned = self.c.product(kept["Q_B"], gradient, transpose=True).mT
-        turned = self.k.product(kept["Q_A"], turned, transpose=True)
+        turned = self.c.product(derived["Q_B"], gradient, transpose=True).mT
+        turned = self.k.product(derived["Q_A"], turned, transpose=True)
         shift = torch.full((), damping, dtype=turned.dtype, device=turned.device)  # without a copy
         if self.method == "ekfac":
-            scales = kept["scales"][0].mT
+            scales = derived["scales"][0].mT
             damped = scales + (shift * _level(scales) if self.relative else shift)
         else:
-            a, b = kept["d_A"][0].unsqueeze(2), kept["d_B"][0].unsqueeze(1)
+            a, b = derived["d_A"][0].unsqueeze(2), derived["d_B"][0].unsqueeze(1)
             if self.relative:
                 shift = shift * _level(a) * _level(b)
             damped = torch.addcmul(shift, a, b)
         if damping == 0:  # where there is no curvature at all, the gradient stays as it is
             damped = torch.where(damped > 0, damped, 1.0)
-        turned = self.k.product(kept["Q_A"], torch.div(turned, damped, out=damped))
-        return self.c.product(kept["Q_B"], turned.mT)
+        turned = self.k.product(derived["Q_A"], torch.div(turned, damped, out=damped))
+        return self.c.product(derived["Q_B"], turned.mT)
 
 
 def _above_rounding(values: Tensor, eps: float) -> Tensor:

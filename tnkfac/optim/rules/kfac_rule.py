@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts
+from tnkfac.curvature.structures import Decomposable, Parts
 from tnkfac.optim import options
 from tnkfac.optim.options import Group, Option
 from tnkfac.optim.params.batches import Batch, Stack, joined
@@ -136,7 +136,7 @@ class KfacRule(Rule):
         return Needs(
             outputs=fisher != "forward-only",
             squares=group["compute_method"] == "ekfac",
-            chosen_passes=fisher == "mc",
+            explicit_passes=fisher == "mc",
             everywhere=group["adaptive_damping"],
         )
 
@@ -157,14 +157,14 @@ class KfacRule(Rule):
         statistics, weight, group = layer.statistics, layer.weight, layer.group
         groups, device = statistics.layer.groups, weight.device
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        kept: dict[str, Parts] = {}
+        matrices: dict[str, Parts] = {}
         start = group["normalization"] == "kfac-pytorch"  # its averages start at the identity
         for name, structure in (("A", statistics.k), ("B", statistics.c)):
             eye = structure.identity(groups, dtype, device)
-            kept[name] = eye if start else tuple(torch.zeros_like(part) for part in eye)
-        kept["factor_weight"] = (torch.full((), float(start), dtype=dtype, device=device),)
+            matrices[name] = eye if start else tuple(torch.zeros_like(part) for part in eye)
+        matrices["factor_weight"] = (torch.full((), float(start), dtype=dtype, device=device),)
         identity = _decomposer(layer).identity(groups, inverse_dtype(dtype, group), device)
-        return {**kept, **identity}
+        return {**matrices, **identity}
 
     def update(self, batch: Batch) -> NamedParts:
         """One step of the averages of both factors, and of ``"ekfac"``'s second moments."""
@@ -217,8 +217,8 @@ class KfacRule(Rule):
     def stand_in(self, batch: Stack) -> NamedParts:
         """The last eigenvectors, and a bound on the eigenvalues."""
         A, B = self.factors(batch)
-        kept = {name: batch.read(name) for name in self.derived}
-        return _decomposer(batch.layers[0]).bounded(kept, A, B, damping_of(batch.group))
+        derived = {name: batch.read(name) for name in self.derived}
+        return _decomposer(batch.layers[0]).bounded(derived, A, B, damping_of(batch.group))
 
     def tolerated_failures(self, group: Group) -> int:
         """``num_tolerated_failures``."""
@@ -233,9 +233,9 @@ class KfacRule(Rule):
         ((_, state), *_) = batch.each()
         kind = inverse_dtype(state["factor_weight"].dtype, batch.group)
         dtype = torch.promote_types(kind, torch.float32)
-        kept = {name: batch.read(name, dtype) for name in self.derived}
+        derived = {name: batch.read(name, dtype) for name in self.derived}
         decomposer = _decomposer(batch.layers[0])
-        update = decomposer.precondition(kept, gradient.to(dtype), damping_of(batch.group))
+        update = decomposer.precondition(derived, gradient.to(dtype), damping_of(batch.group))
         return update.to(update_dtype(gradient.dtype))
 
     # ---------------------------------------------------------------- what else can be said
@@ -246,7 +246,7 @@ class KfacRule(Rule):
         if statistics.bound and statistics.squares:
             usable = state is not None and refreshed and "scales" in state
             basis = (unpack(state, "Q_A"), unpack(state, "Q_B")) if state and usable else None
-            statistics.project(basis)
+            statistics.use_eigenbasis(basis)
 
     def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra:
         """Those of both averages, with the root of the damping added to each."""
@@ -276,8 +276,8 @@ def damping_of(group: Group) -> float:
 
 def inverse_dtype(dtype: torch.dtype, group: Group) -> torch.dtype:
     """``inv_dtype``, but float64 for factors in float64."""
-    chosen: torch.dtype = getattr(torch, group["inv_dtype"])
-    return dtype if dtype == torch.float64 else chosen
+    configured: torch.dtype = getattr(torch, group["inv_dtype"])
+    return dtype if dtype == torch.float64 else configured
 
 
 def _decomposer(layer: CapturedLayer) -> Decomposer:

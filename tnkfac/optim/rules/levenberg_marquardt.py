@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Decomposable, Parts
+from tnkfac.curvature.structures import Decomposable, Parts
 from tnkfac.optim.params.captured import CapturedLayer
 
 EVERY = 5
@@ -77,12 +77,12 @@ class QuadraticModel:
 
     def evaluate(self, closure: Callable[[], Any]) -> float:
         """Loss after the step; gradients are left as they were."""
-        kept = [(param, param.grad) for param, _ in self._before]
-        for param, _ in kept:
+        saved = [(param, param.grad) for param, _ in self._before]
+        for param, _ in saved:
             param.grad = None
         try:
             with torch.enable_grad():
                 return float(closure().detach())
         finally:
-            for param, grad in kept:
+            for param, grad in saved:
                 param.grad = grad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tnkfac.curvature import Factors, Statistics
+from tnkfac.curvature.capture.statistics import Factors, Statistics
 
 NORMALIZATIONS = ("fisher", "kfac-pytorch")
 

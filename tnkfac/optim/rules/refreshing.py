@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import warn
+from tnkfac.curvature.callers import warn
 from tnkfac.optim.distributed.placing import Placing
 from tnkfac.optim.params.batches import Stack, parted, stacks
 from tnkfac.optim.params.captured import CapturedLayer
@@ -57,28 +57,28 @@ def refresh(
     Raises:
         torch.linalg.LinAlgError: If one has failed more often in a row than is tolerated.
     """
-    here = [layer for layer in due if placing.plan.computes(layer)]
+    here = [layer for layer in due if placing.assignment.is_inv_worker(layer)]
     attempts = dict(zip(map(id, here), _attempts(rule, here, state), strict=True))
     codes = [attempts[id(la)].code if id(la) in attempts else _DONE for la in due]
-    if any(placing.plan.place(layer).owner is not None for layer in due):
+    if any(placing.assignment.of(layer).inv_worker is not None for layer in due):
         codes = placing.processes.worst(codes, due[0].weight.device)
     changed, restarted = [], []
     for layer, code in zip(due, codes, strict=True):
-        own = state[layer.weight]
+        param_state = state[layer.weight]
         set_mark(state, layer, "last_refresh", layer.group["step"])
         attempt = attempts.get(id(layer), Attempt(code, reason="its decomposition failed"))
         if code != _NOT_FINITE:
             changed.append(layer)
             for name, parts in attempt.derived.items():
-                for old, part in zip(unpack(own, name), parts, strict=True):
+                for old, part in zip(unpack(param_state, name), parts, strict=True):
                     old.copy_(saturated(part, old.dtype))
         if code == _DONE:
-            own["failures"].zero_()
+            param_state["failures"].zero_()
             continue
         if code == _NOT_FINITE:
             _restart(rule, layer, state, fresh(layer))
             restarted.append(layer)
-        _tell_failure(rule, layer, own, attempt.reason, restart=code == _NOT_FINITE)
+        _tell_failure(rule, layer, param_state, attempt.reason, restart=code == _NOT_FINITE)
     placing.share(changed, rule.derived, state)
     return restarted
 
@@ -97,17 +97,17 @@ def _attempts(rule: Rule, due: list[CapturedLayer], state: State) -> list[Attemp
     good = [index for index in range(len(due)) if usable[index]]
     sound: dict[int, Tensor] = {}
     for places in stacks([due[index] for index in good], state):
-        chosen = [good[place] for place in places]
-        batch = Stack([due[index] for index in chosen], state)
+        indices = [good[place] for place in places]
+        batch = Stack([due[index] for index in indices], state)
         try:
             derived = rule.refresh(batch)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        flags = rule.is_sound(batch, derived).view(len(chosen), -1).all(1)
-        sound.update(zip(chosen, flags.unbind(), strict=True))
-        pieces = [parted(parts, len(chosen)) for parts in derived.values()]
-        for index, own in zip(chosen, zip(*pieces, strict=True), strict=True):
-            attempts[index].derived = dict(zip(derived, own, strict=True))
+        flags = rule.is_sound(batch, derived).view(len(indices), -1).all(1)
+        sound.update(zip(indices, flags.unbind(), strict=True))
+        pieces = [parted(parts, len(indices)) for parts in derived.values()]
+        for index, layer_parts in zip(indices, zip(*pieces, strict=True), strict=True):
+            attempts[index].derived = dict(zip(derived, layer_parts, strict=True))
     done = dict(zip(sound, _on_host(list(sound.values())), strict=True))
     for index in good:
         if not done.get(index, False):
@@ -125,28 +125,28 @@ def _repaired(rule: Rule, batch: Stack) -> Attempt:
 
 def _restart(rule: Rule, layer: CapturedLayer, state: State, fresh: ParamState) -> None:
     """Measure anew what a layer is refreshed from."""
-    own = state[layer.weight]
+    param_state = state[layer.weight]
     keys = chain.from_iterable(pack(name, unpack(fresh, name)) for name in rule.source())
-    own.update({key: fresh[key] for key in keys if key in own})
+    param_state.update({key: fresh[key] for key in keys if key in param_state})
     for mark in ("last_update", "last_refresh"):
         set_mark(state, layer, mark, -1)
 
 
 def _tell_failure(
-    rule: Rule, layer: CapturedLayer, own: ParamState, reason: str, restart: bool
+    rule: Rule, layer: CapturedLayer, param_state: ParamState, reason: str, restart: bool
 ) -> None:
     """Count a failure, and tell of it."""
     name, tolerated = layer.named()[0][0], rule.tolerated_failures(layer.group)
-    own["failures"] += 1
-    failures = int(own["failures"])
+    param_state["failures"] += 1
+    failures = int(param_state["failures"])
     if failures > tolerated:
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             f"The factors of {name} could not be decomposed {failures} times in a row: {reason}"
         )
-    kept = "decomposition" if restart else "eigenvectors, and a bound on the eigenvalues"
+    stand_in = "decomposition" if restart else "eigenvectors, and a bound on the eigenvalues"
     warn(
         f"The factors of {name} could not be decomposed: {reason}. The step goes on with the "
-        f"last {kept} (failure {failures}, {tolerated} tolerated in a row)."
+        f"last {stand_in} (failure {failures}, {tolerated} tolerated in a row)."
     )
 
 

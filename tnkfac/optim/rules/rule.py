@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Factors, Parts
+from tnkfac.curvature.capture.statistics import Factors
+from tnkfac.curvature.structures import Parts
 from tnkfac.optim import options
 from tnkfac.optim.options import Group, Options
 from tnkfac.optim.params.batches import Batch, Stack

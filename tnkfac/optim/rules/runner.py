@@ -51,14 +51,14 @@ class RuleRunner:
     # ---------------------------------------------------------------- states
 
     def fresh(self, layer: CapturedLayer) -> ParamState:
-        """State of the curvature of a layer before any statistics, as its keepers have it."""
+        """State of the curvature of a layer before any statistics, as its grad workers have it."""
         rule = self.rule
         return curvature_state(layer, rule.init, rule.warms_up(layer), bool(rule.derived))
 
     def kept(self, layer: CapturedLayer) -> ParamState:
         """The same as far as this process keeps it."""
         fresh = self.fresh(layer)
-        if self.placing.plan.keeps(layer):
+        if self.placing.assignment.is_grad_worker(layer):
             return fresh
         return {key: part for key, part in fresh.items() if key in ON_HOST}
 
@@ -122,15 +122,16 @@ class RuleRunner:
             loss_scale: By how much the loss of the passes was multiplied.
             found_inf: Scalar that is one where nothing is to be written.
         """
-        rule, plan = self.rule, self.placing.plan
-        first, diagonal, rest = self._divided(pending, state)
+        rule, assignment = self.rule, self.placing.assignment
+        first, diagonal, others = self._divided(pending, state)
         if first and (found_inf is None or not bool(found_inf)):  # decompositions wait anyway
             for layers in first:
-                self._start([la for la in layers if plan.computes(la)], state, loss_scale)
+                here = [layer for layer in layers if assignment.is_inv_worker(layer)]
+                self._start(here, state, loss_scale)
         batches: list[EndToEnd | Stack] = []
         batches += [EndToEnd(layers, state, loss_scale, found_inf) for layers in diagonal]
-        updates_here = plan.keeps if rule.derived else plan.computes
-        here = [layer for layer in rest if updates_here(layer)]
+        updates_here = assignment.is_grad_worker if rule.derived else assignment.is_inv_worker
+        here = [layer for layer in others if updates_here(layer)]
         alone = [[place] for place in range(len(here))]
         for places in stacks(here, state) if rule.stacks_updates else alone:
             batches.append(Stack([here[i] for i in places], state, loss_scale, found_inf))
@@ -138,8 +139,8 @@ class RuleRunner:
             new = rule.update(batch)
             if new is not None:
                 batch.write(new)
-        if plan.world > 1 and not rule.derived:  # of the others, what is derived is shared
-            sent = [*rest, *(layer for layers in first for layer in layers)]
+        if assignment.world > 1 and not rule.derived:  # of the others, what is derived is shared
+            sent = [*others, *(layer for layers in first for layer in layers)]
             names = {key.split(".")[0] for layer in sent for key in self.fresh(layer)}
             self.placing.share(sent, sorted(names - {*ON_HOST}), state)
 
@@ -149,7 +150,7 @@ class RuleRunner:
         """Layers that start, layers that are updated end to end, and all others."""
         first: dict[object, list[CapturedLayer]] = {}
         diagonal: dict[object, list[CapturedLayer]] = {}
-        rest = []
+        others = []
         for layer in pending:
             key = id(layer.group), layer.weight.device, layer.weight.dtype
             if mark(state, layer, "last_update") < 0 and self.rule.starts(layer.group):
@@ -157,8 +158,8 @@ class RuleRunner:
             elif not switch.plain and self.rule.elementwise(layer, state[layer.weight]) is not None:
                 diagonal.setdefault(key, []).append(layer)
             else:
-                rest.append(layer)
-        return [*first.values()], [*diagonal.values()], rest
+                others.append(layer)
+        return [*first.values()], [*diagonal.values()], others
 
     def _start(self, layers: list[CapturedLayer], state: State, loss_scale: Tensor | float) -> None:
         if not layers:
@@ -224,26 +225,27 @@ class RuleRunner:
             return updates
 
         ready = [i for i, layer in enumerate(layers) if has_curvature(layer, state)]
-        chosen = [layers[i] for i in ready], [gradients[i] for i in ready]
+        inputs = [layers[i] for i in ready], [gradients[i] for i in ready]
         updates = list(gradients)
-        alone = self.placing.plan.world == 1
-        done = here(*chosen) if alone else self.placing.precondition(*chosen, here)
+        alone = self.placing.assignment.world == 1
+        done = here(*inputs) if alone else self.placing.precondition(*inputs, here)
         for i, update in zip(ready, done, strict=True):
             updates[i] = update
         return updates
 
     def diagonals(self, layers: Sequence[CapturedLayer], state: State) -> Diagonals:
         """Diagonal factors of layers that have them, unless others wait for their gradients."""
-        plan = self.placing.plan
+        assignment = self.placing.assignment
         pairs: Diagonals = {}
         for layer in layers if not switch.plain else ():
-            own = state.get(layer.weight)
-            if own and (plan.world == 1 or len(plan.row(layer)) == 1):
-                pair = self.rule.elementwise(layer, own)
+            param_state = state.get(layer.weight)
+            if param_state and (assignment.world == 1 or len(assignment.row(layer)) == 1):
+                pair = self.rule.elementwise(layer, param_state)
                 if pair is not None:
                     pairs[id(layer)] = pair
         return pairs
 
     def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra | None:
         """Eigenvalues of the damped factors of a layer, or None where others keep them."""
-        return self.rule.spectra(layer, state) if self.placing.plan.keeps(layer) else None
+        here = self.placing.assignment.is_grad_worker(layer)
+        return self.rule.spectra(layer, state) if here else None

@@ -50,11 +50,12 @@ def _loss_terms(
     Where a callable says it, it is what it said of the last layer: earlier ones may run several
     times, or at more positions.
     """
-    told = [layer.statistics.told for layer in layers if layer.statistics.told is not None]
+    told = [layer.statistics.told_terms for layer in layers]
+    told_terms = [terms for terms in told if terms is not None]
     for layer in layers:
         average = layer.statistics.loss_average
-        if callable(average) and told:
-            yield told[-1]
+        if callable(average) and told_terms:
+            yield told_terms[-1]
         elif average is None:
             yield None
         else:
@@ -102,11 +103,11 @@ def loss_terms(output: Tensor, likelihood: str, positions: bool) -> int:
 
 
 @contextmanager
-def listening(chosen: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+def listening(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
     """Backward passes inside count for the factors."""
     with ExitStack() as stack:
-        for one in chosen:
-            stack.enter_context(one)
+        for context in contexts:
+            stack.enter_context(context)
         yield
 
 

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Factors, Matrices, Parts
+from tnkfac.curvature.capture.statistics import Factors
+from tnkfac.curvature.structures import Matrices, Parts
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim import options
 from tnkfac.optim.options import Group, Option
-from tnkfac.optim.params import budget
+from tnkfac.optim.params import auto_structure
 from tnkfac.optim.params.batches import Batch, Stack
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.registry import Registry
@@ -98,15 +99,15 @@ class SingdRule(Rule):
     def init(self, layer: CapturedLayer) -> NamedParts:
         """Identities, and momenta of zeros."""
         statistics, weight, group = layer.statistics, layer.weight, layer.group
-        kept: dict[str, Parts] = {}
+        matrices: dict[str, Parts] = {}
         for name, structure, dtype in zip(
             ("K", "C"), (statistics.k, statistics.c), group["preconditioner_dtype"], strict=True
         ):
             kind = update_dtype(weight.dtype) if dtype is None else getattr(torch, dtype)
-            kept[name] = structure.identity(statistics.layer.groups, kind, weight.device)
+            matrices[name] = structure.identity(statistics.layer.groups, kind, weight.device)
             if _has_momentum(group):
-                kept[f"m_{name}"] = tuple(torch.zeros_like(part) for part in kept[name])
-        return kept
+                matrices[f"m_{name}"] = tuple(torch.zeros_like(part) for part in matrices[name])
+        return matrices
 
     def starts(self, group: Group) -> bool:
         """With ``init="first_batch"``."""
@@ -167,8 +168,8 @@ class SingdRule(Rule):
     def precondition(self, batch: Stack, gradient: Tensor) -> Tensor:
         """``C C^T G K K^T``."""
         K, C = batch.read("K"), batch.read("C")
-        right = batch.k.apply(K, gradient.mT.to(K[0].dtype)).mT
-        return batch.c.apply(C, right.to(C[0].dtype)).to(gradient.dtype)
+        right = batch.k.apply_kkt(K, gradient.mT.to(K[0].dtype)).mT
+        return batch.c.apply_kkt(C, right.to(C[0].dtype)).to(gradient.dtype)
 
     def elementwise(self, layer: CapturedLayer, state: ParamState) -> tuple[Tensor, Tensor] | None:
         """Where both factors are diagonal, in the precision of the weight."""
@@ -186,7 +187,8 @@ class SingdRule(Rule):
         """Some structures measure ``K^T A K``."""
         statistics = layer.statistics
         if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
-            statistics.use(None if state is None else (unpack(state, "K"), unpack(state, "C")))
+            factors = None if state is None else (unpack(state, "K"), unpack(state, "C"))
+            statistics.use_factors(factors)
 
     def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra:
         """Those of ``(K K^T)^-1`` and ``(C C^T)^-1``."""
@@ -197,13 +199,13 @@ class SingdRule(Rule):
         self, new: Sequence[CapturedLayer], registry: Registry, groups: list[Group], state: State
     ) -> None:
         """Within ``max_state_ratio``."""
-        budget.limit_state(new, registry.others, groups, state)
+        auto_structure.limit_state(new, registry.others, groups, state)
 
     def revise_structures(self, registry: Registry, groups: list[Group], state: State) -> bool:
         """Within ``max_step_ratio``."""
         if all(group["max_step_ratio"] is None for group in groups):
             return False
-        return budget.limit_time(registry.layers, groups, state)
+        return auto_structure.limit_time(registry.layers, groups, state)
 
 
 def _has_momentum(group: Group) -> bool:
@@ -256,7 +258,7 @@ def singd_update(
     Returns:
         New ``K``, ``C``, ``m_K``, ``m_C``.
     """
-    H_K, H_C = k.pull(K, A), c.pull(C, B)
+    H_K, H_C = k.congruence(K, A), c.congruence(C, B)
     KK, CC = k.gram(K), c.gram(C)
     for_K, for_C = damping
     on_K = (1.0, for_K) if kfac_like else (c.trace(H_C), for_K * c.trace(CC))
@@ -270,7 +272,7 @@ def singd_update(
     ):
         eye = structure.identity(X[0].shape[0], X[0].dtype, X[0].device)
         terms = zip(eye, *map(structure.scaled, (H, gram), coefficients), strict=True)
-        step = tuple(half * (-one + pulled + damped) for one, pulled, damped in terms)
+        step = tuple(half * (-identity + pulled + damped) for identity, pulled, damped in terms)
         if m is not None:
             step = tuple(alpha1 * old + part for old, part in zip(m, step, strict=True))
         rate: Tensor | float = lr_cov

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import Parts, Structure, warn
+from tnkfac.curvature.callers import warn
+from tnkfac.curvature.structures import Parts, Structure
 
 _ITERATIONS = 80
 _ACCURACY = 1e-13
@@ -39,12 +40,12 @@ def stationary_points(
     outputs = [_decomposed(c, B) for _, c, _, B in layers]
     a, b = (_Rows([values for values, _ in side]) for side in (inputs, outputs))
     p, q = _spectra(a, b, damping)
-    found = []
+    points = []
     for (_, _, A, B), (_, rebuild_K), (_, rebuild_C), x, y in zip(
         layers, inputs, outputs, a.cut(p.sqrt()), b.cut(q.sqrt()), strict=True
     ):
-        found.append((rebuild_K(x.to(A[0].dtype)), rebuild_C(y.to(B[0].dtype))))
-    return found
+        points.append((rebuild_K(x.to(A[0].dtype)), rebuild_C(y.to(B[0].dtype))))
+    return points
 
 
 class _Rows:
@@ -94,42 +95,43 @@ def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tenso
         return values, partial(Structure.from_eigen, structure, vectors=())
 
 
-def _spectra(at: _Rows, bt: _Rows, damping: float) -> tuple[Tensor, Tensor]:
+def _spectra(on_a: _Rows, on_b: _Rows, damping: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues of ``K K^T`` and ``C C^T`` from those of ``A`` and ``B``."""
-    a, b = at.values.clamp(min=0), bt.values.clamp(min=0)  # rounding leaves zeros of either sign
-    mean_a, mean_b = at.mean(a), bt.mean(b)
+    # Rounding leaves zeros of either sign.
+    a, b = on_a.values.clamp(min=0), on_b.values.clamp(min=0)
+    mean_a, mean_b = on_a.mean(a), on_b.mean(b)
     empty = (mean_a == 0) | (mean_b == 0)
-    a, b = torch.where(at.spread(empty), 1.0, a), torch.where(bt.spread(empty), 1.0, b)
+    a, b = torch.where(on_a.spread(empty), 1.0, a), torch.where(on_b.spread(empty), 1.0, b)
     if damping == 0:  # the inverse of a singular factor has no other bound
-        a, b = a + 1e-12 * at.spread(mean_a), b + 1e-12 * bt.spread(mean_b)
+        a, b = a + 1e-12 * on_a.spread(mean_a), b + 1e-12 * on_b.spread(mean_b)
 
     def residual(level: Tensor) -> tuple[Tensor, Tensor]:
         """How far ``log f_b(f_a(r))`` is above ``log r``, and the derivative of that."""
-        s, slope_s = _damping_of(at, a, level.exp(), damping)
-        found, slope_r = _damping_of(bt, b, s, damping)
-        return found.clamp(min=1e-250).log() - level, slope_r * slope_s - 1
+        s, slope_s = _damping_of(on_a, a, level.exp(), damping)
+        r, slope_r = _damping_of(on_b, b, s, damping)
+        return r.clamp(min=1e-250).log() - level, slope_r * slope_s - 1
 
-    mean_b = bt.mean(b)
+    mean_b = on_b.mean(b)
     low = (damping / mean_b).clamp(min=1e-250).log()
-    high = (damping * bt.mean(1 / (b + 1e-30 * bt.spread(mean_b)))).clamp(min=1e-250).log()
+    high = (damping * on_b.mean(1 / (b + 1e-30 * on_b.spread(mean_b)))).clamp(min=1e-250).log()
     r = _root(residual, low, high).exp() if damping > 0 else torch.zeros_like(low)
-    s, _ = _damping_of(at, a, r, damping)
-    p, q = 1 / (a + at.spread(r)), 1 / (b + bt.spread(s))
+    s, _ = _damping_of(on_a, a, r, damping)
+    p, q = 1 / (a + on_a.spread(r)), 1 / (b + on_b.spread(s))
     # The product of both scales: mean eigenvalue of P (B (x) A + damping I) is one.
-    free_p, free_q = at.mean(p), bt.mean(q)
-    level = at.mean(a * p) * bt.mean(b * q) + damping * free_p * free_q
+    free_p, free_q = on_a.mean(p), on_b.mean(q)
+    level = on_a.mean(a * p) * on_b.mean(b * q) + damping * free_p * free_q
     balance = (free_q / free_p / level).sqrt()
     limit = damping**-0.5 if damping > 0 else 1.0
-    p = torch.where(at.spread(empty), limit, p * at.spread(balance))
-    return p, torch.where(bt.spread(empty), limit, q / bt.spread(balance * level))
+    p = torch.where(on_a.spread(empty), limit, p * on_a.spread(balance))
+    return p, torch.where(on_b.spread(empty), limit, q / on_b.spread(balance * level))
 
 
 def _damping_of(rows: _Rows, e: Tensor, shift: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """``damping mean(1 / (e + shift)) / mean(e / (e + shift))``, and its slope in logarithms."""
     inverse = 1 / (e + rows.spread(shift))
-    kept = e * inverse
-    free, used = rows.mean(inverse), rows.mean(kept)
-    slope = rows.mean(kept * inverse) / used - rows.mean(inverse * inverse) / free
+    share = e * inverse
+    free, used = rows.mean(inverse), rows.mean(share)
+    slope = rows.mean(share * inverse) / used - rows.mean(inverse * inverse) / free
     return damping * free / used, shift * slope
 
 

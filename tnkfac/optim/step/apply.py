@@ -75,13 +75,13 @@ def chunks(layers: Sequence[CapturedLayer]) -> list[list[CapturedLayer]]:
     size, kind = 0, None
     for layer in layers:
         weight = layer.weight
-        own = weight.numel() * weight.element_size()
-        full = weight.device.type == "cpu" and size + own > CHUNK
+        nbytes = weight.numel() * weight.element_size()
+        full = weight.device.type == "cpu" and size + nbytes > CHUNK
         if full or kind != (weight.device, weight.dtype):
             cut.append([])
             size, kind = 0, (weight.device, weight.dtype)
         cut[-1].append(layer)
-        size += own
+        size += nbytes
     return cut
 
 
@@ -174,10 +174,10 @@ def fused_step_(
     if found_inf is not None:
         found_inf = found_inf.to(params[0].device, torch.float32)
     if decay and options.decoupled:
-        kept: Tensor | float = 1.0
+        gate: Tensor | float = 1.0
         if found_inf is not None:
-            kept = 1 - found_inf.to(params[0].dtype)
-        torch._foreach_mul_(params, 1 - lr * decay * kept)
+            gate = 1 - found_inf.to(params[0].dtype)
+        torch._foreach_mul_(params, 1 - lr * decay * gate)
         decay = 0.0
     dampening = momentum if options.averaged else 0.0
     if options.nesterov and options.averaged:  # torch would dampen what the buffer takes alone

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tnkfac.optim.finite import finite_on_host
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.scaling import Diagonals, Scaling, Squares
+from tnkfac.optim.params.scaling import Diagonals, ElementwisePreconditioner, Squares
 from tnkfac.optim.params.state import State
 from tnkfac.optim.step import grafting
 from tnkfac.optim.step.apply import StepOptions, Update, fused_step_, is_plain
 
-Scaled = tuple[CapturedLayer, Scaling]
+Scaled = tuple[CapturedLayer, ElementwisePreconditioner]
 BLOCK = 1 << 18
 """Numbers of a large layer that are taken at a time."""
 
@@ -29,21 +29,21 @@ BLOCK = 1 << 18
 def scaled_layers(
     layers: Sequence[CapturedLayer], diagonals: Diagonals
 ) -> tuple[list[Scaled], list[CapturedLayer]]:
-    """Layers whose gradients are scaled, with what scales them; and all others.
+    """Layers whose gradients are scaled, with their factors; and all others.
 
     Args:
         layers: Layers that have a gradient.
         diagonals: Factors of those that have diagonal ones.
     """
     scaled: list[Scaled] = []
-    rest: list[CapturedLayer] = []
+    others: list[CapturedLayer] = []
     for layer in layers:
         pair = diagonals.get(id(layer)) if _fits(layer) else None
         if pair is None:
-            rest.append(layer)
+            others.append(layer)
         else:
             scaled.append((layer, _scaling(layer, *pair)))
-    return scaled, rest
+    return scaled, others
 
 
 def _fits(layer: CapturedLayer) -> bool:
@@ -54,23 +54,23 @@ def _fits(layer: CapturedLayer) -> bool:
     return all(is_plain(param) and param.dtype == weight.dtype for param in layer.params())
 
 
-def _scaling(layer: CapturedLayer, K: Tensor, C: Tensor) -> Scaling:
-    """The scaling of a layer, made anew where its factors have changed."""
+def _scaling(layer: CapturedLayer, K: Tensor, C: Tensor) -> ElementwisePreconditioner:
+    """The elementwise preconditioner of a layer, made anew where its factors have changed."""
     scaling = layer.scaling
     if scaling is None or not scaling.holds(K, C):
-        scaling = layer.scaling = Scaling(K, C, (K._version, C._version))
+        scaling = layer.scaling = ElementwisePreconditioner(K, C, (K._version, C._version))
     return scaling
 
 
-def square(chosen: Sequence[Scaled]) -> list[Squares]:
+def square(scaled: Sequence[Scaled]) -> list[Squares]:
     """Squares of the factors of some layers, kept with what was read."""
-    stale = [(layer, scaling) for layer, scaling in chosen if scaling.squares is None]
+    stale = [(layer, scaling) for layer, scaling in scaled if scaling.squares is None]
     if stale:
         factors = [factor for _, scaling in stale for factor in (scaling.K, scaling.C)]
         products = torch._foreach_mul(factors, factors)
         for (layer, scaling), KK, CC in zip(stale, products[::2], products[1::2], strict=True):
             scaling.squares = _broadcasting(layer, KK, CC)
-    return [scaling.squares for _, scaling in chosen if scaling.squares is not None]
+    return [scaling.squares for _, scaling in scaled if scaling.squares is not None]
 
 
 def _broadcasting(layer: CapturedLayer, right: Tensor, left: Tensor) -> Squares:
@@ -82,15 +82,15 @@ def _broadcasting(layer: CapturedLayer, right: Tensor, left: Tensor) -> Squares:
     return Squares(*layer.statistics.layer.broadcast(right, left), bias)
 
 
-def scaled_gradients(chosen: Sequence[Scaled]) -> list[Update]:
+def scaled_gradients(scaled: Sequence[Scaled]) -> list[Update]:
     """Preconditioned gradients of weights, and of biases that have a gradient.
 
     Args:
-        chosen: Layers whose weights have gradients, and their scalings.
+        scaled: Layers whose weights have gradients, with their factors.
     """
-    squares = square(chosen)
-    gradients, at, biases, factors = [], [], [], []
-    for index, (layer, scaling) in enumerate(chosen):
+    squares = square(scaled)
+    gradients, indices, biases, factors = [], [], [], []
+    for index, (layer, scaling) in enumerate(scaled):
         gradient = layer.weight.grad
         assert gradient is not None
         if scaling.groups > 1:
@@ -99,7 +99,7 @@ def scaled_gradients(chosen: Sequence[Scaled]) -> list[Update]:
         if layer.bias is not None and layer.bias.grad is not None:
             bias = squares[index].bias
             assert bias is not None
-            at.append(index)
+            indices.append(index)
             biases.append(layer.bias.grad)
             factors.append(bias)
     inputs = [each.inputs for each in squares]
@@ -110,12 +110,13 @@ def scaled_gradients(chosen: Sequence[Scaled]) -> list[Update]:
     else:  # what is broadcast takes a launch for each tensor, the product with gradients one
         weights = torch._foreach_mul(inputs, outputs)
         torch._foreach_mul_(weights, gradients)
-    scaled = dict(zip(at, torch._foreach_mul(biases, factors), strict=True)) if biases else {}
+    products = torch._foreach_mul(biases, factors) if biases else ()
+    scaled_biases = dict(zip(indices, products, strict=True))
     updates = []
-    for index, (weight, (layer, scaling)) in enumerate(zip(weights, chosen, strict=True)):
+    for index, (weight, (layer, scaling)) in enumerate(zip(weights, scaled, strict=True)):
         parts = [(layer.weight, weight.flatten(0, 1) if scaling.groups > 1 else weight)]
-        if layer.bias is not None and index in scaled:
-            parts.append((layer.bias, scaled[index]))
+        if layer.bias is not None and index in scaled_biases:
+            parts.append((layer.bias, scaled_biases[index]))
         updates.append(Update(layer, parts))
     return updates
 
@@ -149,8 +150,8 @@ class DeferredCheck:
 
     def others(self, gradients: Iterable[Tensor]) -> list[Tensor]:
         """All other gradients."""
-        own = {id(layer.weight.grad) for layer, _ in self._scaled}
-        return [gradient for gradient in gradients if id(gradient) not in own]
+        deferred = {id(layer.weight.grad) for layer, _ in self._scaled}
+        return [gradient for gradient in gradients if id(gradient) not in deferred]
 
     def norms(self) -> dict[int, float] | None:
         """Norms of the preconditioned gradients, by ``id`` of the layer.
@@ -210,7 +211,7 @@ def step_large(scaled: Scaled, state: State, known: float | None = None) -> bool
     """Graft and step one layer; tell whether it was done: not where float32 loses its norm.
 
     Args:
-        scaled: The layer, and what scales its gradients.
+        scaled: The layer, with its factors.
         state: State of the optimizer.
         known: What :func:`norm` has found, if it was asked before.
     """

@@ -6,7 +6,7 @@ The update itself is torch's own AdamW or SGD.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,10 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def _mapped(change: Callable[[Tensor], Tensor], state: State) -> State:
+    return {key: change(value) for key, value in state.items()}
+
+
 def update(
     params: list[Tensor],
     states: list[State],
@@ -76,36 +80,33 @@ def update(
     """
     by_kind: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
     for param, state in zip(params, states, strict=True):
-        whole, own = (
-            local_shard(param.detach()),
-            {key: local_shard(value) for key, value in state.items()},
-        )
+        whole, shard = local_shard(param.detach()), _mapped(local_shard, state)
         assert param.grad is not None
         grad = _single(local_shard(param.grad))
-        moments = [value for key, value in own.items() if key != "step"]
+        moments = [value for key, value in shard.items() if key != "step"]
         alike = share_layout([_single(whole), grad, *moments])
-        by_kind[alike, type(param), param.device, param.dtype].append((whole, grad, own))
+        by_kind[alike, type(param), param.device, param.dtype].append((whole, grad, shard))
     for (alike, *_), entries in by_kind.items():
         wholes = [whole for whole, _, _ in entries]
         grads = [grad for _, grad, _ in entries]
-        owns = [own for _, _, own in entries]
+        shards = [shard for _, _, shard in entries]
         single = [_single(whole) for whole in wholes]
         if found_inf is None or (alike and not single[0].is_complex()):
-            _update(single, grads, owns, group, found_inf, alike)
+            _update(single, grads, shards, group, found_inf, alike)
         else:  # only a fused kernel can skip a step without waiting for the device
             single = [param.contiguous() for param in single]
             grads = [grad.resolve_conj().resolve_neg().contiguous() for grad in grads]
-            compact = [{key: value.contiguous() for key, value in own.items()} for own in owns]
+            compact = [_mapped(Tensor.contiguous, shard) for shard in shards]
             _update(
                 [_real(param) for param in single],
                 [_real(grad) for grad in grads],
-                [{key: _real(value) for key, value in own.items()} for own in compact],
+                [_mapped(_real, shard) for shard in compact],
                 group,
                 found_inf,
                 True,
             )
-            for own, new in zip(owns, compact, strict=True):
-                torch._foreach_copy_(list(own.values()), list(new.values()))
+            for shard, new in zip(shards, compact, strict=True):
+                torch._foreach_copy_(list(shard.values()), list(new.values()))
         changed = [i for i, whole in enumerate(wholes) if whole is not single[i]]
         if changed:
             torch._foreach_copy_([wholes[i] for i in changed], [single[i] for i in changed])
@@ -166,12 +167,12 @@ def _update(
 
 def learning_rate(group: dict[str, Any]) -> Any:
     """Learning rate of the fallback at this step."""
-    own = group["fallback_lr"]
-    if own is None:
+    lr = group["fallback_lr"]
+    if lr is None:
         return group["lr"]
-    return own if group["base_lr"] == 0 else own * (group["lr"] / group["base_lr"])
+    return lr if group["base_lr"] == 0 else lr * (group["lr"] / group["base_lr"])
 
 
 def _momentum(group: dict[str, Any]) -> float:
-    own = group["fallback_momentum"]
-    return float(group["momentum"] if own is None else own)
+    momentum = group["fallback_momentum"]
+    return float(group["momentum"] if momentum is None else momentum)

@@ -81,12 +81,12 @@ def step_layers(
         updates, factor = preconditioned(trained, precondition, found_inf)
         by_layer = {id(update.layer): update for update in updates}
         for chunk in chunks(trained):
-            chosen = [by_layer[id(layer)] for layer in chunk]
-            apply_(graft_(chosen, state, found_inf), state, found_inf)
+            sized = [by_layer[id(layer)] for layer in chunk]
+            apply_(graft_(sized, state, found_inf), state, found_inf)
         return factor
     for chunk in chunks(trained):  # to the end, one after the other
-        rest = _step_scaled(chunk, diagonals, state, found_inf, norms) if diagonals else chunk
-        updates, _ = preconditioned(rest, precondition, found_inf)
+        others = _step_scaled(chunk, diagonals, state, found_inf, norms) if diagonals else chunk
+        updates, _ = preconditioned(others, precondition, found_inf)
         apply_(graft_(updates, state, found_inf), state, found_inf)
     return None
 
@@ -99,7 +99,7 @@ def _step_scaled(
     norms: Mapping[int, float],
 ) -> list[CapturedLayer]:
     """Step the layers whose gradients are only scaled; return all others."""
-    scaled, rest = scaled_layers(layers, diagonals)
+    scaled, others = scaled_layers(layers, diagonals)
     if found_inf is None:
         scaled = [
             (layer, scaling)
@@ -108,12 +108,12 @@ def _step_scaled(
             or not elementwise.step_large((layer, scaling), state, norms.get(id(layer)))
         ]
     if not scaled:
-        return rest
+        return others
     if triton_step.suits(scaled):
         apply_(triton_step.sized_gradients(scaled), state, found_inf)
     else:
         apply_(graft_(scaled_gradients(scaled), state, found_inf), state, found_inf)
-    return rest
+    return others
 
 
 def step_others(
@@ -124,9 +124,9 @@ def step_others(
 ) -> None:
     """Step all other parameters; ``found_inf`` turns the step into none where it is one."""
     by_group: dict[int, list[Tensor]] = {}
-    for other in others:
-        if other.param.grad is not None:
-            by_group.setdefault(id(other.group), []).append(other.param)
+    for uncaptured in others:
+        if uncaptured.param.grad is not None:
+            by_group.setdefault(id(uncaptured.group), []).append(uncaptured.param)
     for group in param_groups:
         params = by_group.get(id(group), [])
         if params:

@@ -50,15 +50,15 @@ def _scaled(table, row, first, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type
     kc, c_group = tl.load(entry + 11).to(tl.int32), tl.load(entry + 12).to(tl.int32)
     ca, cb = tl.load(entry + 13).to(tl.int32), tl.load(entry + 14).to(tl.int32)
     cc = tl.load(entry + 15).to(tl.int32)
-    at = first + tl.arange(0, BLOCK)
-    there = at < count
-    c, rest = at % n2, at // n2
-    b, a = rest % n1, rest // n1
+    index = first + tl.arange(0, BLOCK)
+    there = index < count
+    c, quotient = index % n2, index // n2
+    b, a = quotient % n1, quotient // n1
     group, a = a // per, a % per
     k = tl.load(K + group * k_group + a * ka + b * kb + c * kc, mask=there, other=0.0)
     o = tl.load(C + group * c_group + a * ca + b * cb + c * cc, mask=there, other=0.0)
-    g = tl.load(G + at, mask=there, other=0.0)
-    return (k * k) * (o * o) * g, tl.load(entry + 3) + at, there
+    g = tl.load(G + index, mask=there, other=0.0)
+    return (k * k) * (o * o) * g, tl.load(entry + 3) + index, there
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -78,14 +78,14 @@ def _to_size(  # type: ignore[no-untyped-def]
     """Write a tile of scaled gradients, such that those of a layer have the norm they should."""
     tile = tl.program_id(0)
     row, first = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
-    value, at, there = _scaled(table, row, first, KIND, BLOCK)
+    value, index, there = _scaled(table, row, first, KIND, BLOCK)
     if SIZED:
         layer = tl.load(tiles + 3 * tile + 2)
         size, total = tl.load(sizes + layer), tl.load(totals + layer)
         norm = tl.sqrt(tl.where(total == 0, 1.0, total))
         scale = tl.where(total == 0, 0.0, size / norm)
         value *= tl.where(size < 0, 1.0, scale).to(KIND)  # below zero: as it is
-    tl.store(out + at, value, mask=there)
+    tl.store(out + index, value, mask=there)
 
 
 def scaled(

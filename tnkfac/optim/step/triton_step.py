@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import trusted
+from tnkfac.curvature.triton_check import trusted
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.scaling import Scaling
+from tnkfac.optim.params.scaling import ElementwisePreconditioner
 from tnkfac.optim.step import grafting
 from tnkfac.optim.step.apply import Update
 
-Chosen = Sequence[tuple[CapturedLayer, Scaling]]
+ScaledLayers = Sequence[tuple[CapturedLayer, ElementwisePreconditioner]]
 
 
 class Lookup(NamedTuple):
@@ -83,7 +83,7 @@ def _lies(shape: tuple[int, ...], stride: tuple[int, ...], order: Sequence[int])
 def _alike(gradient: Tensor, param: Tensor) -> bool:
     """Whether numbers lie in the same order; axes of one number do not matter."""
     pairs = zip(param.shape, gradient.stride(), param.stride(), strict=True)
-    return all(size == 1 or one == other for size, one, other in pairs)
+    return all(size == 1 or a == b for size, a, b in pairs)
 
 
 def triton_kernels(like: Tensor) -> ModuleType | None:
@@ -99,35 +99,35 @@ def _load() -> ModuleType:
     return kernels
 
 
-def suits(chosen: Chosen) -> bool:
+def suits(scaled: ScaledLayers) -> bool:
     """Whether kernels can take these layers, of one device and dtype, at once."""
-    if not chosen or triton_kernels(chosen[0][1].K) is None:
+    if not scaled or triton_kernels(scaled[0][1].K) is None:
         return False
     return all(
         _rule(layer, scaling)
         and layer.weight.numel() < 2**31
         and (not layer.group["grafting"] or grafting.number(layer.group) is not None)
-        for layer, scaling in chosen
+        for layer, scaling in scaled
     )
 
 
-def _rule(layer: CapturedLayer, scaling: Scaling) -> Lookup | None:
+def _rule(layer: CapturedLayer, scaling: ElementwisePreconditioner) -> Lookup | None:
     weight, rows = layer.weight, scaling.K.shape[1]
     first = layer.statistics.layer.inputs_first
     return lookup(first, tuple(weight.shape), weight.stride(), len(scaling.C), rows)
 
 
-def sized_gradients(chosen: Chosen) -> list[Update]:
+def sized_gradients(scaled: ScaledLayers) -> list[Update]:
     """Preconditioned gradients of weights, and of biases that have one, of the size they should.
 
     Args:
-        chosen: Layers that suit, and their scalings.
+        scaled: Layers that suit, with their factors.
     """
     rows: list[tuple[int, ...]] = []
     owners: list[int] = []
-    kept: list[Tensor] = []  # alive until the kernel is queued
+    gradients: list[Tensor] = []  # alive until the kernel is queued
     numbers, sizes = 0, []
-    for index, (layer, scaling) in enumerate(chosen):
+    for index, (layer, scaling) in enumerate(scaled):
         K, C = scaling.K, scaling.C
         before = numbers
         for param in layer.params():
@@ -143,7 +143,7 @@ def sized_gradients(chosen: Chosen) -> list[Update]:
             assert rule is not None
             if not _alike(gradient, param):
                 gradient = torch.empty_like(param).copy_(gradient)
-            kept.append(gradient)
+            gradients.append(gradient)
             place = gradient.data_ptr(), address, C.data_ptr(), numbers, gradient.numel()
             rows.append((*place, *rule))
             owners.append(index)
@@ -154,8 +154,8 @@ def sized_gradients(chosen: Chosen) -> list[Update]:
             grafting.number(group) if group["grafting"] else 0.0,
         )
         sizes.append(size * count if group["grafting"] else -1.0)
-    device, dtype = kept[0].device, kept[0].dtype
-    kernels = triton_kernels(chosen[0][1].K)
+    device, dtype = gradients[0].device, gradients[0].dtype
+    kernels = triton_kernels(scaled[0][1].K)
     assert kernels is not None
     tiles, lengths = _tiles(tuple(row[4] for row in rows), tuple(owners), kernels.BLOCK, device)
     sized = any(size >= 0 for size in sizes)
@@ -164,7 +164,7 @@ def sized_gradients(chosen: Chosen) -> list[Update]:
     out = kernels.scaled(table, tiles, lengths, targets, numbers, dtype)
     updates: list[Update] = []
     parts = iter(torch.split(out, [row[4] for row in rows]))
-    for layer, _ in chosen:
+    for layer, _ in scaled:
         weight = next(parts).as_strided(layer.weight.shape, layer.weight.stride())
         pairs = [(layer.weight, weight)]
         if layer.bias is not None and layer.bias.grad is not None:

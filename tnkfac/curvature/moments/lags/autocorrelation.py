@@ -32,8 +32,8 @@ def correlate(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
     """
     if not lags:
         rows = x.view(x.shape[0], groups, -1).permute(1, 2, 0)
-        found = torch.bmm(rows, rows.mT)  # of which libraries may round both halves differently
-        return ((found + found.mT) / 2).flatten(0, 1)
+        products = torch.bmm(rows, rows.mT)  # of which libraries may round both halves differently
+        return ((products + products.mT) / 2).flatten(0, 1)
     strides = [axis.stride for axis in lags]
     if max(strides) == 1:
         return symmetric_lags(x, groups, lags)
@@ -41,7 +41,7 @@ def correlate(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
     dims, channels = len(lags), x.shape[1] // groups
     split = phased.reshape(-1, *strides, channels, *strides, *phased.shape[2:])
     axes = [(1 + a, 2 + dims + a, 2 + 2 * dims + a) for a in range(dims)]
-    ordered = split.permute(0, 1 + dims, *(at for axis in axes for at in axis))
+    ordered = split.permute(0, 1 + dims, *(place for axis in axes for place in axis))
     return ordered.reshape(-1, channels, *(axis.count for axis in lags))
 
 
@@ -72,12 +72,12 @@ def symmetric_lags(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
     spread[:, :, first:] = half
     del half
     per_group = spread.view(groups, -1, *spread.shape[1:])
-    rest = list(range(3, spread.ndim))
+    trailing = list(range(3, spread.ndim))
     for lag in range(first):  # R[c, d, -lag] is R[d, c, lag]
         ahead = per_group[:, :, :, 2 * first - lag].transpose(1, 2)
-        per_group[:, :, :, lag] = ahead.flip(rest) if rest else ahead
+        per_group[:, :, :, lag] = ahead.flip(trailing) if trailing else ahead
     middle = per_group[:, :, :, first]
-    per_group[:, :, :, first] = (middle + middle.transpose(1, 2).flip(rest)) / 2
+    per_group[:, :, :, first] = (middle + middle.transpose(1, 2).flip(trailing)) / 2
     return spread
 
 
@@ -105,8 +105,8 @@ def _convolved(
     padding = [0, *(m * s for m, s in zip(most[1:], steps[1:], strict=True))]
     ones, zeros = [1] * dims, [0] * dims
     args = (None, ones, padding, list(steps), False, zeros, groups, (False, True, False))
-    found: Tensor = torch.ops.aten.convolution_backward(x, ahead, weight, *args)[1]
-    return found
+    weight_grad: Tensor = torch.ops.aten.convolution_backward(x, ahead, weight, *args)[1]
+    return weight_grad
 
 
 def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:
@@ -147,7 +147,7 @@ def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:
         left = line[:, before : before + blocks * BLOCK].view(-1, blocks, BLOCK).mT
         products = x.new_empty(part.shape[0], BLOCK, width)
         along = (products.stride(0), products.stride(1) + 1, reach.step)
-        for at, o in enumerate(offsets):
+        for column, o in enumerate(offsets):
             start = line.storage_offset() + before + o + reach[0]
             for first in range(0, width, BLOCK):  # a view of neighbours that do not overlap
                 columns = min(BLOCK, width - first)
@@ -155,5 +155,5 @@ def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:
                 right = line.as_strided(size, (line.stride(0), BLOCK, 1), start + first)
                 products[:, :, first : first + columns] = torch.bmm(left, right)
             diagonals = products.as_strided((part.shape[0], BLOCK, len(reach)), along)
-            lags[c : c + chunk, at] = diagonals.sum(1)
+            lags[c : c + chunk, column] = diagonals.sum(1)
     return lags.view(channels, 1, most[0] + 1, *(2 * m + 1 for m in most[1:]))

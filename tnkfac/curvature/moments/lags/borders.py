@@ -85,15 +85,15 @@ def tap_pairs(taps: TapClass, lags: Lags) -> TapPairs:
     sides = [[], []]  # type: list[list[int]]
     for o in taps.outside:
         side = 0 if o < 0 else 1
-        found = [(j, taps.stride * o + a) for j, a in enumerate(offsets)]
-        found = [(j, pixel) for j, pixel in found if 0 <= pixel < taps.pixels]
-        sides[side] += [pixel for _, pixel in found]
-        for j, p in found:
-            for k, q in found:
+        hits = [(j, taps.stride * o + a) for j, a in enumerate(offsets)]
+        hits = [(j, pixel) for j, pixel in hits if 0 <= pixel < taps.pixels]
+        sides[side] += [pixel for _, pixel in hits]
+        for j, p in hits:
+            for k, q in hits:
                 met.setdefault((j, k), []).append((side, p, q))
     lag_of = {(j, k): lags.index(offsets[j], offsets[k]) for j in numbers for k in numbers}
     plain = sorted({lag for pair, lag in lag_of.items() if pair not in met})
-    place = {pair: len(plain) + at for at, pair in enumerate(met)}
+    place = {pair: len(plain) + index for index, pair in enumerate(met)}
     place |= {pair: plain.index(lag) for pair, lag in lag_of.items() if pair not in met}
     borders = []
     for side, pixels in enumerate(sides):
@@ -102,8 +102,8 @@ def tap_pairs(taps: TapClass, lags: Lags) -> TapPairs:
             parts = [
                 (place[pair] - len(plain), p - first, q - first)
                 for pair, places in met.items()
-                for at, p, q in places
-                if at == side
+                for edge, p, q in places
+                if edge == side
             ]
             borders.append(Border(first, max(pixels) - first + 1, tuple(parts)))
     return TapPairs(

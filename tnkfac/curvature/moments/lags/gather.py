@@ -45,16 +45,16 @@ def fill_from_lags(out: Tensor, x: Tensor, classes: TapClasses) -> None:
         _Table(x, groups, [tap_pairs(t, n) for t, n in zip(taps, lags, strict=True)], lags)
         for taps in product(*classes)
     ]
-    found = correlate(x, groups, lags).flatten(2)
+    corr = correlate(x, groups, lags).flatten(2)
     index = _lookup(classes, tuple(lags), channels, x.device)
     width = channels * sum(table.width for table in tables) + 1
-    rows = found.shape[0]
+    rows = corr.shape[0]
     chunk = max(1, TABLE // width)
     taps = out.shape[1] // channels
     target = out.view(rows, -1) if out.is_contiguous() else None
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
-        parts = [table.values(found, first, last) for table in tables]
+        parts = [table.values(corr, first, last) for table in tables]
         if len(parts) > 1:  # taps of different classes never meet: their entries are a zero
             parts.append(x.new_zeros(last - first, 1))
         numbers = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -78,21 +78,21 @@ class _Table:
         self._lags = _flat(tuple(p.lags for p in pairs), counts, x.device)
         self._corrections: list[tuple[list[int], Tensor, Tensor]] = []
         for axes in product((False, True), repeat=len(pairs)):
-            if any(axes) and all(p.borders for p, at in zip(pairs, axes, strict=True) if at):
-                inner = [a for a, at in enumerate(axes) if at]
+            if any(axes) and all(p.borders for p, on in zip(pairs, axes, strict=True) if on):
+                inner = [a for a, on in enumerate(axes) if on]
                 values = _corrections(x, groups, pairs, lags, inner)
                 values = values if len(inner) % 2 == 0 else values.neg_()
                 sizes = tuple(values.shape[2:])
                 index = tuple(
-                    range(n) if at else p.lags for p, at, n in zip(pairs, axes, sizes, strict=True)
+                    range(n) if on else p.lags for p, on, n in zip(pairs, axes, sizes, strict=True)
                 )
                 flat = _flat(index, sizes, x.device)
                 self._corrections.append((inner, values.flatten(2), flat))
 
-    def values(self, found: Tensor, first: int, last: int) -> Tensor:
+    def values(self, corr: Tensor, first: int, last: int) -> Tensor:
         """Values for rows ``first`` to ``last``, ``[rows, C / G * width]``."""
-        channels = found.shape[1]
-        lags = found[first:last].flatten(0, 1).index_select(1, self._lags)
+        channels = corr.shape[1]
+        lags = corr[first:last].flatten(0, 1).index_select(1, self._lags)
         values = lags.view(last - first, channels, *self._sizes)
         for inner, correction, flat in self._corrections:
             part = values
@@ -143,21 +143,21 @@ def _at_borders(
     x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
     x = x.permute(0, 1, *(3 + a for a in borders), 2, *(3 + a for a in outer))
     pixels = [border.pixels for border in borders.values()]
-    found = correlate(x.flatten(1, 2 + len(pixels)), groups, [lags[a] for a in outer])
+    corr = correlate(x.flatten(1, 2 + len(pixels)), groups, [lags[a] for a in outer])
     # [G, p1, .., C / G, q1, .., C / G, lags..]: pixels in front are slices, which add up fast.
-    found = found.view(groups, *pixels, x.shape[2 + len(pixels)], *pixels, -1, *found.shape[2:])
+    corr = corr.view(groups, *pixels, x.shape[2 + len(pixels)], *pixels, -1, *corr.shape[2:])
     count = len(borders)
     for done, (a, border) in enumerate(borders.items()):
-        shape = found.select(1 + done, 0).select(1 + count, 0).shape
-        summed = found.new_zeros(len(pairs[a].lags) - pairs[a].active, *shape)
+        shape = corr.select(1 + done, 0).select(1 + count, 0).shape
+        summed = corr.new_zeros(len(pairs[a].lags) - pairs[a].active, *shape)
         for entry, p, q in border.parts:
-            summed[entry] += found.select(1 + done, p).select(1 + count, q)
-        found = summed
+            summed[entry] += corr.select(1 + done, p).select(1 + count, q)
+        corr = summed
         del summed
-    place = {a: count - 1 - at for at, a in enumerate(borders)}  # the last entries are in front
-    place |= {a: count + 3 + at for at, a in enumerate(outer)}
-    found = found.permute(count, count + 1, count + 2, *(place[a] for a in range(dims)))
-    return found.flatten(0, 1).contiguous()
+    place = {a: count - 1 - i for i, a in enumerate(borders)}  # the last entries are in front
+    place |= {a: count + 3 + i for i, a in enumerate(outer)}
+    corr = corr.permute(count, count + 1, count + 2, *(place[a] for a in range(dims)))
+    return corr.flatten(0, 1).contiguous()
 
 
 @lru_cache(maxsize=512)
