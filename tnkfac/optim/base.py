@@ -260,7 +260,7 @@ class CurvatureOptimizer(Optimizer):
             self._notices.check_stale(due, self.state)
         found_inf = self._step_if_finite(pending, bad_gradients)
         self._skipped.add(found_inf)
-        undo = self._undo(pending) if isinstance(found_inf, Tensor) else None
+        undo = self._undo(pending)
         self._advance(self._updated(pending) if found_inf is not True else [])
         if isinstance(found_inf, Tensor):
             self._flags.send(found_inf, undo)

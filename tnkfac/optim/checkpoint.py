@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import StateDict
 
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
@@ -39,7 +39,7 @@ def without_strangers(state: State, groups: list[Group]) -> Iterator[None]:
         state.update(strangers)
 
 
-def as_saved(saved: dict[str, Any], runner: RuleRunner) -> dict[str, Any]:
+def as_saved(saved: StateDict, runner: RuleRunner) -> StateDict:
     """What torch has made of the optimizer, without what can be derived and without callables."""
     state = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
     for group in saved["param_groups"]:
@@ -65,7 +65,7 @@ def restore_groups(groups: list[Group], before: list[Group]) -> None:
 
 def restore_tensors(
     state: State,
-    saved: Mapping[str, Any],
+    saved: StateDict,
     params: list[Tensor],
     dtypes: Mapping[int, Mapping[str, torch.dtype]],
 ) -> None:
@@ -112,7 +112,7 @@ def split_second_moments(layer: CapturedLayer, state: State, step: int) -> None:
 def chooses_alike(groups: Iterable[Group], before: Iterable[Group]) -> bool:
     """Whether groups leave the same layers to the fallback as before."""
 
-    def choice(group: Group) -> tuple[Any, ...]:
+    def choice(group: Group) -> tuple[object, ...]:
         return tuple(group["skip_layers"]), group["capture_tied"]
 
     return [*map(choice, groups)] == [*map(choice, before)]

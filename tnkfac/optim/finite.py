@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 
-def loss_scale(grad_scaler: Any) -> Tensor | float:
+def loss_scale(grad_scaler: GradScaler | None) -> Tensor | float:
     """By how much the loss of this step was multiplied.
 
     Output gradients are captured scaled, and neither ``.grad`` nor the optimizer tells by how
@@ -27,7 +27,7 @@ def loss_scale(grad_scaler: Any) -> Tensor | float:
     return 1.0 if scale is None else scale
 
 
-def _calling_scaler() -> Any:
+def _calling_scaler() -> GradScaler | None:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "step":
@@ -133,9 +133,9 @@ class AsyncFlags:
 
     def __init__(self) -> None:
         """Nothing is on its way."""
-        self._waiting: list[tuple[Any, Tensor, Any]] = []
+        self._waiting: list[tuple[torch.cuda.Event, Tensor, Callable[[], None]]] = []
 
-    def send(self, skip: Tensor, undo: Any) -> None:
+    def send(self, skip: Tensor, undo: Callable[[], None]) -> None:
         """Queue the copy of a flag; ``undo`` is called if it turns out to be one."""
         host = torch.empty((), dtype=skip.dtype, device="cpu", pin_memory=True)
         host.copy_(skip, non_blocking=True)
@@ -149,7 +149,7 @@ class AsyncFlags:
             event, host, undo = self._waiting[0]
             if wait:
                 event.synchronize()
-            elif not event.query():
+            elif not event.query():  # type: ignore[no-untyped-call]
                 return
             self._waiting.pop(0)
             if host.item():

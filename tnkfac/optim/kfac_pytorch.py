@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import StateDict
 
 from tnkfac.curvature.callers import warn
 from tnkfac.optim import options
@@ -17,6 +19,9 @@ from tnkfac.optim.params.sharding import local_shard, shard_like
 from tnkfac.optim.report.summary import Report
 from tnkfac.optim.step.pipeline import preconditioned
 from tnkfac.optim.uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FRACTIONS = {"comm_opt": 1.0, "hybrid_opt": 0.5, "mem_opt": 0.0}
 """Its names of strategies, and ``grad_worker_fraction``."""
@@ -138,13 +143,13 @@ class KFACPreconditioner:
         lr: Scheduled = 0.1,
         accumulation_steps: int = 1,
         allreduce_bucket_cap_mb: float = 25.0,
-        assignment_strategy: Any = "compute",
+        assignment_strategy: object = "compute",
         colocate_factors: bool = True,
-        compute_method: Any = "eigen",
+        compute_method: object = "eigen",
         compute_eigenvalue_outer_product: bool = True,
-        grad_worker_fraction: Any = "comm_opt",
+        grad_worker_fraction: object = "comm_opt",
         symmetry_aware: bool = False,
-        grad_scaler: Any = None,
+        grad_scaler: GradScaler | Callable[[], float] | None = None,
         factor_dtype: torch.dtype | None = None,
         inv_dtype: torch.dtype = torch.float32,
         skip_layers: Sequence[str] | None = None,
@@ -152,7 +157,7 @@ class KFACPreconditioner:
         loglevel: int = 10,
         normalization: str = "kfac-pytorch",
         structures: str | tuple[str, str] = "dense",
-        process_group: Any = "auto",
+        process_group: ProcessGroup | str | None = "auto",
         capture_tied: bool = False,
     ) -> None:
         """See the class."""
@@ -160,7 +165,7 @@ class KFACPreconditioner:
             raise TypeError(f"model: got a {type(model).__name__}. Supported: a torch.nn.Module.")
         method = str(getattr(compute_method, "name", compute_method)).lower()
         options.choices("compute_method", method, METHODS)
-        fraction = getattr(grad_worker_fraction, "name", grad_worker_fraction)
+        fraction: Any = getattr(grad_worker_fraction, "name", grad_worker_fraction)
         if isinstance(fraction, str):
             options.choices("grad_worker_fraction", fraction.lower(), FRACTIONS)
             fraction = FRACTIONS[fraction.lower()]
@@ -169,7 +174,8 @@ class KFACPreconditioner:
         self._shown = {"accumulation_steps": accumulation_steps, "compute_method": method}
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         now: dict[str, Any] = {k: v(0) if callable(v) else v for k, v in given.items()}
-        scaler: Any = _Scale(grad_scaler) if _is_function(grad_scaler) else grad_scaler
+        scaler: Any = grad_scaler
+        scaler = _Scale(scaler) if _is_function(scaler) else scaler
         self._kfac = _Rewriter(
             model,
             **now,
@@ -205,7 +211,7 @@ class KFACPreconditioner:
         """Drop what the passes since the last step have measured."""
         self._kfac._registry.clear()
 
-    def state_dict(self, include_factors: bool = True) -> dict[str, Any]:
+    def state_dict(self, include_factors: bool = True) -> StateDict:
         """Hyper-parameters, and the factors with their decompositions unless left out.
 
         Args:
@@ -214,7 +220,7 @@ class KFACPreconditioner:
         saved = self._kfac.state_dict()
         return saved if include_factors else {**saved, "state": {}}
 
-    def load_state_dict(self, state_dict: dict[str, Any], compute_inverses: bool = True) -> None:
+    def load_state_dict(self, state_dict: StateDict, compute_inverses: bool = True) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Args:
@@ -291,7 +297,7 @@ def _matching(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     return sorted(trained & {name for names in matches.values() for name in names})
 
 
-def _is_function(scaler: Any) -> bool:
+def _is_function(scaler: object) -> bool:
     return callable(scaler) and not hasattr(scaler, "is_enabled")
 
 

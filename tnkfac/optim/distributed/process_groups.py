@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,13 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac.optim.params.sharding import fully_sharded, is_distributed
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def several() -> bool:
     """Whether there may be other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def groups_of(params: list[Tensor]) -> list[Any]:
+def groups_of(params: list[Tensor]) -> list[ProcessGroup]:
     """Process groups over whose product statistics are to be added up."""
     sharded = fully_sharded(params)
     for param in params:
@@ -32,7 +35,7 @@ def groups_of(params: list[Tensor]) -> list[Any]:
     return []
 
 
-def ranks_of(params: list[Tensor], groups: list[Any]) -> list[int]:
+def ranks_of(params: list[Tensor], groups: list[ProcessGroup]) -> list[int]:
     """Ranks of all processes of such groups."""
     if len(groups) == 1:
         return dist.get_process_group_ranks(groups[0])
@@ -43,12 +46,12 @@ def ranks_of(params: list[Tensor], groups: list[Any]) -> list[int]:
     return [0]
 
 
-def holders_of(params: list[Tensor]) -> list[Any]:
+def holders_of(params: list[Tensor]) -> list[ProcessGroup]:
     """Process groups that hold parts of some parameters."""
     groups = {id(group): group for p in params if is_distributed(p) for group in _axes(p)}
     return list(groups.values())
 
 
-def _axes(param: Any) -> list[Any]:
+def _axes(param: Any) -> list[ProcessGroup]:
     mesh = param.device_mesh
     return [mesh.get_group(axis) for axis in range(mesh.ndim)]

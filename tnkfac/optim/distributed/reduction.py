@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from tnkfac.optim.distributed.buckets import buckets, packed, size, unpacked
 from tnkfac.optim.distributed.process_groups import groups_of, holders_of, ranks_of, several
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.sharding import is_distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Copy:
 class Processes:
     """The processes that train the same parameters, once they are known."""
 
-    def __init__(self, process_group: Any = "auto") -> None:
+    def __init__(self, process_group: ProcessGroup | str | None = "auto") -> None:
         """None are known yet.
 
         Args:
@@ -63,10 +66,10 @@ class Processes:
                 "torch.distributed.ProcessGroup."
             )
         self._given = process_group
-        self._groups: list[Any] = []
-        self.holders: list[Any] = []
+        self._groups: list[ProcessGroup] = []
+        self.holders: list[ProcessGroup] = []
         self._ranks: list[int] = [0]
-        self._subgroups: dict[tuple[int, ...], Any] = {}
+        self._subgroups: dict[tuple[int, ...], ProcessGroup] = {}
         self._compared: set[int] = set()
         self._updates = 0
 
@@ -93,10 +96,11 @@ class Processes:
             self.holders = holders_of(params)
             self._ranks = ranks_of(params, self._groups)
 
-    def _named(self) -> list[Any]:
+    def _named(self) -> list[ProcessGroup]:
         """The group that the user named, unless it is this process alone."""
-        shared = self._given is not None and dist.get_world_size(self._given) > 1
-        return [self._given] if shared else []
+        group = self._given
+        alone = group is None or isinstance(group, str) or dist.get_world_size(group) == 1
+        return [] if alone else [group]  # type: ignore[list-item]
 
     @property
     def overlooked(self) -> bool:
@@ -232,13 +236,14 @@ class Processes:
         listed: list[int] = worst.tolist()
         return listed
 
-    def _group(self, members: tuple[int, ...]) -> Any:
+    def _group(self, members: tuple[int, ...]) -> ProcessGroup:
         """The process group of some of the places."""
         if len(members) == self.count and len(self._groups) == 1:
             return self._groups[0]
         if members not in self._subgroups:
             ranks = [self._ranks[member] for member in members]
-            self._subgroups[members] = dist.new_group(ranks, use_local_synchronization=True)
+            group: Any = dist.new_group(ranks, use_local_synchronization=True)
+            self._subgroups[members] = group
         return self._subgroups[members]
 
     def _compare(self, layers: Sequence[CapturedLayer]) -> None:

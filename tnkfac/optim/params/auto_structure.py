@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,7 +158,7 @@ def limit_state(
     layers: Iterable[CapturedLayer],
     others: Iterable[Uncaptured],
     groups: list[Group],
-    state: Mapping[Tensor, Any],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
 ) -> None:
     """Choose structures of new layers within the ``max_state_ratio`` of their groups.
 
@@ -185,7 +184,9 @@ def limit_state(
         ladders = [candidates(layer.statistics.layer, group["structures"]) for layer in new]
         sizes = [_itemsizes(layer, group) for layer in new]
 
-        def cost(i: int, pair: StructurePair, sizes: Any = sizes, copies: int = copies) -> float:
+        def cost(
+            i: int, pair: StructurePair, sizes: list[tuple[int, int]] = sizes, copies: int = copies
+        ) -> float:
             return pair.state_bytes(sizes[i], copies)
 
         pairs = greedy_fit(ladders, cost, bound)
@@ -200,7 +201,9 @@ def limit_state(
 
 
 def limit_time(
-    layers: Iterable[CapturedLayer], groups: list[Group], state: Mapping[Tensor, Any]
+    layers: Iterable[CapturedLayer],
+    groups: list[Group],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
 ) -> bool:
     """Choose structures within the ``max_step_ratio`` of the groups, once batches were seen.
 
@@ -226,7 +229,9 @@ def limit_time(
         base = sum(base_work(la.statistics.layer, n) for la, n in zip(new, rows, strict=True))
         ladders = [_not_above(candidates(layer.statistics.layer, names), layer) for layer in new]
 
-        def work(i: int, pair: StructurePair, rows: Any = rows, every: float = every) -> float:
+        def work(
+            i: int, pair: StructurePair, rows: list[int] = rows, every: float = every
+        ) -> float:
             return pair.work(rows[i], every)
 
         pairs = greedy_fit(ladders, work, (group["max_step_ratio"] - 1) * base)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class CapturedLayer:
     needs: Needs
     statistics: Statistics
     scaling: ElementwisePreconditioner | None = None
-    removers: list[Callable[[], Any]] = field(default_factory=list)
+    removers: list[Callable[[], object]] = field(default_factory=list)
     cached_marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
 
     def params(self) -> list[Tensor]:

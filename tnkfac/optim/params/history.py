@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+
+from torch import Tensor
 
 from tnkfac.curvature.layers import Layer
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.auto_structure import matching
 
-State = Mapping[str, Any]
-Group = Mapping[str, Any]
+State = Mapping[str, Tensor]
 
 
 def begun_by_fallback(state: State, group: Group) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture.owners import find_owners, root_of
-from tnkfac.optim.options import Group
+from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.skipping import Unmatched
@@ -41,7 +41,7 @@ class Registry:
         self._sorted: list[Tensor] = []
         self._groups: list[Group] = []
 
-    def spell_out(self, params: Any) -> list[Any]:
+    def spell_out(self, params: Params) -> list[Any]:
         """List what may hold parameters, remembering the module that it comes from.
 
         Args:
@@ -68,7 +68,9 @@ class Registry:
         """Search this module first from now on."""
         self._roots.append(weakref.ref(root))
 
-    def sort(self, owner: object, groups: list[Group], state: dict[Tensor, Any]) -> bool:
+    def sort(
+        self, owner: object, groups: list[Group], state: Mapping[Tensor, Mapping[str, Tensor]]
+    ) -> bool:
         """Find the layers of all groups; tell whether any parameter's module was found.
 
         Args:
@@ -141,7 +143,9 @@ class Registry:
         self.close()
         self.layers, self.others = [], []
 
-    def contradicts(self, state: dict[Tensor, Any], groups: list[Group]) -> bool:
+    def contradicts(
+        self, state: Mapping[Tensor, Mapping[str, Tensor]], groups: list[Group]
+    ) -> bool:
         """Whether a state is that of another choice of layers, or of their biases.
 
         Args:
@@ -176,7 +180,7 @@ class Registry:
             yield uncaptured.name, uncaptured.param
 
 
-def _are(these: list[Any], those: list[Any]) -> bool:
+def _are(these: Sequence[object], those: Sequence[object]) -> bool:
     """Whether two lists have the very same entries."""
     return len(these) == len(those) and all(map(is_, these, those))
 
@@ -186,7 +190,9 @@ def by_parameter(groups: list[Group]) -> dict[int, Group]:
     return {id(param): group for group in groups for param in group["params"]}
 
 
-def _is_of_another(layer: CapturedLayer, state: dict[Tensor, Any], group: Group) -> bool:
+def _is_of_another(
+    layer: CapturedLayer, state: Mapping[Tensor, Mapping[str, Tensor]], group: Group
+) -> bool:
     """Whether a state is one of the fallback, or of the layer with or without its bias."""
     param_state = state.get(layer.weight, {})
     if begun_by_fallback(param_state, group):

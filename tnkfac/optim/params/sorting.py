@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -27,7 +26,7 @@ def sort(
     params: list[Tensor],
     owners: dict[int, list[Owner]],
     group_of: Callable[[Tensor], Group],
-    state: Mapping[Tensor, Any],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
     needs: Callable[[Group], Needs],
     known: Iterable[int] = (),
     before: Mapping[int, str] = MappingProxyType({}),
@@ -137,7 +136,7 @@ def _joint_bias(
     done: set[int],
     owners: dict[int, list[Owner]],
     group_of: Callable[[Tensor], Group],
-    state: Mapping[Tensor, Any],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
 ) -> tuple[Tensor | None, str]:
     """The bias that is trained together with the weight, or why there is none."""
     biases = [o.module._parameters.get("bias") for o in entries if o.refusal is None]
@@ -164,7 +163,9 @@ def _joint_bias(
     return (bias, "") if why is None else (None, why)
 
 
-def _row_for_bias(state: Any, module: nn.Module, group: dict[str, Any]) -> bool | None:
+def _row_for_bias(
+    state: Mapping[str, Tensor] | None, module: nn.Module, group: Group
+) -> bool | None:
     return has_row_for_bias(state, describe(module), group) if state else None
 
 
@@ -197,9 +198,7 @@ def _with_embeddings(entries: list[Owner]) -> list[Owner]:
     return [replace(entry, indices=True) for entry in entries]
 
 
-def _refusal(
-    weight: Tensor, entries: list[Owner], sharded: set[int], group: dict[str, Any]
-) -> str | None:
+def _refusal(weight: Tensor, entries: list[Owner], sharded: set[int], group: Group) -> str | None:
     """Why a parameter with these owners is not the weight of a captured layer, if so.
 
     Args:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from tnkfac.curvature.callers import warn
 from tnkfac.optim.params.captured import CapturedLayer
@@ -78,9 +76,7 @@ class Notices:
                 "normal for a part of the model that did not run.",
             )
 
-    def check_statistics(
-        self, due: Sequence[CapturedLayer], state: Mapping[Tensor, dict[str, Any]]
-    ) -> None:
+    def check_statistics(self, due: Sequence[CapturedLayer], state: State) -> None:
         """Warn of layers that have a gradient, but never had statistics; of each once.
 
         Args:

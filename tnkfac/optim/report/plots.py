@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tnkfac.optim.report.diagnostics import Diagnostics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST_NAMES = 40
 """Layers whose names fit beside their bars."""
@@ -45,7 +48,7 @@ def draw_report(rows: Sequence[Any], diagnostics: Diagnostics, path: str | Path)
     return Path(path)
 
 
-def _spectra(axis: Any, diagnostics: Diagnostics, side: int) -> None:
+def _spectra(axis: Axes, diagnostics: Diagnostics, side: int) -> None:
     """Eigenvalues over the largest of their layer, the first layer dark and the last one bright."""
     import matplotlib
 
@@ -65,7 +68,7 @@ def _spectra(axis: Any, diagnostics: Diagnostics, side: int) -> None:
     axis.grid(alpha=0.3)
 
 
-def _bars(axis: Any, names: list[str], values: list[float], title: str) -> None:
+def _bars(axis: Axes, names: list[str], values: list[float], title: str) -> None:
     """One bar for each layer, the first on top."""
     axis.barh(range(len(values)), values, color="tab:blue")
     axis.invert_yaxis()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry
-from tnkfac.optim.params.state import mark
+from tnkfac.optim.params.state import ParamState, State, mark
 from tnkfac.optim.report.diagnostics import Diagnostics
 from tnkfac.optim.report.plots import draw_report
 from tnkfac.optim.report.table import aligned
@@ -115,7 +115,7 @@ def _cell(value: object) -> str:
     return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def summarize(registry: Registry, state: dict[Tensor, Any]) -> Report:
+def summarize(registry: Registry, state: State) -> Report:
     """How every parameter is trained.
 
     Args:
@@ -132,7 +132,7 @@ def summarize(registry: Registry, state: dict[Tensor, Any]) -> Report:
     return rows
 
 
-def _layer_rows(layer: CapturedLayer, state: dict[Tensor, Any]) -> Iterator[Row]:
+def _layer_rows(layer: CapturedLayer, state: State) -> Iterator[Row]:
     statistics = layer.statistics
     structure = ""
     dims: tuple[int, ...] = ()
@@ -163,7 +163,7 @@ def _waits(statistics: Statistics) -> str:
     return f"no statistics yet: {why}" if why else "no statistics yet"
 
 
-def _bytes(state: dict[str, Any]) -> int:
+def _bytes(state: ParamState) -> int:
     numbers = (value for name, value in state.items() if name != "structures")  # these are names
     tensors = [value for value in numbers if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

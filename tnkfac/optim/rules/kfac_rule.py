@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ class KfacRule(Rule):
     derived = ("Q_A", "Q_B", "d_A", "d_B", "scales", "A_inv", "B_inv")
     stacks_updates = False  # an average gains nothing from it
 
-    def complete(self, given: Mapping[str, Any]) -> Group:
+    def complete(self, given: Mapping[str, object]) -> Group:
         """With what ``"auto"`` stands for."""
         group = super().complete(given)
         scaled = (group[name] for name in ("damping", "kl_clip"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Rule(ABC):
 
     # ---------------------------------------------------------------- hyper-parameters
 
-    def complete(self, given: Mapping[str, Any]) -> Group:
+    def complete(self, given: Mapping[str, object]) -> Group:
         """All hyper-parameters, with defaults for those that were not given."""
         return options.chosen(self.options, given)
 

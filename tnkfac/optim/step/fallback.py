@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from tnkfac.curvature import switch
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.sharding import local_shard
 
-State = dict[str, Any]
+State = dict[str, Tensor]
 
 
 def share_layout(tensors: Sequence[Tensor]) -> bool:
@@ -33,7 +33,7 @@ def share_layout(tensors: Sequence[Tensor]) -> bool:
     return first.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(first))
 
 
-def init_state(param: Tensor, group: dict[str, Any]) -> State:
+def init_state(param: Tensor, group: Group) -> State:
     """State of one parameter; its keys depend on the group only.
 
     Half-precision parameters have moments in float32: in bfloat16 a slow moving average would not
@@ -66,7 +66,7 @@ def _mapped(change: Callable[[Tensor], Tensor], state: State) -> State:
 def update(
     params: list[Tensor],
     states: list[State],
-    group: dict[str, Any],
+    group: Group,
     found_inf: Tensor | None = None,
 ) -> None:
     """One step for parameters of one group whose gradients are all there.
@@ -78,15 +78,15 @@ def update(
         group: Their group. Without ``fallback_lr`` the group's ``lr`` is used; with it, it is
             scaled by what a scheduler has made of the group's ``lr``.
     """
-    by_kind: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
+    by_kind: dict[tuple[bool, object], list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
     for param, state in zip(params, states, strict=True):
         whole, shard = local_shard(param.detach()), _mapped(local_shard, state)
         assert param.grad is not None
         grad = _single(local_shard(param.grad))
         moments = [value for key, value in shard.items() if key != "step"]
         alike = share_layout([_single(whole), grad, *moments])
-        by_kind[alike, type(param), param.device, param.dtype].append((whole, grad, shard))
-    for (alike, *_), entries in by_kind.items():
+        by_kind[alike, (type(param), param.device, param.dtype)].append((whole, grad, shard))
+    for (alike, _), entries in by_kind.items():
         wholes = [whole for whole, _, _ in entries]
         grads = [grad for _, grad, _ in entries]
         shards = [shard for _, _, shard in entries]
@@ -116,7 +116,7 @@ def _update(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[State],
-    group: dict[str, Any],
+    group: Group,
     found_inf: Tensor | None,
     alike: bool,
 ) -> None:
@@ -165,14 +165,15 @@ def _update(
     )
 
 
-def learning_rate(group: dict[str, Any]) -> Any:
+def learning_rate(group: Group) -> Tensor | float:
     """Learning rate of the fallback at this step."""
-    lr = group["fallback_lr"]
+    lr: Tensor | float | None = group["fallback_lr"]
+    of_group: Tensor | float = group["lr"]
     if lr is None:
-        return group["lr"]
-    return lr if group["base_lr"] == 0 else lr * (group["lr"] / group["base_lr"])
+        return of_group
+    return lr if group["base_lr"] == 0 else lr * (of_group / group["base_lr"])
 
 
-def _momentum(group: dict[str, Any]) -> float:
+def _momentum(group: Group) -> float:
     momentum = group["fallback_momentum"]
     return float(group["momentum"] if momentum is None else momentum)

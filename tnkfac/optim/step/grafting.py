@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import hypot, inf
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +75,7 @@ def clip_(
 
 def _by_learning_rate(
     update: Tensor, gradient: Tensor, layer: CapturedLayer
-) -> list[tuple[Tensor, Tensor, Any]]:
+) -> list[tuple[Tensor, Tensor, Tensor | float]]:
     """Columns of an update and of a gradient that have one learning rate, and that."""
     lr = layer.group["lr"]
     if layer.bias_group is layer.group:
@@ -87,7 +86,7 @@ def _by_learning_rate(
     ]
 
 
-def trust_region(terms: Sequence[tuple[Tensor, Tensor, Any]], bound: float) -> Tensor:
+def trust_region(terms: Sequence[tuple[Tensor, Tensor, Tensor | float]], bound: float) -> Tensor:
     """One factor for all layers that bounds the quadratic change of the loss.
 
     ``min(1, sqrt(bound / |sum lr^2 <natural, gradient>|))``, a scalar tensor.
