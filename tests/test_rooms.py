@@ -216,7 +216,7 @@ SNIPPETS = [  # file under tnkfac/, source, number of violations
     ("curvature/dense.py", "tensor.register_hook(f)", 1),
     ("curvature/dense.py", "getattr(module, 'register_full_backward_hook')(f)", 1),
     ("optim/kfac.py", "from torch.nn.modules.module import register_module_forward_hook", 1),
-    ("optim/keeping.py", "self.register_load_state_dict_pre_hook(f)", 0),
+    ("optim/base.py", "self.register_load_state_dict_pre_hook(f)", 0),
     ("optim/distributed/reduction.py", "import torch.distributed as dist\ndist.all_reduce(x)", 0),
     ("optim/kfac.py", "import torch.distributed as dist\ndist.is_initialized()", 0),
     ("optim/kfac.py", "import torch.distributed as dist\ndist.all_reduce(x)", 1),

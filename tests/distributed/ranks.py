@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac import KFAC, SINGD
-from tnkfac.optim import base, keeping
-from tnkfac.optim.distributed import buckets, reduction
+from tnkfac.optim import base
+from tnkfac.optim.distributed import buckets, placing, reduction
 from tnkfac.optim.params import state as states
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -521,7 +521,7 @@ def other_layers_are_refused() -> None:
 @scenario
 def a_state_dict_that_one_process_alone_asks_for() -> None:
     """It is in many; an error, not a wait without end."""
-    keeping.PATIENCE = timedelta(seconds=1)
+    placing.PATIENCE = timedelta(seconds=1)
     options = {"grad_worker_fraction": 1 / dist.get_world_size()}
     model, optimizer = built("SINGD", options=options, process_group=dist.new_group())
     train(model, optimizer, "SINGD", 0, even(8), 1)
