@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,18 @@ from tnkfac.curvature.precision import FullPrecision
 from tnkfac.optim import checkpoint, options
 from tnkfac.optim.distributed.assignment import Placement
 from tnkfac.optim.distributed.reduction import Processes
-from tnkfac.optim.finite import AsyncFlags, SkippedUpdates, either, loss_scale, non_finite
+from tnkfac.optim.finite import (
+    AsyncFlags,
+    SkippedSteps,
+    SkippedUpdates,
+    either,
+    loss_scale,
+    non_finite,
+)
 from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry, by_parameter
-from tnkfac.optim.params.scaling import Diagonals
 from tnkfac.optim.params.state import ParamState, has_curvature, mark, set_mark
 from tnkfac.optim.report.diagnostics import Diagnostics, diagnose
 from tnkfac.optim.report.notices import Notices
@@ -34,7 +40,7 @@ from tnkfac.optim.rules.rule import Rule
 from tnkfac.optim.rules.runner import RuleRunner
 from tnkfac.optim.step import fallback
 from tnkfac.optim.step.elementwise import DeferredCheck
-from tnkfac.optim.step.pipeline import step_layers, step_others
+from tnkfac.optim.step.pipeline import StepContext, step_layers, step_others
 from tnkfac.optim.uncompiled import uncompiled
 
 if TYPE_CHECKING:
@@ -108,7 +114,7 @@ class CurvatureOptimizer(Optimizer):
         self._ready = False
         self._registry: Registry = Registry(self.rule.needs)
         self._grad_scaler = grad_scaler
-        self._skipped = SkippedUpdates()
+        self._skipped, self._skipped_steps = SkippedUpdates(), SkippedSteps()
         self._flags = AsyncFlags()
         self._trust: Tensor | None = None
         self._search: FirstForward | None = None
@@ -260,6 +266,8 @@ class CurvatureOptimizer(Optimizer):
             self._notices.check_stale(due, self.state)
         found_inf = self._step_if_finite(pending, bad_gradients)
         self._skipped.add(found_inf)
+        if self._skipped_steps.untold:
+            self._notices.tell_skipped(self._skipped_steps.untold)
         undo = self._undo(pending)
         self._advance(self._updated(pending) if found_inf is not True else [])
         if isinstance(found_inf, Tensor):
@@ -331,22 +339,15 @@ class CurvatureOptimizer(Optimizer):
             norms = {} if deferred is None else deferred.norms()
             if norms is None:
                 return True
-            self._step_params(found_inf, diagonals, norms)
+            skipped = self._skipped_steps
+            self._step_params(StepContext(state, found_inf, skipped, diagonals, norms))
         return skip
 
-    def _step_params(
-        self, found_inf: Tensor | None, diagonals: Diagonals, norms: Mapping[int, float]
-    ) -> None:
-        """Step every parameter that has a gradient.
-
-        Args:
-            found_inf: Scalar that turns the step into none where it is one.
-            diagonals: Factors of layers whose gradients are only scaled.
-            norms: What is known of the norms of scaled gradients, by ``id`` of the layer.
-        """
-        layers, state = self._registry.layers, self.state
-        self._trust = step_layers(layers, self._precondition, diagonals, state, found_inf, norms)
-        step_others(self._registry.others, self.state, self.param_groups, found_inf)
+    def _step_params(self, context: StepContext) -> None:
+        """Step every parameter that has a gradient."""
+        self._trust = step_layers(self._registry.layers, self._precondition, context)
+        others, found_inf = self._registry.others, context.found_inf
+        step_others(others, self.state, self.param_groups, found_inf)
         # torch's fused kernels do not tell autograd that they have written
         increment_version([p for g in self.param_groups for p in g["params"] if p.grad is not None])
 
@@ -602,6 +603,7 @@ class CurvatureOptimizer(Optimizer):
         self._catch_up()
         report = summarize(self._registry, self.state)
         report.skipped_updates = self.skipped_updates
+        report.skipped_steps = self._skipped_steps.totals
         report.trust_region = None if self._trust is None else float(self._trust)
         owner = weakref.ref(self)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 
 import torch
@@ -122,6 +123,39 @@ class SkippedUpdates:
     def total(self) -> int:
         """Number of skipped batches; waits for the device."""
         return self._host + (0 if self._device is None else int(self._device.item()))
+
+
+class SkippedSteps:
+    """Counts steps of layers that were skipped for an update that is not finite.
+
+    Attributes:
+        untold: Layers of which the user was not told yet.
+    """
+
+    def __init__(self) -> None:
+        """No step was skipped."""
+        self.untold: set[str] = set()  # known here without waiting
+        self._host: Counter[str] = Counter()
+        self._device: dict[tuple[str, ...], Tensor] = {}
+
+    def add(self, names: Sequence[str]) -> None:
+        """Count a step of each of some layers."""
+        self.untold |= {*names} - self._host.keys()
+        self._host.update(names)
+
+    def add_flags(self, names: Sequence[str], flags: Tensor) -> None:
+        """Count a step of those layers whose flag is set, without waiting for it."""
+        key = tuple(names)
+        before = self._device.get(key)
+        self._device[key] = flags.long() if before is None else before + flags
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Skipped steps of the layers that have any; waits for the device."""
+        counts = Counter(self._host)
+        for names, device in self._device.items():
+            counts.update(dict(zip(names, device.tolist(), strict=True)))
+        return {name: count for name, count in counts.items() if count}
 
 
 class AsyncFlags:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import StateDict
 
 from tnkfac.curvature.callers import warn
 from tnkfac.optim import options
+from tnkfac.optim.finite import finite
 from tnkfac.optim.kfac import KFAC
-from tnkfac.optim.params.scaling import Diagonals
 from tnkfac.optim.params.sharding import local_shard, shard_like
 from tnkfac.optim.report.summary import Report
-from tnkfac.optim.step.pipeline import preconditioned
+from tnkfac.optim.step.pipeline import StepContext, preconditioned
 from tnkfac.optim.uncompiled import uncompiled
 
 if TYPE_CHECKING:
@@ -57,16 +57,17 @@ Scheduled = float | Callable[[int], float]
 class _Rewriter(KFAC):
     """KFAC that replaces gradients by natural ones and leaves parameters alone."""
 
-    def _step_params(
-        self, found_inf: Tensor | None, diagonals: Diagonals, norms: Mapping[int, float]
-    ) -> None:
+    def _step_params(self, context: StepContext) -> None:
         layers = [
             la for la in self._registry.layers if any(p.grad is not None for p in la.params())
         ]
-        updates, self._trust = preconditioned(layers, self._precondition, found_inf)
-        for param, new in (pair for update in updates for pair in update.parts):
-            assert param.grad is not None
-            local_shard(param.grad).copy_(shard_like(new, param))
+        updates, self._trust = preconditioned(layers, self._precondition, context.found_inf)
+        for layer, parts in updates:
+            good = finite([new for _, new in parts])
+            context.skipped.add_flags([layer.name], ~good.view(1))
+            for param, new in parts:
+                assert param.grad is not None
+                local_shard(param.grad).copy_(shard_like(torch.where(good, new, 0.0), param))
 
 
 def _current(name: str, what: str) -> property:

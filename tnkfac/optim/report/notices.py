@@ -110,6 +110,20 @@ class Notices:
             f"The fallback trains layers whose curvature cannot be measured any more. {listed}.",
         )
 
+    def tell_skipped(self, names: set[str]) -> None:
+        """Warn of layers whose update was not finite, and forget them.
+
+        Args:
+            names: The layers.
+        """
+        listed = sorted(names)
+        names.clear()
+        warn(
+            f"The update of {_some(listed)} is not finite, though gradients and statistics are; it "
+            "makes no step. If that goes on: more damping, a smaller learning rate, or float64. "
+            "report() counts such steps.",
+        )
+
     def check_stale(self, due: Sequence[CapturedLayer], state: State) -> None:
         """Warn of layers that had statistics, and have missed several updates in a row.
 

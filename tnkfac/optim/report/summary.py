@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,12 +60,14 @@ class Report(list[Row]):
 
     Attributes:
         skipped_updates: Batches that were skipped for non-finite gradients or statistics.
+        skipped_steps: How often a layer made no step, because its update was not finite, by name.
         trust_region: By what ``kl_clip`` scaled the last updates of all layers, at most 1; None
             without it, or before the first step.
         diagnose: Looks at the curvature of the layers; None where no optimizer can be asked.
     """
 
     skipped_updates: int = 0
+    skipped_steps: Mapping[str, int] = MappingProxyType({})
     trust_region: float | None = None
     diagnose: Callable[[], Diagnostics | None] | None = None
 
@@ -104,6 +107,10 @@ class Report(list[Row]):
             guards.append(
                 f"{self.skipped_updates} batches skipped for numbers that are not finite."
             )
+        guards += [
+            f"{name} made no step {count} times: its update was not finite."
+            for name, count in self.skipped_steps.items()
+        ]
         return "\n".join([*aligned(titles, lines), *guards])
 
     __repr__ = __str__

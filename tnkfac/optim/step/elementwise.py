@@ -9,7 +9,7 @@ memory scaled. The norm also tells whether a gradient is finite.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import hypot
+from math import hypot, isfinite
 
 import torch
 from torch import Tensor
@@ -208,7 +208,7 @@ def norm(scaled: Scaled) -> float:
 
 
 def step_large(scaled: Scaled, state: State, known: float | None = None) -> bool:
-    """Graft and step one layer; tell whether it was done: not where float32 loses its norm.
+    """Graft and step one layer; tell whether it was done: not where its norm is out of range.
 
     Args:
         scaled: The layer, with its factors.
@@ -221,8 +221,10 @@ def step_large(scaled: Scaled, state: State, known: float | None = None) -> bool
     pieces, inputs, outputs = _pieces(layer, squares)
     params = torch.split(weight, len(pieces[0]))
     bias = _bias(layer, squares)
+    length = norm(scaled) if known is None else known
+    if not isfinite(length):
+        return False
     if group["grafting"]:
-        length = norm(scaled) if known is None else known
         size = grafting.number(group)
         if size is None or not grafting.in_range(length):
             return False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import hypot, inf
+from math import hypot, inf, isfinite
 
 import torch
 from torch import Tensor
 
-from tnkfac.curvature import switch
 from tnkfac.optim.distributed.reduction import full_tensor
+from tnkfac.optim.finite import SkippedSteps
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.state import ParamState, State
@@ -95,48 +95,125 @@ def trust_region(terms: Sequence[tuple[Tensor, Tensor, Tensor | float]], bound: 
         terms: Preconditioned gradients, gradients of the same shapes, and learning rates.
         bound: ``kl_clip``.
     """
-    total = torch.zeros((), device=terms[0][0].device)
+    total = torch.zeros((), dtype=torch.float64, device=terms[0][0].device)
     for update, gradient, lr in terms:
-        dtype = torch.promote_types(update.dtype, torch.float32)
-        product = torch.dot(update.to(dtype).flatten(), gradient.to(dtype).flatten())
-        total = total + (product * lr * lr).to(total.device, non_blocking=True)
-    return (bound / total.abs()).sqrt().clamp(max=1.0).nan_to_num(1.0)
+        product = _dot(update, gradient) * lr * lr
+        total = total + product.to(total.device, torch.float64, non_blocking=True)
+    return (bound / total.abs()).sqrt().clamp(max=1.0).nan_to_num(0.0)
+
+
+def _dot(update: Tensor, gradient: Tensor) -> Tensor:
+    """Scalar product; zero where it is not finite, since such an update makes no step."""
+    dtype = torch.promote_types(update.dtype, torch.float32)
+    product = torch.dot(update.to(dtype).flatten(), gradient.to(dtype).flatten())
+    if product.device.type == "cpu" and not isfinite(product.item()):  # perhaps too large alone
+        product = torch.dot(update.double().flatten(), gradient.double().flatten())
+    return torch.where(product.isfinite(), product, 0.0)
 
 
 # -------------------------------------------------------------------------------- grafting
 
 
-def graft_(updates: Sequence[Update], state: State, found_inf: Tensor | None) -> list[Update]:
+def graft_(
+    updates: Sequence[Update], state: State, found_inf: Tensor | None, skipped: SkippedSteps
+) -> tuple[list[Update], Tensor | None]:
     """Give every update the size that its group asks for, over what is trained of the layer.
 
-    A zero update stays zero.
+    A zero update stays zero. A layer whose update is not finite makes no step; on a device, where
+    nobody waits to learn which one that is, none of these layers does.
 
     Args:
         updates: Layers of one device and dtype with their updates, which are overwritten.
         state: State of the optimizer, with the second moments of ``"adam"``.
         found_inf: Scalar that is one where the batch is to be skipped.
+        skipped: Counts layers that make no step.
 
     Returns:
-        The updates.
+        The updates to apply, and the scalar that says whether they are.
     """
-    grafted = [update for update in updates if update.layer.group["grafting"] is not None]
+    if not updates:
+        return [], found_inf
+    first = updates[0].parts[0][1]
+    if found_inf is None and first.device.type == "cpu":
+        norms = _norms_on_host(updates)
+        good = [isfinite(norm) for norm in norms]
+        if not all(good):
+            skipped.add([u.layer.name for u, g in zip(updates, good, strict=True) if not g])
+        pairs = [(u, n) for u, n, g in zip(updates, norms, good, strict=True) if g]
+        return _graft_on_host(pairs, state), None
+    lengths = _norms(updates)
+    found_inf = _flagged(updates, lengths, found_inf, skipped)
+    return _graft(updates, lengths, state, found_inf), found_inf
+
+
+def flagged(updates: Sequence[Update], found_inf: Tensor | None, skipped: SkippedSteps) -> Tensor:
+    """The scalar that says whether updates on a device are skipped: also if one is not finite.
+
+    Args:
+        updates: Layers of one device and dtype with their updates.
+        found_inf: Scalar that is one where the batch is to be skipped.
+        skipped: Counts layers whose update is not finite.
+    """
+    return _flagged(updates, _norms(updates), found_inf, skipped)
+
+
+def _flagged(
+    updates: Sequence[Update], norms: Tensor, found_inf: Tensor | None, skipped: SkippedSteps
+) -> Tensor:
+    bad = ~norms.isfinite()
+    flag = bad.any().float()
+    if found_inf is None:
+        skipped.add_flags([update.layer.name for update in updates], bad)
+        return flag
+    skip = found_inf.to(flag.device, flag.dtype)
+    skipped.add_flags([update.layer.name for update in updates], bad & (skip == 0))
+    return torch.maximum(flag, skip)
+
+
+def _graft_on_host(pairs: Sequence[tuple[Update, float]], state: State) -> list[Update]:
+    """Bring updates to their sizes, given their norms."""
+    values, scales = [], []
+    for update, norm in pairs:
+        if update.layer.group["grafting"] is not None and norm > 0:
+            target = _target(update, state, None)
+            largest = torch.finfo(update.parts[0][1].dtype).max
+            values += [value for _, value in update.parts]
+            scales += [min(float(target) / norm, largest)] * len(update.parts)
+    if values:
+        torch._foreach_mul_(values, scales)
+    return [update for update, _ in pairs]
+
+
+def _graft(
+    updates: Sequence[Update], norms: Tensor, state: State, found_inf: Tensor | None
+) -> list[Update]:
+    """The same without waiting for a device, and there with few launches."""
+    grafted = [i for i, update in enumerate(updates) if update.layer.group["grafting"] is not None]
     if not grafted:
         return list(updates)
-    values = [value for update in grafted for _, value in update.parts]
-    owners = tuple(i for i, update in enumerate(grafted) for _ in update.parts)
-    norms = [_target(update, state, found_inf) for update in grafted]
-    numbers = [norm for norm in norms if not isinstance(norm, Tensor)]
-    on_host = not switch.plain and found_inf is None and values[0].device.type == "cpu"
-    if on_host and len(numbers) == len(norms):
-        done = _resized_on_host(values, owners, numbers)
-    else:
-        done = _resized(values, owners, norms)
-    sized = iter(done)
-    resized = {
-        id(update.layer): Update(update.layer, [(param, next(sized)) for param, _ in update.parts])
-        for update in grafted
+    values = [value for i in grafted for _, value in updates[i].parts]
+    owners = [i for i, place in enumerate(grafted) for _ in updates[place].parts]
+    dtype, device = values[0].dtype, values[0].device
+    targets = _targets([_target(updates[i], state, found_inf) for i in grafted], norms)
+    if len(grafted) < len(updates):
+        norms = norms.index_select(0, _kept(tuple(grafted), torch.int64, device))
+    scales = torch.where(norms > 0, targets / norms, 0.0).clamp(max=torch.finfo(dtype).max)
+    scales = scales.to(dtype)
+    if len(owners) > len(grafted):
+        scales = scales.index_select(0, _kept(tuple(owners), torch.int64, device))
+    if not all(value.is_contiguous() for value in values):
+        torch._foreach_mul_(values, scales.unbind())
+        return list(updates)
+    counts = [value.numel() for value in values]  # end to end: numbers times tensors go one by one
+    lengths = _kept(tuple(counts), torch.int64, device)
+    flat = torch.cat([value.view(-1) for value in values])
+    flat *= torch.repeat_interleave(scales, lengths, output_size=len(flat))
+    sized = iter(torch.split(flat, counts))
+    done = {
+        i: [(param, next(sized).view(value.shape)) for param, value in updates[i].parts]
+        for i in grafted
     }
-    return [resized.get(id(update.layer), update) for update in updates]
+    return [Update(u.layer, done.get(i, u.parts)) for i, u in enumerate(updates)]
 
 
 def number(group: Group) -> float | None:
@@ -194,46 +271,26 @@ def adam_square(
     return update.square().sum()
 
 
-def _resized_on_host(
-    values: list[Tensor], owners: tuple[int, ...], targets: list[float]
-) -> list[Tensor]:
-    """Bring tensors to norms of their owners, joint over all that an owner has."""
-    joint = [0.0] * len(targets)
-    for owner, norm in zip(owners, _host_norms(values), strict=True):
-        joint[owner] = hypot(joint[owner], norm)
-    scales = [
-        target / norm if norm > 0 else 0.0 for target, norm in zip(targets, joint, strict=True)
-    ]
-    torch._foreach_mul_(values, [scales[owner] for owner in owners])
-    return values
+def _norms_on_host(updates: Sequence[Update]) -> list[float]:
+    """Norm of each update, over all its parameters; not finite where a number is not."""
+    norms = iter(_host_norms([value for update in updates for _, value in update.parts]))
+    return [hypot(*(next(norms) for _ in update.parts)) for update in updates]
 
 
-def _resized(
-    values: list[Tensor], owners: tuple[int, ...], targets: Sequence[Tensor | float]
-) -> list[Tensor]:
-    """The same without waiting for a device, and there with few launches."""
-    dtype, device = torch.float64, values[0].device
-    total = torch.stack(torch._foreach_norm(values, dtype=dtype))
-    places = _kept(owners, torch.int64, device)
-    if len(owners) > len(targets):
-        joint = torch.zeros(len(targets), dtype=dtype, device=device)
-        total = joint.index_add_(0, places, total.square()).sqrt()
-    scales = torch.where(total > 0, _targets(targets, dtype, device) / total, 0.0)
-    scales = scales.to(values[0].dtype)
-    if len(owners) > len(targets):
-        scales = scales.index_select(0, places)
-    if not all(value.is_contiguous() for value in values):
-        torch._foreach_mul_(values, scales.unbind())
-        return values
-    counts = [value.numel() for value in values]  # end to end: numbers times tensors go one by one
-    lengths = _kept(tuple(counts), torch.int64, device)
-    flat = torch.cat([value.view(-1) for value in values])
-    flat *= torch.repeat_interleave(scales, lengths, output_size=len(flat))
-    parts = torch.split(flat, counts)
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+def _norms(updates: Sequence[Update]) -> Tensor:
+    """The same as a tensor, without waiting for a device."""
+    values = [value for update in updates for _, value in update.parts]
+    norms = torch.stack(torch._foreach_norm(values, dtype=torch.float64))
+    if len(values) == len(updates):
+        return norms
+    owners = tuple(i for i, update in enumerate(updates) for _ in update.parts)
+    joint = torch.zeros(len(updates), dtype=norms.dtype, device=norms.device)
+    return joint.index_add_(0, _kept(owners, torch.int64, norms.device), norms.square()).sqrt()
 
 
-def _targets(targets: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _targets(targets: Sequence[Tensor | float], like: Tensor) -> Tensor:
+    """Numbers and scalars as one tensor."""
+    dtype, device = like.dtype, like.device
     numbers = [target for target in targets if not isinstance(target, Tensor)]
     if len(numbers) == len(targets):
         return _kept(tuple(numbers), dtype, device)

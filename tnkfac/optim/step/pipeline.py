@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from tnkfac.optim.finite import SkippedSteps
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured
 from tnkfac.optim.params.scaling import Diagonals
@@ -13,7 +15,7 @@ from tnkfac.optim.params.state import State
 from tnkfac.optim.step import elementwise, fallback, triton_step
 from tnkfac.optim.step.apply import Update, apply_, chunks
 from tnkfac.optim.step.elementwise import scaled_gradients, scaled_layers
-from tnkfac.optim.step.grafting import clip_, gradient_matrix, graft_
+from tnkfac.optim.step.grafting import clip_, flagged, gradient_matrix, graft_
 
 Precondition = Callable[[list[CapturedLayer], list[Tensor]], list[Tensor]]
 """Preconditions gradient matrices ``[G, C_out / G, D]``, given their layers."""
@@ -55,52 +57,62 @@ def _parted(layer: CapturedLayer, matrix: Tensor, gradient: Tensor) -> Update:
     )
 
 
+@dataclass(frozen=True)
+class StepContext:
+    """What the stages of one step share.
+
+    Attributes:
+        state: State of the optimizer.
+        found_inf: Scalar that turns the step into none where it is one.
+        skipped: Counts layers whose update is not finite.
+        diagonals: Factors of layers whose gradients are only scaled.
+        norms: What is known of the norms of scaled gradients, by ``id`` of the layer.
+    """
+
+    state: State
+    found_inf: Tensor | None
+    skipped: SkippedSteps
+    diagonals: Diagonals
+    norms: Mapping[int, float]
+
+
 def step_layers(
-    layers: Iterable[CapturedLayer],
-    precondition: Precondition,
-    diagonals: Diagonals,
-    state: State,
-    found_inf: Tensor | None,
-    norms: Mapping[int, float],
+    layers: Iterable[CapturedLayer], precondition: Precondition, context: StepContext
 ) -> Tensor | None:
     """Step weights and biases of all layers.
 
     Args:
         layers: Layers in module order.
-        precondition: As above.
-        diagonals: Factors of layers whose gradients are only scaled.
-        state: State of the optimizer.
-        found_inf: Scalar that turns the step into none where it is one.
-        norms: What is known of the norms of scaled gradients, by ``id`` of the layer.
+        precondition: Preconditions gradient matrices.
+        context: State and flags.
 
     Returns:
         By what the trust region scaled all updates, or None without one.
     """
     trained = [la for la in layers if any(p.grad is not None for p in la.params())]
     if any(layer.group["kl_clip"] is not None for layer in trained):
-        updates, factor = preconditioned(trained, precondition, found_inf)
+        updates, factor = preconditioned(trained, precondition, context.found_inf)
         by_layer = {id(update.layer): update for update in updates}
         for chunk in chunks(trained):
-            sized = [by_layer[id(layer)] for layer in chunk]
-            apply_(graft_(sized, state, found_inf), state, found_inf)
+            _resize_and_apply([by_layer[id(layer)] for layer in chunk], context)
         return factor
     for chunk in chunks(trained):  # to the end, one after the other
-        others = _step_scaled(chunk, diagonals, state, found_inf, norms) if diagonals else chunk
-        updates, _ = preconditioned(others, precondition, found_inf)
-        apply_(graft_(updates, state, found_inf), state, found_inf)
+        others = _step_scaled(chunk, context) if context.diagonals else chunk
+        updates, _ = preconditioned(others, precondition, context.found_inf)
+        _resize_and_apply(updates, context)
     return None
 
 
-def _step_scaled(
-    layers: Sequence[CapturedLayer],
-    diagonals: Diagonals,
-    state: State,
-    found_inf: Tensor | None,
-    norms: Mapping[int, float],
-) -> list[CapturedLayer]:
+def _resize_and_apply(updates: Sequence[Update], context: StepContext) -> None:
+    sized, found_inf = graft_(updates, context.state, context.found_inf, context.skipped)
+    apply_(sized, context.state, found_inf)
+
+
+def _step_scaled(layers: Sequence[CapturedLayer], context: StepContext) -> list[CapturedLayer]:
     """Step the layers whose gradients are only scaled; return all others."""
-    scaled, others = scaled_layers(layers, diagonals)
-    if found_inf is None:
+    state, norms = context.state, context.norms
+    scaled, others = scaled_layers(layers, context.diagonals)
+    if context.found_inf is None:
         scaled = [
             (layer, scaling)
             for layer, scaling in scaled
@@ -110,9 +122,10 @@ def _step_scaled(
     if not scaled:
         return others
     if triton_step.suits(scaled):
-        apply_(triton_step.sized_gradients(scaled), state, found_inf)
+        sized = triton_step.sized_gradients(scaled)
+        apply_(sized, state, flagged(sized, context.found_inf, context.skipped))
     else:
-        apply_(graft_(scaled_gradients(scaled), state, found_inf), state, found_inf)
+        _resize_and_apply(scaled_gradients(scaled), context)
     return others
 
 
