@@ -211,7 +211,7 @@ def _resized_on_host(
 def _resized(
     values: list[Tensor], owners: tuple[int, ...], targets: Sequence[Tensor | float]
 ) -> list[Tensor]:
-    """The same without waiting for a device, and there with few launches."""
+    """Bring tensors to norms without waiting for a device, and there with few launches."""
     dtype, device = torch.float64, values[0].device
     total = torch.stack(torch._foreach_norm(values, dtype=dtype))
     places = _kept(owners, torch.int64, device)
