@@ -33,7 +33,7 @@ STRUCTURES = ("auto", "diagonal", "block32diagonal", "dense")
 
 
 class UsageError(Exception):
-    """What is wrong with the arguments."""
+    """An error in the arguments of a command."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -127,14 +127,12 @@ def test_what_is_read_of_a_layer(case: int | str, approx: str) -> None:
             for K, current in ((eye, None), (random_parts(structure, groups, 5),) * 2):
                 read = structure.statistic(moment, current)
                 assert tuple(part.shape[1:] for part in read) == structure.statistic_shapes
+                product = structure.congruence(K, read)
                 if current is None:
-                    close(
-                        structure.statistic_trace(read),
-                        structure.trace(structure.congruence(K, read)),
-                    )
+                    close(structure.statistic_trace(read), structure.trace(product))
                 matrix = structure.to_dense(K)
                 expected = project(name, matrix.mT @ dense @ matrix)
-                pulled = structure.to_dense(structure.congruence(K, read))
+                pulled = structure.to_dense(product)
                 torch.testing.assert_close(
                     pulled,
                     expected,

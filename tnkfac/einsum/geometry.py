@@ -102,7 +102,7 @@ class Axis:
         return max(1, min(self.input_size, self.end))
 
     def cropped(self) -> Axis:
-        """The same pattern over the used pixels only, with no more padding than is needed."""
+        """This pattern over the used pixels only, with no more padding than is needed."""
         right = max(0, self.end - self.used)
         if self.used + self.left + right < self.reach:
             return self
@@ -110,7 +110,7 @@ class Axis:
 
     @property
     def coarse(self) -> tuple[int, int, Axis] | None:
-        """Where stride and dilation share a factor: first pixel met, step, and the axis over those.
+        """First pixel met, step, and the axis over those, where stride and dilation share a factor.
 
         Only every ``gcd(stride, dilation)``-th pixel is met. None if all may be, or none is.
         """

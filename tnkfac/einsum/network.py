@@ -109,7 +109,7 @@ class Network:
         return replace(self, scale=self.scale * factor)
 
     def arranged(self, *groups: Sequence[str]) -> Network:
-        """The same product with one axis per group of legs; output legs left out are summed.
+        """This product with one axis per group of legs; output legs left out are summed.
 
         Raises:
             ValueError: If a leg is not an output leg of this network.
@@ -163,7 +163,7 @@ class Network:
         return self.doubled(shared).arranged(*keep, *rows, *second)
 
     def with_names(self, names: Mapping[str, str]) -> Network:
-        """The same product of tensors under other names."""
+        """This product of tensors under other names."""
 
         def named(op: Operand) -> Operand:
             if not isinstance(op.source, Variable):

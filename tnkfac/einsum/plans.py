@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
-        """What a call computes, in order."""
+        """Contractions of a call, in order."""
         return self._program.running
 
     def __repr__(self) -> str:

@@ -374,7 +374,7 @@ class CurvatureOptimizer(Optimizer):
         return [*pending, *taken]
 
     def _undo(self, pending: list[CapturedLayer]) -> Callable[[], None]:
-        """What to do once a step turns out to have been skipped on the device."""
+        """Function that undoes a step which turns out to have been skipped on the device."""
         before = [(layer, layer.group["step"], self._last_update(layer)) for layer in pending]
 
         def undo() -> None:

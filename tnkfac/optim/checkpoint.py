@@ -40,7 +40,7 @@ def without_strangers(state: State, groups: list[Group]) -> Iterator[None]:
 
 
 def as_saved(saved: StateDict, runner: RuleRunner) -> StateDict:
-    """What torch has made of the optimizer, without what can be derived and without callables."""
+    """State dict of torch without what can be derived and without callables."""
     state = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
     for group in saved["param_groups"]:
         if not runner.rule.saves_derived(group):

@@ -1,4 +1,4 @@
-"""What may spoil a step: loss scaling and non-finite numbers."""
+"""Loss scaling and non-finite numbers, which may spoil a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 
 def loss_scale(grad_scaler: GradScaler | None) -> Tensor | float:
-    """By how much the loss of this step was multiplied.
+    """Scale by which the loss of this step was multiplied.
 
     Output gradients are captured scaled, and neither ``.grad`` nor the optimizer tells by how
     much once ``unscale_`` has run, so the ``GradScaler`` that calls the step is looked up.
@@ -91,7 +91,7 @@ def finite(tensors: list[Tensor]) -> Tensor:
 
 
 def finite_on_host(tensors: list[Tensor]) -> bool:
-    """The same on the CPU, where Euclidean norms take a tenth of the time of the largest entry."""
+    """Whether all entries on the CPU are finite; norms take a tenth of the time of maxima."""
     for tensor, norm in zip(tensors, torch._foreach_norm(tensors), strict=True):
         if isfinite(norm.item()):
             continue

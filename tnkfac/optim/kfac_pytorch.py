@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FRACTIONS = {"comm_opt": 1.0, "hybrid_opt": 0.5, "mem_opt": 0.0}
 """Its names of strategies, and ``grad_worker_fraction``."""
 METHODS = {"eigen": ("eigen", "tikhonov"), "inverse": ("cholesky", "factor")}
-"""What each method of kfac-pytorch is called here."""
+"""Names here of the methods of kfac-pytorch."""
 SHOWN = (
     "accumulation_steps",
     "compute_method",
@@ -44,7 +44,7 @@ SHOWN = (
     "steps",
     "structures",
 )
-"""What a preconditioner shows of itself."""
+"""Attributes that a preconditioner shows."""
 _KINDS = {
     "A": "a_factors",
     "B": "g_factors",

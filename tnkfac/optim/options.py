@@ -50,7 +50,7 @@ class Option:
     meaning: str
 
     def but(self, default: object, meaning: str | None = None) -> Option:
-        """The same with another default."""
+        """This option with another default."""
         return replace(self, default=default, meaning=meaning or self.meaning)
 
 
@@ -263,7 +263,7 @@ FALLBACK_OPTIONS: Options = {
     "weight_decay": Option(None, optional(number), "coefficient; None for that of the group"),
     "momentum": Option(None, optional(number), "of SGD; None for that of the group"),
 }
-"""What ``fallback_options`` may hold; groups have them as ``fallback_<name>``."""
+"""Entries of ``fallback_options``; groups have them as ``fallback_<name>``."""
 
 SHARED: Options = {
     "lr": Option(1e-3, number, "learning rate; a number or a tensor"),
@@ -334,7 +334,7 @@ SHARED: Options = {
         for name, option in FALLBACK_OPTIONS.items()
     },
 }
-"""What the step itself reads, whatever the rule."""
+"""Hyper-parameters of the step itself, whatever the rule."""
 
 DAMPING: Options = {
     "damping": Option(
@@ -350,7 +350,7 @@ DAMPING: Options = {
 
 
 def chosen(options: Options, arguments: Mapping[str, object]) -> Group:
-    """Those of some arguments that are hyper-parameters, with defaults for the others.
+    """Hyper-parameters among some arguments, with defaults for the others.
 
     Args:
         options: The hyper-parameters.

@@ -75,7 +75,7 @@ def gradients(calls: Sequence[Call], outputs: Tensor, vector: Tensor) -> list[Te
 
 
 def _edge(output: Tensor, reshaped: bool) -> GradientEdge:
-    """Where gradients of an output arrive, also once it is changed in place.
+    """Graph edge at which gradients of an output arrive, also once it is changed in place.
 
     Of a view they arrive at its base then, and no more at the view.
 

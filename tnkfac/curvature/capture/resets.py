@@ -37,14 +37,14 @@ class Resets:
         self._seen = _version(self._params[0].grad)
 
     def mark_after_pass(self) -> None:
-        """The same as soon as the backward pass that is running has ended."""
+        """Take gradients as they are once the backward pass that is running has ended."""
         task = torch._C._current_graph_task_id()
         if task not in (-1, self._task):
             self._task = task
             torch.autograd.Variable._execution_engine.queue_callback(self.mark)
 
     def mark_pass(self) -> None:
-        """Both, at the first of the calls of a pass: gradients come when all have been there."""
+        """Take gradients at the first call of a pass and after it, when all have come."""
         if torch._C._current_graph_task_id() != self._task:
             self.mark()
             self.mark_after_pass()
@@ -61,7 +61,7 @@ class Resets:
 
     @property
     def changed_before_pass(self) -> bool:
-        """The same at the end of a backward pass, which has added to them once."""
+        """Whether gradients had changed before a backward pass that has now added to them once."""
         now = _version(self._params[0].grad)
         return self._seen is not None and now not in (
             self._seen,
@@ -87,7 +87,7 @@ class Resets:
         return bool(gradients) and not any(bool(grad.any()) for grad in gradients)
 
     def all_zero_flag(self) -> Tensor:
-        """The same as a scalar on the device, without waiting for it."""
+        """Whether all gradients are zero, as a scalar on the device, without waiting for it."""
         gradients = self._gradients()
         if not gradients:
             return torch.zeros((), dtype=torch.bool, device=self._params[0].device)
@@ -137,7 +137,7 @@ def _version(grad: Tensor | None) -> Version:
 
 
 def _local(grad: Tensor) -> Tensor:
-    """Of a distributed gradient, what is here."""
+    """The local part of a distributed gradient."""
     if type(grad) is Tensor:
         return grad
     local: Tensor = getattr(grad, "_local_tensor", grad)

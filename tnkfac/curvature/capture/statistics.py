@@ -47,7 +47,7 @@ class Factors:
 
 
 class Statistics:
-    """What the taps of one weight measure, and the leaves that collect it.
+    """Statistics that the taps of one weight measure, and the leaves that collect them.
 
     Attributes:
         approx: ``"expand"`` or ``"reduce"``.
@@ -178,7 +178,7 @@ class Statistics:
         return self._leaves
 
     def graph_leaves(self, like: Tensor) -> tuple[Tensor, ...]:
-        """What stands for the leaves in a compiled graph."""
+        """Stand-ins for the leaves in a compiled graph."""
         self.leaves(like)
         return self._graph_leaves
 
@@ -191,7 +191,7 @@ class Statistics:
             self.factors_in_use = self._identities(self._leaves[0])
 
     def _identities(self, like: Tensor) -> tuple[Parts | None, Parts | None]:
-        """Where statistics depend on the factors in use."""
+        """Identity matrices where statistics depend on the factors in use."""
         args = self.layer.groups, like.dtype, like.device
         k, c = (s.identity(*args) if s.reads_factor else None for s in (self.k, self.c))
         return k, c
@@ -358,7 +358,7 @@ class Statistics:
         resets.mark()
 
     def _drop_unnoticed(self) -> None:
-        """The same for changes that no version tells of, as by way of ``.data`` or NumPy."""
+        """Drop what is stale by changes without a version, as by way of ``.data`` or NumPy."""
         resets = self._resets
         if self.explicit_passes or not resets.on_host or not resets.between_passes:
             return
@@ -366,7 +366,7 @@ class Statistics:
             self.clear()
 
     def _drop_on_device(self) -> None:
-        """The same where gradients cannot be read without waiting."""
+        """Drop what is stale where gradients cannot be read without waiting."""
         if self.explicit_passes:
             self.clear()
             return
@@ -424,7 +424,7 @@ class Statistics:
         return bool(self._leaves) and self._leaves[-1].grad is not None  # every pass has counts
 
     def sums(self) -> list[Tensor]:
-        """What has been collected: un-normalised sums and counts."""
+        """Un-normalised sums and counts that were collected."""
         if self._spoiled:
             return []
         if self.explicit_passes:
@@ -434,7 +434,7 @@ class Statistics:
     def normalizers(
         self, counts: Tensor, loss_scale: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """By what sums are multiplied to be those of the input factor, and of the output factor.
+        """Scales by which sums become those of the input factor, and of the output factor.
 
         Args:
             counts: Samples, rows and terms, ``[.., 3]``.
@@ -530,7 +530,7 @@ def _counts(
 def _filled(
     samples: int, rows: int, terms: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The same without a copy from the host, for which a compiled pass would wait."""
+    """Counts without a copy from the host, for which a compiled pass would wait."""
     numbers = (torch.full((), n, dtype=dtype, device=device) for n in (samples, rows, terms))
     return torch.stack([*numbers])
 

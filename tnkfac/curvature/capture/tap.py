@@ -153,7 +153,7 @@ CHANGED_INPUT = (
     "called, but the input was changed in place before the backward pass; from now on a copy of it "
     "is kept, and the next pass counts"
 )
-"""What may have become of the last call of a layer of which nothing was measured."""
+"""Events of the last call of a layer of which nothing was measured."""
 
 
 def _has_own_dispatch(tensor: Tensor) -> bool:
@@ -349,12 +349,12 @@ class Tap:
         return no_tap
 
     def __reduce__(self) -> Any:
-        """So has an unpickled one."""
+        """An unpickled model has a hook that does nothing."""
         return _make_no_tap, ()
 
 
 class _NoTap:
-    """What a tap becomes in a copied or unpickled model."""
+    """Stand-in for a tap in a copied or unpickled model."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         return None

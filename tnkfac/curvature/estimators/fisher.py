@@ -127,7 +127,7 @@ def kfac(
 
 
 def _weight(loss: Loss, fisher_type: str, terms: int, samples: int) -> float | None:
-    """What multiplies the sum of ``g g^T`` of the summed loss; None for an identity."""
+    """Factor on the sum of ``g g^T`` of the summed loss; None for an identity."""
     if fisher_type == "forward-only":
         return None
     divisor = loss.divisor(terms)

@@ -17,7 +17,7 @@ def twice_differentiable(needed: bool) -> AbstractContextManager[None]:
 
 
 def signed_columns(loss: Loss, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """All columns of the root, with a random sign for every sample and column, summed."""
+    """Sum of all columns of the root, with a random sign for every sample and column."""
     total = torch.zeros_like(outputs)
     for column in loss.root_columns(outputs):
         shape = (len(outputs), *[1] * (outputs.ndim - 1))

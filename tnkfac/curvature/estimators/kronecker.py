@@ -249,7 +249,7 @@ def _singular(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _split(a: Tensor, b: Tensor, damping: float, damping_type: str) -> tuple[Tensor, Tensor]:
-    """What is added to the eigenvalues ``[G, D]`` and ``[G, C_out / G]``, ``[G, 1]`` each."""
+    """Damping of the eigenvalues ``[G, D]`` and ``[G, C_out / G]``, ``[G, 1]`` each."""
     if damping_type == "factor":
         both = torch.full_like(a[:, :1], damping)
         return both, both

@@ -28,7 +28,7 @@ class Loss(ABC):
     mean: bool
 
     def divisor(self, terms: int) -> int:
-        """What the loss of all data divides the sum over so many terms by."""
+        """Divisor of the loss of all data, whose sum has so many terms."""
         return max(terms, 1) if self.mean else 1
 
     def terms(self, outputs: Tensor) -> int:
@@ -220,7 +220,7 @@ def vectors(
     mc_samples: int,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """What a Fisher or Gauss-Newton matrix of the summed loss back-propagates from the outputs.
+    """Vectors at the outputs from which a Fisher or Gauss-Newton matrix is back-propagated.
 
     Args:
         loss: The loss.

@@ -24,7 +24,7 @@ from tnkfac.curvature.moments.second_moment import accumulation_dtype
 
 
 def per_sample_gradients(model: nn.Module, loss_fn: nn.Module, data: Data) -> dict[str, Tensor]:
-    """What every sample contributes to the gradient of the loss over all data.
+    """Contribution of every sample to the gradient of the loss over all data.
 
     Args:
         model: Any module that returns one tensor ``[N, ...]``.

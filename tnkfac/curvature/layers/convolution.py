@@ -59,7 +59,7 @@ class Convolution(Layer):
     def with_geometry(
         cls, channels: tuple[int, int, bool], kernel_size: tuple[int, ...], geometry: Geometry
     ) -> Layer:
-        """As :func:`convolution`, which keeps what this returns."""
+        """Make a layer for :func:`convolution`, which keeps it."""
         groups, stride, padding, dilation, _, mode, pads = geometry
         each = partial(_per_dimension, dims=len(kernel_size))
         stride, dilation = each(stride), each(dilation)
@@ -113,7 +113,7 @@ class Convolution(Layer):
         return Pixels(g, dtype, self.groups)
 
     def sample_gradients(self, x: Tensor, g: Tensor) -> Tensor:
-        """By a convolution, or by unfolding."""
+        """Gradients of all samples, by a convolution or by unfolding."""
         return convolution_gradients(self.unfolding, x, g, self.weight_shape)
 
     def sample_bias_gradients(self, g: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Convolution(Layer):
         return g.flatten(2).sum(2)
 
     def output_slice(self, g: Tensor, first: int, last: int) -> tuple[Layer, Tensor]:
-        """Some channels."""
+        """Rows of some output channels."""
         return replace(self, out_channels=last - first), g[:, first:last]
 
 
@@ -189,7 +189,7 @@ class TransposedConvolution(Convolution):
     def with_geometry(
         cls, channels: tuple[int, int, bool], kernel_size: tuple[int, ...], geometry: Geometry
     ) -> Layer:
-        """As :func:`convolution`, which keeps what this returns."""
+        """Make a layer for :func:`convolution`, which keeps it."""
         groups, stride, padding, dilation, output_padding, *_ = geometry
         each = partial(_per_dimension, dims=len(kernel_size))
         zeros = tuple((p, p) for p in each(padding))

@@ -1,4 +1,4 @@
-"""What a layer type says of itself: rows of inputs and outputs, and weight as a matrix."""
+"""Interface of layer types: rows of inputs and outputs, and weight as a matrix."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Layer(ABC):
 
     @property
     def weight_layout(self) -> tuple[bool, int, tuple[int, ...]]:
-        """What layers that share a weight have to have in common."""
+        """Properties that layers must have in common to share a weight."""
         return self.inputs_first, self.groups, self.weight_shape
 
     @abstractmethod
@@ -129,7 +129,7 @@ class Layer(ABC):
 
     @abstractmethod
     def input_rows(self, x: Tensor, output_shape: Sequence[int] | None, dtype: torch.dtype) -> Rows:
-        """What is multiplied with the weight.
+        """Rows of the input, which are multiplied with the weight.
 
         Args:
             x: Standard input.
@@ -139,7 +139,7 @@ class Layer(ABC):
 
     @abstractmethod
     def output_rows(self, g: Tensor, dtype: torch.dtype) -> Rows:
-        """What comes out of it, from a standard output ``g`` or its gradient."""
+        """Rows of a standard output ``g``, or of its gradient."""
 
     @abstractmethod
     def sample_gradients(self, x: Tensor, g: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class Layer(ABC):
     def moments(
         self, x: Tensor, g: Tensor, approx: Approx, dtype: torch.dtype | None = None
     ) -> tuple[SecondMoment, SecondMoment]:
-        """Both of one call; ``g`` is shaped like its output."""
+        """Second moments of input and output of one call; ``g`` is shaped like its output."""
         return self.input_moment(x, approx, g.shape, dtype), self.output_moment(g, approx, dtype)
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:

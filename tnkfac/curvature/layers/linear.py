@@ -45,7 +45,7 @@ class ByPosition(Layer):
         return g.sum(1)
 
     def output_slice(self, g: Tensor, first: int, last: int) -> tuple[Layer, Tensor]:
-        """Some features."""
+        """Rows of some output features."""
         return replace(self, out_channels=last - first), g[..., first:last]
 
 

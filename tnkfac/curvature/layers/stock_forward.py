@@ -1,4 +1,4 @@
-"""What a call of a layer runs: its ``forward``, through whatever wrappers, and what that reads."""
+"""The ``forward`` that a call of a layer runs, through whatever wrappers, and what it reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Geometry = tuple[Any, ...]
 
 
 def geometry(module: Any) -> Geometry:
-    """What the ``forward`` of a convolution reads of its module, beside the parameters."""
+    """Attributes that the ``forward`` of a convolution reads, beside the parameters."""
     return (  # torch.compile traces this, but no operator.attrgetter
         module.groups,
         module.stride,
@@ -39,7 +39,7 @@ def hashable(values: Geometry) -> Geometry:
 
 
 def forward_of(module: nn.Module) -> Any:
-    """What a call of the module runs: its own ``forward``, or that of its class."""
+    """The function that a call of the module runs: its own ``forward``, or that of its class."""
     return module.__dict__.get("forward") or type(module).forward
 
 

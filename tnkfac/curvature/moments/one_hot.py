@@ -58,7 +58,7 @@ class OneHot(Rows):
         out.diagonal(dim1=1, dim2=2).copy_(self.total())
 
     def reduced(self, weight: float) -> Rows:
-        """The same rows where every sample has one."""
+        """These rows themselves where every sample has one; else their sums."""
         return self if self.positions == 1 else super().reduced(weight)
 
     def sample_sums(self) -> Tensor:

@@ -61,7 +61,7 @@ class Patches(Rows):
         return super().squared_sums() if fused is None else fused.view(self.groups, self.dim)
 
     def dense(self, out: Tensor) -> None:
-        """By the cheapest algorithm."""
+        """The second moment, by the cheapest algorithm."""
         pixels = self.unfolding.single_pixels(self.x)
         if pixels is not None:
             shape = (self.samples, self.groups, self.dim, -1)

@@ -61,7 +61,7 @@ def _convolved(
 def _unfolded(
     x: Tensor, g: Tensor, shape: tuple[int, ...], unfolding: Unfolding, pads: list[tuple[int, int]]
 ) -> Tensor:
-    """By a product of ``g`` with the unfolded ``x``."""
+    """Gradients of samples, by a product of ``g`` with the unfolded ``x``."""
     count, dims = x.shape[0], unfolding.dims
     x = F.pad(x, [p for pair in reversed(pads) for p in pair])
     for a, (k, s, d) in enumerate(

@@ -124,7 +124,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _sum_of_one_tap(x: Tensor, taps: list[TapClass]) -> Tensor:
-    """Where every axis has one tap: a sum over a slice."""
+    """Sum over a slice, where every axis has one tap."""
     for a, axis in enumerate(taps):
         met = [axis.stride * o + axis.low for o in range(axis.positions)]
         met = [pixel for pixel in met if 0 <= pixel < axis.pixels]

@@ -47,7 +47,7 @@ class Rows(ABC):
 
     @property
     def x(self) -> Tensor:
-        """What they are made of, to be read."""
+        """The tensor that the rows are made of, to be read."""
         if self.raw.dtype != self.dtype:
             self.raw = self.raw.to(self.dtype)
         return self.raw
@@ -175,7 +175,7 @@ class Vectors(Rows):
         return super().squared_sums() if fused is None else fused.T
 
     def reduced(self, weight: float) -> Rows:
-        """The same rows where every sample has one."""
+        """These rows themselves where every sample has one; else their sums."""
         return self if self.positions == 1 else super().reduced(weight)
 
     def dense(self, out: Tensor) -> None:
@@ -195,7 +195,7 @@ class SampleSums(Vectors):
     """One vector per sample, the weighted sum over its positions: the rows of KFAC-reduce."""
 
     def __init__(self, source: Rows, weight: float) -> None:
-        """Of other rows, summed when they are read."""
+        """Take rows, which are summed when they are read."""
         Rows.__init__(self, source.raw, source.dtype, source.groups, source.dim, source.samples, 1)
         self._source, self._weight = source, weight
         self._sums: Tensor | None = None
@@ -269,7 +269,7 @@ class Pixels(Rows):
 
 
 class TracedRows(Rows):
-    """What ``torch.compile`` traces: all rows at once, by a few torch calls, without algorithms."""
+    """Rows for ``torch.compile``: all at once, by a few torch calls, without algorithms."""
 
     def __init__(self, u: Tensor) -> None:
         """Take ``[G, N, S, D]``."""
@@ -277,19 +277,19 @@ class TracedRows(Rows):
         super().__init__(u, u.dtype, groups, dim, samples, positions)
 
     def unfolded(self) -> Tensor:
-        """As they are given."""
+        """The rows as they are given."""
         return self.raw
 
     def parts(self) -> Iterator[Tensor]:
-        """All at once."""
+        """All rows in one part."""
         yield self.unfolded().flatten(1, 2).mT
 
     def sample_sums(self) -> Tensor:
-        """Also of one position: whether there are more is no part of what is traced."""
+        """Sums over positions, also over one: how many there are is no part of what is traced."""
         return self.raw.sum(2).transpose(0, 1)
 
     def reduced(self, weight: float) -> Rows:
-        """To be traced as well."""
+        """One vector per sample, which is traced as well."""
         return TracedRows((self.sample_sums() * weight).transpose(0, 1).unsqueeze(2))
 
     def blocks(self, blocks: Tensor, last: Tensor) -> None:

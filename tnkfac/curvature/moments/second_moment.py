@@ -36,7 +36,7 @@ class SecondMoment:
 
     @classmethod
     def of(cls, rows: Rows, approx: Approx, is_input: bool, bias: bool) -> SecondMoment:
-        """That of the rows of all positions.
+        """Second moment of the rows of all positions.
 
         Args:
             rows: One for every position of every sample.
@@ -66,12 +66,12 @@ class SecondMoment:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of what is read."""
+        """Number type in which the second moment is read."""
         return self.rows.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it is read."""
+        """Device on which the second moment is read."""
         return self.rows.raw.device
 
     def dense(self) -> Tensor:

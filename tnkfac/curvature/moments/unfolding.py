@@ -82,7 +82,7 @@ class Unfolding:
         return [(i + sum(pads) - reach) // s + 1 for i, reach, s, pads in axes]
 
     def extra(self, input_size: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """What torch calls ``output_padding``, for an output of these sizes."""
+        """Torch's ``output_padding`` for an output of these sizes."""
         return [0] * self.dims
 
     @property
@@ -177,7 +177,7 @@ class TransposedUnfolding(Unfolding):
         return [size - (usual - actual) for size, usual, actual in triples]
 
     def single_pixels(self, x: Tensor) -> Tensor | None:
-        """All of them; strides leave positions out."""
+        """All pixels; strides leave positions out."""
         return x if self.is_pointwise else None
 
     def axes(self, input_size: Sequence[int], output_size: Sequence[int]) -> tuple[Axis, ...]:

@@ -39,7 +39,7 @@ class Arrow(Structure):
 
     @property
     def name(self) -> str:
-        """What a user writes."""
+        """Name that a user writes."""
         lower = self.last == self.row
         return f"tri{'l' if lower else 'u'}{'topleft' if self.last else 'bottomright'}diag"
 
@@ -67,7 +67,7 @@ class Arrow(Structure):
         return moment.diagonal(), column.squeeze(2)
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
-        """Ones and no arm."""
+        """Identity matrices: ones, and no arm."""
         ones = torch.ones(groups, self.dim, dtype=dtype, device=device)
         return ones, torch.zeros_like(ones[:, 1:])
 

@@ -61,7 +61,7 @@ class BlockDiagonal(Decomposable):
         return (whole.sum((-1, -2)) + last.sum(-1)) / self.dim
 
     def norm(self, m: Parts) -> Tensor:
-        """That of the largest block; they are symmetric."""
+        """Norm of the largest block; blocks are symmetric."""
         whole, last = (symmetric_norm(part) for part in m)
         return torch.cat([whole, last.unsqueeze(1)], dim=1).amax(1)
 
@@ -79,12 +79,12 @@ class BlockDiagonal(Decomposable):
         return torch.cat([whole, done[1]], dim=1) if done[1].numel() else whole
 
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
-        """Of every block."""
+        """Inverse of every block."""
         whole, last = A
         return cholesky_inverse(whole, shift.unsqueeze(1)), cholesky_inverse(last, shift)
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
-        """Of every block, in the order of the blocks."""
+        """Eigendecomposition of every block, in their order."""
         (values, vectors), (last, last_vectors) = (eigh(part) for part in A)
         return torch.cat([values.flatten(1), last], dim=1), (vectors, last_vectors)
 

@@ -17,7 +17,7 @@ from tnkfac.curvature.structures.toeplitz import Toeplitz
 LARGEST_DENSE = 1024
 """Above this many rows ``"auto"`` keeps blocks instead of the whole matrix."""
 LARGEST_DENSE_OUTPUT = 128
-"""The same for output factors: blocks of theirs train as well (``benchmarks/auto.py``)."""
+"""Such a bound for output factors: their blocks train as well (``benchmarks/auto.py``)."""
 AUTO_BLOCK = 128
 """Rows of a block of ``"auto"``."""
 

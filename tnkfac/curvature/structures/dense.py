@@ -48,7 +48,7 @@ class Dense(Decomposable):
         return m[0].diagonal(dim1=-2, dim2=-1).mean(-1)
 
     def norm(self, m: Parts) -> Tensor:
-        """By power iterations on ``m``, which is symmetric."""
+        """Norm by power iterations on ``m``, which is symmetric."""
         return symmetric_norm(m[0])
 
     def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Dense(Decomposable):
         return K[0] @ (K[0].mT @ X)
 
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
-        """Of the symmetric part."""
+        """Eigendecomposition of the symmetric part."""
         values, vectors = eigh(A[0])
         return values, (vectors,)
 
@@ -65,7 +65,7 @@ class Dense(Decomposable):
         return ((vectors[0] * values.unsqueeze(-2)) @ vectors[0].mT,)
 
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
-        """Of the symmetric part."""
+        """Inverse of the symmetric part."""
         return (cholesky_inverse(A[0], shift),)
 
     def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:

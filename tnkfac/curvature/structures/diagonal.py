@@ -32,7 +32,7 @@ class Diagonal(Decomposable):
         return (moment.diagonal(),)
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
-        """Ones."""
+        """Vectors of ones."""
         return (torch.ones(groups, self.dim, dtype=dtype, device=device),)
 
     def matmul(self, K: Parts, m: Parts) -> Parts:
@@ -40,7 +40,7 @@ class Diagonal(Decomposable):
         return (K[0] * m[0],)
 
     def gram(self, K: Parts) -> Parts:
-        """Squares."""
+        """Squares of the diagonal."""
         return (K[0].square(),)
 
     def congruence(self, K: Parts, A: Parts) -> Parts:

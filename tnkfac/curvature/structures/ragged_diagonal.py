@@ -37,7 +37,7 @@ class RaggedDiagonal(Matrices):
         return RaggedDiagonal(counts.to(device), segment.to(device))
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Parts:
-        """Ones."""
+        """Vector of ones."""
         return (torch.ones(len(self.segment), dtype=dtype, device=device),)
 
     def matmul(self, K: Parts, m: Parts) -> Parts:
@@ -45,7 +45,7 @@ class RaggedDiagonal(Matrices):
         return (K[0] * m[0],)
 
     def gram(self, K: Parts) -> Parts:
-        """Squares."""
+        """Squares of the diagonals."""
         return (K[0].square(),)
 
     def congruence(self, K: Parts, A: Parts) -> Parts:
@@ -65,7 +65,7 @@ class RaggedDiagonal(Matrices):
         return torch.segment_reduce(m[0].abs(), "max", lengths=self.lengths, unsafe=True)
 
     def largest(self, m: Parts) -> Tensor:
-        """The same."""
+        """Largest magnitude of each segment."""
         return self.norm(m)
 
     def scaled(self, m: Parts, by: Tensor | float) -> Parts:

@@ -1,4 +1,4 @@
-"""What every structure can do."""
+"""Interface of all structures."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Structure(Matrices):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What a user writes to get this structure."""
+        """Name by which a user asks for this structure."""
 
     @property
     @abstractmethod
@@ -102,7 +102,7 @@ class Structure(Matrices):
 
     @abstractmethod
     def statistic(self, moment: SecondMoment, K: Parts | None = None) -> Parts:
-        """What :meth:`congruence` needs of a second moment; additive over batches.
+        """Statistic of a second moment that :meth:`congruence` needs; additive over batches.
 
         Args:
             moment: The second moment, not yet formed.

@@ -87,7 +87,7 @@ class Toeplitz(Structure):
         return (self._means(sums),)
 
     def congruence(self, K: Parts, A: Parts) -> Parts:
-        """What was measured with the same ``K``."""
+        """The statistic itself, which was measured with the same ``K``."""
         return A[:1]
 
     def trace(self, m: Parts) -> Tensor:
@@ -95,7 +95,7 @@ class Toeplitz(Structure):
         return m[0][:, 0]
 
     def statistic_trace(self, A: Parts) -> Tensor:
-        """What was measured of it."""
+        """Mean of the diagonal of ``A``, which was measured with it."""
         return A[1].squeeze(1)
 
     def apply_kkt(self, K: Parts, X: Tensor) -> Tensor:

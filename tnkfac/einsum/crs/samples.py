@@ -46,7 +46,7 @@ def check_generator(generator: object) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What one call keeps.
+    """Slices that one call keeps.
 
     Attributes:
         x: Indices into the padded input ``[N, C_in, I1, ...]``.

@@ -44,7 +44,7 @@ _Box = tuple[float, float, float, float]
 
 
 class Drawable(Protocol):
-    """What of a :class:`~tnkfac.einsum.network.Network` is drawn."""
+    """The part of a :class:`~tnkfac.einsum.network.Network` that is drawn."""
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -288,7 +288,7 @@ def _draw_node(ax: Axes, node: Node, point: Point, side: Point | None) -> _Box:
 
 
 def _draw_bar(ax: Axes, node: Node, point: Point, side: Point) -> _Box:
-    """Where legs join to one axis: a bar, a thick line outwards, and their names."""
+    """Draw where legs join to one axis: a bar, a thick line outwards, and their names."""
     (x, y), (w, h), (dx, dy) = point, node.half, side
     half = _BAR * (len(node.legs) - 1) / 2 + 0.05
     a, b = abs(dy) * half, abs(dx) * half

@@ -168,7 +168,7 @@ class _Search:
 
 
 class _Cost:
-    """What is bad about layouts: of many at a time, in numpy, with points as complex numbers."""
+    """Cost of layouts: of many at a time, in numpy, with points as complex numbers."""
 
     def __init__(self, diagram: Diagram, border: tuple[int, int, int, int]) -> None:
         import numpy as np

@@ -140,7 +140,7 @@ def _unfold_kernel(space: Space, weight: Shape) -> Network:
 
 
 def linear_rows(batch: int, positions: int, channels: int, groups: int = 1) -> Network:
-    """What multiplies the weight of a linear layer, with every leg open.
+    """Rows that multiply the weight of a linear layer, with every leg open.
 
     Args:
         batch: Number of samples ``N``.
@@ -156,7 +156,7 @@ def linear_rows(batch: int, positions: int, channels: int, groups: int = 1) -> N
 
 
 def input_rows(batch: int, channels: int, groups: int, axes: tuple[Axis, ...]) -> Network:
-    """What multiplies the weight of a convolution: unfolded inputs with every leg open.
+    """Rows that multiply the weight of a convolution: unfolded inputs with every leg open.
 
     Args:
         batch: Number of samples ``N``.
@@ -172,7 +172,7 @@ def input_rows(batch: int, channels: int, groups: int, axes: tuple[Axis, ...]) -
 
 
 def input_rows_transpose(batch: int, channels: int, groups: int, axes: tuple[Axis, ...]) -> Network:
-    """What multiplies the weight of a transposed convolution, with every leg open.
+    """Rows that multiply the weight of a transposed convolution, with every leg open.
 
     Args:
         batch: Number of samples ``N``.

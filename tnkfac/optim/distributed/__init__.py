@@ -1,1 +1,1 @@
-"""What processes that train one model tell each other."""
+"""Communication of the processes that train one model."""

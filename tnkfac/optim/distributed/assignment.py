@@ -141,7 +141,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class PlacementRow:
-    """Where the preconditioner of one layer is.
+    """Workers, cost and size of the preconditioner of one layer.
 
     Attributes:
         name: Qualified name of the layer.

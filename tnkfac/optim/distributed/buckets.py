@@ -1,4 +1,4 @@
-"""What is sent between processes: tensors end to end, symmetric ones as triangles, in buckets."""
+"""Messages between processes: tensors end to end, symmetric ones as triangles, in buckets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def size(tensor: Tensor, symmetric: bool) -> int:
 
 
 def packed(tensor: Tensor, symmetric: bool) -> Tensor:
-    """What is sent of a tensor, as a vector."""
+    """A tensor as the vector that is sent."""
     if not symmetric:
         return tensor.reshape(-1)
     upper, _ = _triangle(tensor.shape[-1], tensor.device)

@@ -1,4 +1,4 @@
-"""What processes that train one model tell each other: the only file that calls collectives.
+"""Communication of the processes that train one model: the only file that calls collectives.
 
 Processes are those of the group that the user names, of the ``DistributedDataParallel`` that holds
 the parameters, or of the mesh that ``fully_shard`` has cut them for; else there are no others.

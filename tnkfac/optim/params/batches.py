@@ -25,7 +25,7 @@ from tnkfac.optim.params.state import ParamState, State, unpack, write_where
 SMALL = 1 << 15
 """Numbers of both factors up to which stacking pays on the CPU, where it only saves calls."""
 SMALL_ON_DEVICE = 1 << 22
-"""The same on a device, which is idle during a product of small matrices."""
+"""Numbers up to which it pays on a device, which idles during products of small matrices."""
 TOGETHER = 1 << 24
 """Numbers of a stack; it is a copy."""
 
@@ -67,7 +67,7 @@ def joined(several: Sequence[Parts]) -> Parts:
 
 
 def parted(parts: Parts, count: int) -> list[Parts]:
-    """The inverse of :func:`joined`."""
+    """Cut what :func:`joined` has joined."""
     if count == 1:
         return [parts]
     pieces = [part.chunk(count) for part in parts]
@@ -141,25 +141,25 @@ class Stack(Batch):
         loss_scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
     ) -> None:
-        """As for any batch."""
+        """Take these layers; arguments as for any batch."""
         super().__init__(layers, state, loss_scale, found_inf)
         self.k, self.c = layers[0].statistics.k, layers[0].statistics.c
 
     def measured(self) -> list[Factors]:
-        """What was measured since the last update, of one layer after the other."""
+        """Factors measured since the last update, of one layer after the other."""
         return [layer.statistics.factors(self._loss_scale) for layer in self.layers]
 
     def factors(self) -> tuple[Parts, Parts]:
-        """Joined."""
+        """Factors of all layers, joined."""
         measured = self.measured()
         return joined([each.A for each in measured]), joined([each.B for each in measured])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Parts:
-        """Joined."""
+        """A matrix of all layers, joined."""
         return joined([unpack(state, name, dtype) for state in self._states])
 
     def write(self, new: Mapping[str, Parts]) -> None:
-        """Parted."""
+        """Write the parts of each layer into its state."""
         pieces = [parted(parts, len(self.layers)) for parts in new.values()]
         for state, layer_parts in zip(self._states, zip(*pieces, strict=True), strict=True):
             write_where(state, dict(zip(new, layer_parts, strict=True)), self._found_inf)
@@ -178,7 +178,7 @@ class EndToEnd(Batch):
         loss_scale: Tensor | float = 1.0,
         found_inf: Tensor | None = None,
     ) -> None:
-        """As for any batch."""
+        """Take these layers; arguments as for any batch."""
         super().__init__(layers, state, loss_scale, found_inf)
         statistics = [layer.statistics for layer in layers]
         device = layers[0].weight.device
@@ -192,7 +192,7 @@ class EndToEnd(Batch):
         self._layer = RaggedDiagonal.of(tuple(groups), device).segment  # of every channel group
 
     def factors(self) -> tuple[Parts, Parts]:
-        """All layers at once."""
+        """Factors of all layers, normalised at once."""
         A, B, counts = zip(*(layer.statistics.sums() for layer in self.layers), strict=True)
         statistics = self.layers[0].statistics
         on_A, on_B = statistics.normalizers(torch.stack(counts), self._loss_scale)
@@ -201,12 +201,12 @@ class EndToEnd(Batch):
         return a, b
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Parts:
-        """End to end."""
+        """A matrix of all layers, end to end."""
         vector = _flat([state[name] for state in self._states])
         return (vector if dtype is None else vector.to(dtype),)
 
     def write(self, new: Mapping[str, Parts]) -> None:
-        """Cut, and copied all at once."""
+        """Cut new matrices, and copy all at once."""
         values = {name: vector for name, (vector,) in new.items()}
         on_host = self._found_inf is None and not self._layer.is_cuda
         if not on_host or not finite_on_host([*values.values()]):

@@ -15,7 +15,7 @@ from tnkfac.optim.params.scaling import ElementwisePreconditioner
 
 @dataclass(frozen=True)
 class Needs:
-    """What is to be measured of a layer.
+    """Measurements that a rule needs of a layer.
 
     Attributes:
         statistics: Whether anything is; else gradients alone are used.

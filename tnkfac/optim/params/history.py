@@ -1,4 +1,4 @@
-"""What states tell of how parameters were trained so far: by the fallback, or in a layer."""
+"""History of a parameter as its state tells it: trained by the fallback, or in a layer."""
 
 from __future__ import annotations
 

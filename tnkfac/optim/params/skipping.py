@@ -54,7 +54,7 @@ class Unmatched:
 
 
 def _names_outside(names: set[str], groups: list[Group], roots: list[nn.Module]) -> set[str]:
-    """Those of some names that frozen parameters answer to, and others that no group has."""
+    """Names that frozen parameters answer to, or others that no group has."""
     known = {id(param) for group in groups for param in group["params"]}
     outside = [p for root in roots for p in root.parameters() if id(p) not in known]
     owners = [owner for entries in find_owners(outside, roots).values() for owner in entries]

@@ -1,4 +1,4 @@
-"""What is kept of a parameter: structured matrices as one tensor per part, and numbers of the host.
+"""State of a parameter: structured matrices as one tensor per part, and numbers of the host.
 
 The state of a layer lies under its weight. It holds what the rule keeps, when that was updated, and
 the names of its structures; weight and bias have a buffer for their momentum. Everything is a plain
@@ -23,12 +23,12 @@ ParamState = dict[str, Tensor]
 State = dict[Tensor, ParamState]
 """State of an optimizer, by parameter."""
 Initializer = Callable[[CapturedLayer], Mapping[str, Parts]]
-"""What a rule keeps of a layer, before any statistics."""
+"""Makes the matrices that a rule keeps of a layer, before any statistics."""
 
 MARKS = ("first_update", "last_update", "last_refresh")
 """Steps at which something was done to a layer; -1 before."""
 ON_HOST = (*MARKS, "failures", "structures")
-"""What the host reads, and therefore lies there."""
+"""Names of the state that lie on the host, which reads them."""
 TAKEN = (*ON_HOST, "momentum_buffer", "exp_avg", "exp_avg_sq", "step")
 """Names that a rule cannot use."""
 
@@ -155,7 +155,7 @@ def complete(state: ParamState, param: Tensor, group: Group) -> None:
 
 
 def adam_state(param: Tensor) -> ParamState:
-    """What ``grafting="adam"`` keeps of a parameter: its second moment, and its own updates."""
+    """State of ``grafting="adam"``: the second moment of a parameter, and its own updates."""
     dtype = torch.promote_types(param.dtype, torch.float32)
     return {
         "exp_avg_sq": torch.zeros(param.shape, dtype=dtype, device=param.device),

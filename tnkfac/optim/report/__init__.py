@@ -1,1 +1,1 @@
-"""What is told to the user."""
+"""Tables, spectra and warnings for the user."""

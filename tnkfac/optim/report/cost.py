@@ -1,4 +1,4 @@
-"""What training a network with an optimizer costs, from shapes alone."""
+"""Cost of training a network with an optimizer, from shapes alone."""
 
 from __future__ import annotations
 

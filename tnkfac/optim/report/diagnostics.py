@@ -21,7 +21,7 @@ Spectra = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of one layer; None where nothing is, as where other processes keep the factors.
+    """Diagnosis of one layer; None where nothing is known, as where others keep the factors.
 
     Attributes:
         name: Qualified name of the layer.

@@ -1,4 +1,4 @@
-"""What a step tells the user about, once."""
+"""Warnings of a step to the user, each given once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer does with every parameter, as rows and as a table."""
+"""Treatment of every parameter by an optimizer, as rows and as a table."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Report(list[Row]):
         return draw_report(self, diagnostics, path)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled beside the rows."""
+        """Attributes that are copied and pickled beside the rows."""
         return {key: value for key, value in self.__dict__.items() if key != "diagnose"}
 
     def __str__(self) -> str:

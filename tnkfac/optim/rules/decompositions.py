@@ -1,4 +1,4 @@
-"""What KFAC keeps of a pair of factors to precondition with: eigenbases, or damped inverses."""
+"""Decompositions of a pair of factors, to precondition with: eigenbases, or damped inverses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Decomposer:
     eps: float = torch.finfo(torch.float64).eps
 
     def identity(self, groups: int, dtype: torch.dtype, device: torch.device) -> Decomposition:
-        """What leaves a gradient almost as it is, before there are factors."""
+        """Decomposition that leaves a gradient almost as it is, before there are factors."""
         eye_A, eye_B = (s.identity(groups, dtype, device) for s in (self.k, self.c))
         if self.method == "cholesky":
             return {"A_inv": eye_A, "B_inv": eye_B}
@@ -123,7 +123,7 @@ class Decomposer:
     def bounded(
         self, derived: Mapping[str, Parts], A: Parts, B: Parts, damping: float
     ) -> Decomposition:
-        """What stands in for a decomposition that failed: no update is larger than a right one.
+        """Stand-in for a decomposition that failed: no update is larger than a right one.
 
         Eigenvectors stay as they are. In their basis a symmetric matrix is at most the diagonal
         one of its rows' absolute sums, which take the place of the eigenvalues.
@@ -148,7 +148,7 @@ class Decomposer:
         return {**bases, "d_A": (a,), "d_B": (b,)}
 
     def _shifts(self, A: Parts, B: Parts, damping: float) -> tuple[Tensor, Tensor]:
-        """What is added to both factors, ``[G]`` each.
+        """Damping of both factors, ``[G]`` each.
 
         Both shares divide a gradient. Where it has but the rounding of larger numbers, they are
         not so small that this would outweigh the rest.

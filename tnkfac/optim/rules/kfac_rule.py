@@ -20,9 +20,9 @@ from tnkfac.optim.rules.normalization import NORMALIZATIONS, normalized
 from tnkfac.optim.rules.rule import NamedParts, Rule
 
 CLASSIC = {"momentum": 0.9, "damping": 1e-3, "kl_clip": 1e-3, "grafting": None}
-"""What ``"auto"`` stands for once a scale of the natural gradient is given."""
+"""Meaning of ``"auto"`` once a scale of the natural gradient is given."""
 UNTUNED = {"momentum": 0.7, "damping": None, "kl_clip": None, "grafting": 1.0}
-"""What ``"auto"`` stands for otherwise."""
+"""Meaning of ``"auto"`` otherwise."""
 FISHER_TYPES = ("empirical", "mc", "forward-only")
 
 OPTIONS: options.Options = {
@@ -95,7 +95,7 @@ class KfacRule(Rule):
     stacks_updates = False  # an average gains nothing from it
 
     def complete(self, given: Mapping[str, object]) -> Group:
-        """With what ``"auto"`` stands for."""
+        """All hyper-parameters, with what ``"auto"`` stands for."""
         group = super().complete(given)
         scaled = (group[name] for name in ("damping", "kl_clip"))
         classic = not all(value is None or isinstance(value, str) for value in scaled)
@@ -130,7 +130,7 @@ class KfacRule(Rule):
             raise ValueError("damping: got None. Supported with adaptive_damping: a number.")
 
     def needs(self, group: Group) -> Needs:
-        """As ``fisher_type`` and ``compute_method`` say."""
+        """Measurements that ``fisher_type`` and ``compute_method`` need."""
         fisher = group["fisher_type"]
         return Needs(
             outputs=fisher != "forward-only",
@@ -248,7 +248,7 @@ class KfacRule(Rule):
             statistics.use_eigenbasis(basis)
 
     def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra:
-        """Those of both averages, with the root of the damping added to each."""
+        """Spectra of both averages, with the root of the damping added to each."""
         group = layer.group
         A, B = averages(layer, state)
         a, b = eigenvalues(layer.statistics.k, A), eigenvalues(layer.statistics.c, B)
@@ -268,7 +268,7 @@ def averages(layer: CapturedLayer, state: ParamState) -> tuple[Parts, Parts]:
 
 
 def damping_of(group: Group) -> float:
-    """What the decomposer of the group takes."""
+    """Damping of the group as the decomposer takes it."""
     given = group["relative_damping"] if group["damping"] is None else group["damping"]
     return float(given)
 

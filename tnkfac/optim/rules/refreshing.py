@@ -22,7 +22,7 @@ _DONE, _FAILED, _NOT_FINITE = 0, 1, 2
 
 @dataclass
 class Attempt:
-    """What came of refreshing a layer.
+    """Outcome of refreshing a layer.
 
     Attributes:
         code: Whether it was done, failed, or what it reads is not finite.

@@ -65,7 +65,7 @@ class Rule(ABC):
         options.check(self.options, group, given)
 
     def needs(self, group: Group) -> Needs:
-        """What the passes are to measure of a layer; by default both factors."""
+        """Measurements of the passes; by default both factors."""
         return Needs()
 
     def update_interval(self, group: Group, step: int) -> int:
@@ -84,7 +84,7 @@ class Rule(ABC):
 
     @abstractmethod
     def init(self, layer: CapturedLayer) -> NamedParts:
-        """What is kept of a layer, before any statistics.
+        """Matrices that are kept of a layer, before any statistics.
 
         Args:
             layer: A layer of known shape; ``layer.statistics`` has its structures ``k`` and ``c``
@@ -98,7 +98,7 @@ class Rule(ABC):
     def start(
         self, layers: Sequence[CapturedLayer], measured: Sequence[Factors]
     ) -> list[NamedParts]:
-        """What is kept of layers after their first statistics.
+        """Matrices that are kept of layers after their first statistics.
 
         Args:
             layers: Layers of whatever shapes that share hyper-parameters, device and dtype.
@@ -180,7 +180,7 @@ class Rule(ABC):
         )
 
     def stand_in(self, batch: Stack) -> NamedParts:
-        """What one layer goes on with where even :meth:`repair` fails; by default what it had."""
+        """Stand-in for one layer where even :meth:`repair` fails; by default what it had."""
         return {}
 
     def tolerated_failures(self, group: Group) -> int:

@@ -56,7 +56,7 @@ class RuleRunner:
         return curvature_state(layer, rule.init, rule.warms_up(layer), bool(rule.derived))
 
     def kept(self, layer: CapturedLayer) -> ParamState:
-        """The same as far as this process keeps it."""
+        """State of :meth:`fresh`, as far as this process keeps it."""
         fresh = self.fresh(layer)
         if self.placing.assignment.is_grad_worker(layer):
             return fresh

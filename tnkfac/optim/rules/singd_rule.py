@@ -92,7 +92,7 @@ class SingdRule(Rule):
         return int(T(step) if callable(T) else T)
 
     def warms_up(self, layer: CapturedLayer) -> bool:
-        """Where the first batch gives but a multiple of the identity."""
+        """Whether the first batch gives but a multiple of the identity."""
         k, c = layer.statistics.k, layer.statistics.c
         return self.starts(layer.group) and not (k.has_eigenbasis and c.has_eigenbasis)
 
@@ -110,13 +110,13 @@ class SingdRule(Rule):
         return matrices
 
     def starts(self, group: Group) -> bool:
-        """With ``init="first_batch"``."""
+        """Whether ``init`` is ``"first_batch"``."""
         return bool(group["init"] == "first_batch")
 
     def start(
         self, layers: Sequence[CapturedLayer], measured: Sequence[Factors]
     ) -> list[NamedParts]:
-        """Where the factors of the first batch leave ``K`` and ``C`` at rest.
+        """``K`` and ``C`` that the factors of the first batch leave at rest.
 
         Relative damping is a number for factors of mean eigenvalue one, whose preconditioner is
         then brought to the level of the curvature.
@@ -172,7 +172,7 @@ class SingdRule(Rule):
         return batch.c.apply_kkt(C, right.to(C[0].dtype)).to(gradient.dtype)
 
     def elementwise(self, layer: CapturedLayer, state: ParamState) -> tuple[Tensor, Tensor] | None:
-        """Where both factors are diagonal, in the precision of the weight."""
+        """``K`` and ``C`` where both are diagonal, in the precision of the weight."""
         dtype, statistics = layer.weight.dtype, layer.statistics
         if layer.weight.device.type not in ("cpu", "cuda") or dtype not in _GRADIENT_DTYPES:
             return None
@@ -184,25 +184,25 @@ class SingdRule(Rule):
         return K, C
 
     def feed_taps(self, layer: CapturedLayer, state: ParamState | None, refreshed: bool) -> None:
-        """Some structures measure ``K^T A K``."""
+        """Hand ``K`` and ``C`` to structures that measure ``K^T A K``."""
         statistics = layer.statistics
         if statistics.bound and (statistics.k.reads_factor or statistics.c.reads_factor):
             factors = None if state is None else (unpack(state, "K"), unpack(state, "C"))
             statistics.use_factors(factors)
 
     def spectra(self, layer: CapturedLayer, state: ParamState) -> Spectra:
-        """Those of ``(K K^T)^-1`` and ``(C C^T)^-1``."""
+        """Spectra of ``(K K^T)^-1`` and ``(C C^T)^-1``."""
         k, c = layer.statistics.k, layer.statistics.c
         return inverse_squares(k, unpack(state, "K")), inverse_squares(c, unpack(state, "C"))
 
     def choose_structures(
         self, new: Sequence[CapturedLayer], registry: Registry, groups: list[Group], state: State
     ) -> None:
-        """Within ``max_state_ratio``."""
+        """Choose structures within ``max_state_ratio``."""
         auto_structure.limit_state(new, registry.others, groups, state)
 
     def revise_structures(self, registry: Registry, groups: list[Group], state: State) -> bool:
-        """Within ``max_step_ratio``."""
+        """Choose structures within ``max_step_ratio``; tell whether any changed."""
         if all(group["max_step_ratio"] is None for group in groups):
             return False
         return auto_structure.limit_time(registry.layers, groups, state)

@@ -136,7 +136,7 @@ def _damping_of(rows: _Rows, e: Tensor, shift: Tensor, damping: float) -> tuple[
 
 
 def _root(falling: Callable[[Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor) -> Tensor:
-    """Where a falling function is zero, for each entry: Newton's method between bounds.
+    """Root of a falling function, for each entry: Newton's method between bounds.
 
     Args:
         falling: Returns values and derivatives.

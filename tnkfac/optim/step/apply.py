@@ -23,7 +23,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Update(NamedTuple):
-    """What a layer's gradients were preconditioned to.
+    """Preconditioned gradients of a layer.
 
     Attributes:
         layer: The layer.
@@ -57,7 +57,7 @@ class StepOptions:
 
     @staticmethod
     def of(group: Group, of_layer: Group) -> StepOptions:
-        """Those of a parameter in one group, of a layer whose weight is in another or the same."""
+        """Options of a parameter, whose group may differ from that of its layer's weight."""
         lr = group["lr"]
         return StepOptions(
             lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr),
@@ -130,7 +130,7 @@ def _apply_listed(
     buffers: list[Tensor],
     found_inf: Tensor | None,
 ) -> None:
-    """The same where tensors may be of half precision, or lie in memory in different ways.
+    """Apply updates that may be of half precision, or lie in memory in different ways.
 
     These are stepped as copies in single precision that lie alike.
     """

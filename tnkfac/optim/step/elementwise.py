@@ -249,7 +249,7 @@ def step_large(scaled: Scaled, state: State, known: float | None = None) -> bool
 def _pieces(
     layer: CapturedLayer, squares: Squares
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Some rows of a gradient at a time, and what scales them."""
+    """Rows of a gradient, some at a time, and their factors."""
     gradient = layer.weight.grad
     assert gradient is not None
     rows = max(1, BLOCK * len(gradient) // gradient.numel())

@@ -120,7 +120,7 @@ def _update(
     found_inf: Tensor | None,
     alike: bool,
 ) -> None:
-    """As :func:`update`, for tensors of one kind; ``alike``: fused kernels may take them."""
+    """Step for tensors of one kind; ``alike``: fused kernels may take them."""
     decay = group["fallback_weight_decay"]
     decay = group["weight_decay"] if decay is None else decay
     lr = learning_rate(group)

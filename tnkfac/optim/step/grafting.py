@@ -187,7 +187,7 @@ def _graft_on_host(pairs: Sequence[tuple[Update, float]], state: State) -> list[
 def _graft(
     updates: Sequence[Update], norms: Tensor, state: State, found_inf: Tensor | None
 ) -> list[Update]:
-    """The same without waiting for a device, and there with few launches."""
+    """Bring updates to their sizes without waiting for a device, and with few launches."""
     grafted = [i for i, update in enumerate(updates) if update.layer.group["grafting"] is not None]
     if not grafted:
         return list(updates)
@@ -278,7 +278,7 @@ def _norms_on_host(updates: Sequence[Update]) -> list[float]:
 
 
 def _norms(updates: Sequence[Update]) -> Tensor:
-    """The same as a tensor, without waiting for a device."""
+    """Norms of updates as a tensor, without waiting for a device."""
     values = [value for update in updates for _, value in update.parts]
     norms = torch.stack(torch._foreach_norm(values, dtype=torch.float64))
     if len(values) == len(updates):

@@ -48,7 +48,7 @@ class Lookup(NamedTuple):
 def lookup(
     inputs_first: bool, shape: tuple[int, ...], stride: tuple[int, ...], groups: int, rows: int
 ) -> Lookup | None:
-    """That of a weight; None where it lies neither row by row nor with channels last.
+    """Lookup of a weight; None where it lies neither row by row nor with channels last.
 
     Args:
         inputs_first: Whether the first axis counts inputs.

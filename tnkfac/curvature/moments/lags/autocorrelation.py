@@ -110,7 +110,7 @@ def _convolved(
 
 
 def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:
-    """The same of single channels, ``[C, 1, L1 + 1, 2 L2 + 1, ..]``.
+    """All lags of single channels, ``[C, 1, L1 + 1, 2 L2 + 1, ..]``.
 
     Libraries are slow where every channel is a group of its own. Here the pixels of a channel are
     laid out in one line, with zeros in between, so that a lag in space is one along the line. The

@@ -28,7 +28,7 @@ class Lags:
         return self.stride**2 * (2 * self.most + 1)
 
     def index(self, first: int, second: int) -> int:
-        """Where the correlation of pixels at these offsets from each other is."""
+        """Index of the correlation of pixels at these offsets from each other."""
         left, right = first % self.stride, second % self.stride
         lag = (second // self.stride - first // self.stride) // self.step
         return (left * self.stride + right) * (2 * self.most + 1) + self.most + lag

@@ -135,7 +135,7 @@ def _corrections(
 def _at_borders(
     x: Tensor, groups: int, pairs: list[TapPairs], lags: list[Lags], borders: dict[int, Border]
 ) -> Tensor:
-    """The same for one side of each of the axes."""
+    """Correlations of the pixels at one side of each of the axes."""
     dims = len(pairs)
     for a, border in borders.items():
         x = x.narrow(2 + a, border.first, border.pixels)
