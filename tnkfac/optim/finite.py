@@ -154,7 +154,10 @@ class SkippedSteps:
         """Skipped steps of the layers that have any; waits for the device."""
         counts = Counter(self._host)
         for names, device in self._device.items():
-            counts.update(dict(zip(names, device.tolist(), strict=True)))
+            largest: dict[str, int] = {}  # a layer may come with each of its parameters
+            for name, count in zip(names, device.tolist(), strict=True):
+                largest[name] = max(count, largest.get(name, 0))
+            counts.update(largest)
         return {name: count for name, count in counts.items() if count}
 
 

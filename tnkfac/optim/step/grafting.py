@@ -49,7 +49,10 @@ def _gradient(param: Tensor) -> Tensor:
 
 
 def clip_(
-    updates: list[Tensor], gradients: Sequence[Tensor], layers: Sequence[CapturedLayer]
+    updates: list[Tensor],
+    gradients: Sequence[Tensor],
+    layers: Sequence[CapturedLayer],
+    found_inf: Tensor | None,
 ) -> Tensor | None:
     """Shrink the updates of all layers by one factor where ``kl_clip`` asks for it.
 
@@ -57,6 +60,7 @@ def clip_(
         updates: Preconditioned gradients ``[G, C_out / G, D]``, in module order.
         gradients: Gradients, of the same shapes.
         layers: The layers.
+        found_inf: Scalar that is one where the batch is to be skipped.
 
     Returns:
         The factor, at most one; None without ``kl_clip``.
@@ -67,7 +71,8 @@ def clip_(
     terms = [
         term for i in clipped for term in _by_learning_rate(updates[i], gradients[i], layers[i])
     ]
-    factor = trust_region(terms, min(layers[i].group["kl_clip"] for i in clipped))
+    on_host = found_inf is None and updates[0].device.type == "cpu"
+    factor = trust_region(terms, min(layers[i].group["kl_clip"] for i in clipped), on_host)
     for i in clipped:
         updates[i].mul_(factor.to(updates[i].device, updates[i].dtype))
     return factor
@@ -86,7 +91,9 @@ def _by_learning_rate(
     ]
 
 
-def trust_region(terms: Sequence[tuple[Tensor, Tensor, Tensor | float]], bound: float) -> Tensor:
+def trust_region(
+    terms: Sequence[tuple[Tensor, Tensor, Tensor | float]], bound: float, on_host: bool = False
+) -> Tensor:
     """One factor for all layers that bounds the quadratic change of the loss.
 
     ``min(1, sqrt(bound / |sum lr^2 <natural, gradient>|))``, a scalar tensor.
@@ -94,19 +101,20 @@ def trust_region(terms: Sequence[tuple[Tensor, Tensor, Tensor | float]], bound: 
     Args:
         terms: Preconditioned gradients, gradients of the same shapes, and learning rates.
         bound: ``kl_clip``.
+        on_host: Whether numbers may be looked at.
     """
     total = torch.zeros((), dtype=torch.float64, device=terms[0][0].device)
     for update, gradient, lr in terms:
-        product = _dot(update, gradient) * lr * lr
+        product = _dot(update, gradient, on_host) * lr * lr
         total = total + product.to(total.device, torch.float64, non_blocking=True)
     return (bound / total.abs()).sqrt().clamp(max=1.0).nan_to_num(0.0)
 
 
-def _dot(update: Tensor, gradient: Tensor) -> Tensor:
+def _dot(update: Tensor, gradient: Tensor, on_host: bool) -> Tensor:
     """Scalar product; zero where it is not finite, since such an update makes no step."""
     dtype = torch.promote_types(update.dtype, torch.float32)
     product = torch.dot(update.to(dtype).flatten(), gradient.to(dtype).flatten())
-    if product.device.type == "cpu" and not isfinite(product.item()):  # perhaps too large alone
+    if on_host and not isfinite(product.item()):  # perhaps only too large
         product = torch.dot(update.double().flatten(), gradient.double().flatten())
     return torch.where(product.isfinite(), product, 0.0)
 
@@ -142,7 +150,8 @@ def graft_(
         pairs = [(u, n) for u, n, g in zip(updates, norms, good, strict=True) if g]
         return _graft_on_host(pairs, state), None
     lengths = _norms(updates)
-    found_inf = _flagged(updates, lengths, found_inf, skipped)
+    names = [update.layer.name for update in updates]
+    found_inf = _flagged(names, lengths, found_inf, skipped)
     return _graft(updates, lengths, state, found_inf), found_inf
 
 
@@ -154,20 +163,21 @@ def flagged(updates: Sequence[Update], found_inf: Tensor | None, skipped: Skippe
         found_inf: Scalar that is one where the batch is to be skipped.
         skipped: Counts layers whose update is not finite.
     """
-    return _flagged(updates, _norms(updates), found_inf, skipped)
+    values = [value for update in updates for _, value in update.parts]
+    names = [update.layer.name for update in updates for _ in update.parts]
+    return _flagged(names, torch.stack(torch._foreach_norm(values)), found_inf, skipped)
 
 
 def _flagged(
-    updates: Sequence[Update], norms: Tensor, found_inf: Tensor | None, skipped: SkippedSteps
+    names: Sequence[str], norms: Tensor, found_inf: Tensor | None, skipped: SkippedSteps
 ) -> Tensor:
-    bad = ~norms.isfinite()
-    flag = bad.any().float()
-    if found_inf is None:
-        skipped.add_flags([update.layer.name for update in updates], bad)
-        return flag
-    skip = found_inf.to(flag.device, flag.dtype)
-    skipped.add_flags([update.layer.name for update in updates], bad & (skip == 0))
-    return torch.maximum(flag, skip)
+    bad = norms - norms != 0  # of what is not finite the difference is not a number
+    if found_inf is not None:  # of a batch that is skipped nothing is counted
+        skip = found_inf.to(norms.device, non_blocking=True) > 0
+        bad = bad > skip
+    skipped.add_flags(names, bad)
+    flag = bad.any()
+    return (flag if found_inf is None else flag | skip).float()
 
 
 def _graft_on_host(pairs: Sequence[tuple[Update, float]], state: State) -> list[Update]:

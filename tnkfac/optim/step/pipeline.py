@@ -38,7 +38,7 @@ def preconditioned(
         return [], None
     gradients = [gradient_matrix(layer, found_inf) for layer in layers]
     matrices = precondition(list(layers), gradients)
-    factor = clip_(matrices, gradients, layers)
+    factor = clip_(matrices, gradients, layers, found_inf)
     return [
         _parted(layer, matrix, gradient)
         for layer, matrix, gradient in zip(layers, matrices, gradients, strict=True)
