@@ -237,6 +237,16 @@ class CurvatureOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._step()
+        except BaseException:  # also an interrupt: what there is goes on like its checkpoint
+            self._registry.clear()
+            self._follow_state()
+            raise
+        return loss
+
+    def _step(self) -> None:
+        """Take what the passes have left into the state and the parameters."""
         self._regroup()  # an emptied state is taken up in the end
         due = [layer for layer in self._registry.layers if layer.statistics.enabled]
         several = False
@@ -260,7 +270,7 @@ class CurvatureOptimizer(Optimizer):
             receive()
             pending = [layer for layer in self._registry.layers if layer.statistics.pending]
         if not pending and self._all_lrs_zero(due):
-            return loss
+            return
         if due and not self._excluded:
             self._notices.check_statistics(due, self.state)
             self._notices.check_stale(due, self.state)
@@ -272,7 +282,6 @@ class CurvatureOptimizer(Optimizer):
         self._advance(self._updated(pending) if found_inf is not True else [])
         if isinstance(found_inf, Tensor):
             self._flags.send(found_inf, undo)
-        return loss
 
     def _release(self, due: list[CapturedLayer]) -> list[CapturedLayer]:
         """Leave layers to the fallback whose statistics have refused; return the others.
