@@ -17,7 +17,7 @@ from torch.optim.optimizer import StateDict
 
 from tnkfac.curvature.capture.tap import FirstForward
 from tnkfac.curvature.precision import FullPrecision
-from tnkfac.optim import checkpoint, options
+from tnkfac.optim import checkpoint, options, saved_state
 from tnkfac.optim.distributed.assignment import Placement
 from tnkfac.optim.distributed.reduction import Processes
 from tnkfac.optim.finite import (
@@ -546,22 +546,38 @@ class CurvatureOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what :meth:`state_dict` returned; the argument is neither changed nor kept.
 
-        Callables and hyper-parameters that it lacks stay as they are. The layers that it had
-        captured are captured, and others are not.
+        Callables and hyper-parameters that it lacks stay as they are; all others are those of the
+        saved optimizer from then on, with what follows from them: which layers are captured, in
+        which structures, and what is measured.
 
         Args:
             state_dict: A saved state.
+
+        Raises:
+            ValueError: If it is of another optimizer, or does not fit these parameters; then
+                nothing has changed.
         """
         self._catch_up()
         self._flags.receive(wait=True)  # what they undo is of the state that goes
+        live = self.__dict__["state"], self.param_groups
         before = [dict(group) for group in self.param_groups]
         given: list[StateDict] = []  # what hooks of the user have made of the argument
-        last = self.register_load_state_dict_pre_hook(lambda _, saved: given.append(saved))
+
+        def receive(_: Optimizer, saved: StateDict) -> None:
+            saved_state.check_groups(saved, self.param_groups, self.rule)
+            given.append(saved)
+
+        last = self.register_load_state_dict_pre_hook(receive)
         first = self.register_load_state_dict_post_hook(
             lambda _: self._restore(given[0], before), prepend=True
         )
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            if self.param_groups is not live[1]:
+                self.__dict__["state"], self.__dict__["param_groups"] = live
+                self._forget_layers()
+            raise
         finally:
             last.remove()
             first.remove()
@@ -579,6 +595,7 @@ class CurvatureOptimizer(Optimizer):
             checkpoint.split_second_moments(layer, self.state, layer.group["step"])
         self._follow_state()
         self._runner.placing.drop(self._registry.layers, self.state)
+        saved_state.check_states(self._registry, self.state, self._runner)
         checkpoint.complete_derived(self._registry.layers, self.state, self._runner)
         self._set_taps()
 
@@ -590,11 +607,15 @@ class CurvatureOptimizer(Optimizer):
             before: The groups before loading.
         """
         contradicts = self._registry.contradicts(self.state, self.param_groups)
-        if checkpoint.chooses_alike(self.param_groups, before) and not contradicts:
+        if checkpoint.captures_alike(self.param_groups, before, self.rule) and not contradicts:
             return
         for group, saved_group in zip(self.param_groups, saved, strict=True):
             if contradicts and "capture_tied" not in saved_group:
                 group["capture_tied"] = True
+        self._forget_layers()
+
+    def _forget_layers(self) -> None:
+        """Find all layers anew."""
         self._registry.forget()
         self._runner.placing.forget()
         self._sort()

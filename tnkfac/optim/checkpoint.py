@@ -20,12 +20,22 @@ from tnkfac.optim.params.state import (
     has_curvature,
     set_mark,
 )
+from tnkfac.optim.rules.rule import Rule
 from tnkfac.optim.rules.runner import RuleRunner
 from tnkfac.optim.step import fallback
 
 _OLD_NAMES = {"last_inverse": "last_refresh"}
 _OLD_GROUP_NAMES = {"last_inverse_due": "last_refresh_due"}
 """Names up to 0.1."""
+CAPTURING = (
+    "skip_layers",
+    "capture_tied",
+    "capture_embeddings",
+    "structures",
+    "kfac_approx",
+    "loss_average",
+)
+"""Hyper-parameters that say which layers are captured, and how."""
 
 
 @contextmanager
@@ -109,11 +119,11 @@ def split_second_moments(layer: CapturedLayer, state: State, step: int) -> None:
         state[param].update(exp_avg_sq=part.contiguous(), step=count)
 
 
-def chooses_alike(groups: Iterable[Group], before: Iterable[Group]) -> bool:
-    """Whether groups leave the same layers to the fallback as before."""
+def captures_alike(groups: Iterable[Group], before: Iterable[Group], rule: Rule) -> bool:
+    """Whether groups have the same layers captured as before, and the same measured of them."""
 
-    def choice(group: Group) -> tuple[object, ...]:
-        return tuple(group["skip_layers"]), group["capture_tied"]
+    def choice(group: Group) -> list[object]:
+        return [*(group[name] for name in CAPTURING), rule.needs(group)]
 
     return [*map(choice, groups)] == [*map(choice, before)]
 
