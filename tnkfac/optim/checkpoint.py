@@ -87,6 +87,9 @@ def restore_tensors(
         params: Parameters in the order of the groups.
         dtypes: Those of a new state, by ``id`` of the parameter and what names begin with; all
             else stays as it was saved.
+
+    Raises:
+        ValueError: If a tensor is of another kind.
     """
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     for key, param in zip(keys, params, strict=True):
@@ -98,6 +101,8 @@ def restore_tensors(
             if isinstance(value, Tensor):
                 device = torch.device("cpu") if name in ON_HOST else param.device
                 dtype = known.get(name.split(".")[0], value.dtype)
+                if value.is_floating_point() != dtype.is_floating_point or value.is_complex():
+                    raise ValueError(f"{name!r}: got {value.dtype}. Supported: {dtype}.")
                 param_state[name] = value.detach().to(device, dtype, copy=True)
 
 
