@@ -139,13 +139,24 @@ def train(model: nn.Module, optimizer: Any, steps: range, dtype: torch.dtype) ->
         optimizer.step()
 
 
+def _working(rng: random.Random, dtype: torch.dtype) -> nn.Module:
+    """A network whose kernels fit its inputs, with its lazy layers made."""
+    for _ in range(100):
+        model = network(rng).to(dtype)
+        try:
+            model(batch(0, dtype)[0])
+        except RuntimeError:
+            continue
+        return model
+    raise AssertionError("no network fits")
+
+
 def built(seed: int) -> tuple[nn.Module, Any, torch.dtype, dict[str, Any]]:
     """The network and the optimizer of a seed, before any step."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype = rng.choice([torch.float32, torch.float64])
-    model = network(rng).to(dtype)
-    model(batch(0, dtype)[0])  # lazy layers
+    model = _working(rng, dtype)
     torch.manual_seed(seed)
     for param in model.parameters():
         if param.ndim > 1:
@@ -176,10 +187,9 @@ def _difference(seed: int) -> str:
     resumed.load_state_dict(saved[0])
     loaded.load_state_dict(saved[1])
     train(resumed, loaded, range(stop, STEPS), dtype)
-    skipped = optimizer.skipped_updates or optimizer.report().skipped_steps
     for name, param in model.named_parameters():
-        if not param.isfinite().all() and not skipped:
-            return f"{name} is not finite, and nothing was skipped: {given}"
+        if not param.isfinite().all():
+            return f"{name} is not finite: {given}"
         if not torch.equal(param, again.get_parameter(name)):
             return f"{name} differs in a second run: {given}"
         if not torch.equal(param, resumed.get_parameter(name)):
