@@ -10,8 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)
 
 
-collect_ignore = ["data"]
-"""The loops in it are for packages that are not installed."""
+collect_ignore = ["data", "faults"]
+"""Loops for packages that are not installed, and a script."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,5 @@
+"""Faults of ``tnkfac/optim``."""
+
+from fault import Fault
+
+FAULTS: tuple[Fault, ...] = ()
