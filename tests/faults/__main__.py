@@ -41,7 +41,7 @@ FAULTS: tuple[Fault, ...] = (
     *curvature_faults.FAULTS,
     *optim_faults.FAULTS,
 )
-LEFT_BEHIND = (".git", ".venv*", "__pycache__", ".*_cache", "*.egg-info", "results", "site")
+LEFT_BEHIND = (".git", ".venv*", "__pycache__", ".*_cache", "*.egg-info", "site")
 
 NEAR: dict[str, tuple[str, ...]] = {
     "einsum/geometry.py": ("einsum/test_geometry.py", "einsum/test_operations.py"),
