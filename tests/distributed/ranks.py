@@ -1,6 +1,7 @@
 """What every process does; started by ``test_ddp`` through torchrun, once for all scenarios."""
 
 import copy
+import gc
 import os
 import sys
 import warnings
@@ -148,7 +149,9 @@ def averaged_by_hand(model: nn.Module, optimizer: Any, name: str, step: int) -> 
 @scenario
 def gradients_averaged_by_hand_equal_one_process() -> None:
     """Where the group is named, whatever part of the preconditioners each process keeps."""
-    for name, (cls, options) in OPTIMIZERS.items():
+    few = dist.get_world_size() > 2
+    for name in ("SINGD", "SINGD Toeplitz", "KFAC") if few else OPTIMIZERS:
+        cls, options = OPTIMIZERS[name]
         for fraction in (1.0, 1 / dist.get_world_size()):
             single, model = network(), network()
             reference = cls(single.parameters(), lr=0.01, **options)
@@ -222,11 +225,11 @@ def uneven_parts_give_the_mean_of_local_means() -> None:
 
 @scenario
 def ranks_stay_bit_identical() -> None:
-    """Fifty steps on uneven parts."""
+    """Thirty steps on uneven parts."""
     sizes = [3, 5, 2, 4][: dist.get_world_size()]
     for name in ("SINGD", "SINGD diagonal", "KFAC"):
         model, optimizer = built(name)
-        for step in range(50):
+        for step in range(30):
             train(model, optimizer, name, step, sizes, 1)
         assert_same_everywhere(state_of(model.module, optimizer))
         optimizer.close()
@@ -558,6 +561,8 @@ def run(place: int, chosen: list[str], **group: Any) -> None:
     """All scenarios, or some."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
+    DistributedDataParallel(network())  # imports the compiler
+    gc.freeze()  # optimizers look for wrappers among all objects
     for function in SCENARIOS:
         if chosen and function.__name__ not in chosen:
             continue
