@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -152,8 +153,9 @@ def test_a_compiled_training_step(kind: str) -> None:
 LOOPS = (in_place_zeros, closure, without_statistics, micro_batches, scaled, reporting)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("kind", ["SINGD dense", "KFAC eigen"])
+@pytest.mark.parametrize(
+    ("kind", "loop"), zip(cycle(["SINGD dense", "KFAC eigen"]), LOOPS, strict=False)
+)
 def test_compiled_loops_of_other_kinds(kind: str, loop: Loop) -> None:
     assert_compiled_equals_eager(EVERY_CURVATURE[kind], loop, "aot_eager")
 
