@@ -1,8 +1,6 @@
-"""What every process does; started by ``test_ddp`` through torchrun, once for all scenarios."""
+"""What every process does; started by ``test_ddp``, once for all scenarios."""
 
 import copy
-import gc
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forking import start
 from network import batch, loss, network
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -112,7 +111,7 @@ def whole(model: nn.Module, optimizer: Any, name: str, step: int, size: int) -> 
 
 @scenario
 def ranks_equal_one_process() -> None:
-    """Ten steps on even parts of a batch, also as micro-batches without communication.
+    """Six steps on even parts of a batch, also as micro-batches without communication.
 
     With a summed loss gradients are averaged all the same. The defaults do not see a scale, but for
     the ``eps`` of AdamW.
@@ -123,7 +122,7 @@ def ranks_equal_one_process() -> None:
             single = network()
             reference = cls(single.parameters(), lr=0.01, **options)
             model, optimizer = built(name, first)
-            for step in range(10):
+            for step in range(6):
                 whole(single, reference, name, step, 8)
                 train(model, optimizer, name, step, even(8), micro)
             for p, q in zip(model.parameters(), single.parameters(), strict=True):
@@ -325,13 +324,13 @@ def placements_give_the_same_parameters() -> None:
         cls, options = OPTIMIZERS[name]
         single = network()
         reference = cls(single.parameters(), lr=0.01, **options)
-        for step in range(10):
+        for step in range(6):
             whole(single, reference, name, step, 8)
         least = None
         for workers in [g for g in range(1, world + 1) if world % g == 0]:
             extra = {"grad_worker_fraction": workers / world}
             model, optimizer = built(name, options=extra)
-            for step in range(10):
+            for step in range(6):
                 train(model, optimizer, name, step, even(8), 1)
             error = 1e-11 if loss_of(name) is loss else 1e-6
             for p, q in zip(model.parameters(), single.parameters(), strict=True):
@@ -557,29 +556,15 @@ def a_message_that_is_lost_names_its_layers() -> None:
     dist.barrier()
 
 
-def run(place: int, chosen: list[str], **group: Any) -> None:
-    """All scenarios, or some."""
-    torch.set_num_threads(1)
+def run(**group: Any) -> None:
+    """All scenarios."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
-    DistributedDataParallel(network())  # imports the compiler
-    gc.freeze()  # optimizers look for wrappers among all objects
     for function in SCENARIOS:
-        if chosen and function.__name__ not in chosen:
-            continue
         function()
-        if place == 0:
+        if dist.get_rank() == 0:
             print(function.__name__, "holds", flush=True)
     dist.destroy_process_group()
 
 
-def spawned(rank: int, chosen: list[str], store: str, world: int) -> None:
-    """The same in a process that torch.multiprocessing has started."""
-    run(rank, chosen, init_method=f"file://{store}", rank=rank, world_size=world)
-
-
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        run(int(os.environ["RANK"]), sys.argv[1:])
-    else:
-        world = int(sys.argv[2])
-        torch.multiprocessing.spawn(spawned, (sys.argv[3:], sys.argv[1], world), nprocs=world)
+    start(run, [int(world) for world in sys.argv[2:]], sys.argv[1])
