@@ -62,8 +62,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "einsum/rules.py",
         "if not axis.is_unpadded and (twins or pixels in network.output.legs):",
-        "if not axis.is_unpadded and twins:",
-        "results over padded pixels are taken for windows",
+        "if not axis.is_unpadded and pixels in network.output.legs:",
+        "deltas in the place of a second pattern count taps on padding",
     ),
     Fault(
         "einsum/rules.py",
@@ -147,9 +147,9 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "einsum/plans.py",
-        "if exact and pattern.left == 0 and pattern.dilation == 1:",
-        "if exact and pattern.left == 0:",
-        "dilated windows pass for tiles",
+        "exact = exact and (pattern.stride == pattern.kernel_size or pattern.output_size == 1)",
+        "exact = exact or pattern.output_size == 1",
+        "interleaved windows pass for tiles",
     ),
     Fault(
         "einsum/plans.py",
