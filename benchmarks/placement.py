@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -280,8 +282,13 @@ def check(world: int = 4) -> int:
     """Compare a real run with the simulation; the number of differences."""
     with torch.multiprocessing.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         found = manager.dict()
-        torch.multiprocessing.spawn(
-            counted, (str(Path(folder) / "store"), world, found), nprocs=world
+        importlib.import_module("torch._dynamo")  # as wrappers do, but once for all processes
+        gc.freeze()  # optimizers look for wrappers among all objects
+        torch.multiprocessing.start_processes(
+            counted,
+            (str(Path(folder) / "store"), world, found),
+            nprocs=world,
+            start_method="fork",
         )
         measured = dict(found)
     wrong = 0

@@ -1,5 +1,6 @@
-"""What every test starts from: a fixed seed and the default dtype it found."""
+"""What every test starts from: a fixed seed, the default dtype it found, and few objects."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -10,8 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)
 
 
-collect_ignore = ["data"]
-"""The loops in it are for packages that are not installed."""
+collect_ignore = ["data", "faults"]
+"""Loops for packages that are not installed, and a script."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +21,14 @@ def _seed_and_dtype() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects() -> None:
+    """Put the objects of libraries and of other tests out of sight of the collector.
+
+    Optimizers look for the modules of bare parameters among all of its objects, and tests of what
+    is freed let it run: both take as long as there are objects.
+    """
+    gc.collect()
+    gc.freeze()

@@ -21,6 +21,10 @@ COMMANDS = [
 ELSEWHERE = {
     "python examples/digits.py": (".ci/run", 'commands="$(quick_start)"'),
     "python -m pytest -n 2 --dist worksteal": (".ci/run", 'commands="$(quick_start)"'),
+    "python examples/trainers/with_lightning.py": (
+        "tests/test_trainers.py",
+        'script.main(["--epochs", "3", "--out"',
+    ),
     "./check": ("check", "python -m pytest"),
     "python examples/imagenet.py": ("tests/test_imagenet.py", "def test_the_commands_of_its_page("),
     "torchrun --nproc-per-node=8 examples/imagenet.py": (

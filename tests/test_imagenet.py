@@ -56,13 +56,16 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_two_epochs_on_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_two_epochs_on_a_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every option of the loop that needs no other process, and every file that is written."""
     extra = ["--data", str(folder), "--out", str(tmp_path), "--epochs", "2", "--accumulate", "2"]
     extra += ["--clip-grad-norm", "1", "--mixup", "0.2", "--ema", "0.9", "--channels-last"]
     extra += ["--autocast", "bf16", "--structures", "diagonal", "--diagnose-every", "5"]
     extra += ["--tensorboard", "--lr", "0.003"]
-    text = finished(start(*SMALL, *extra))
+    imagenet.main([*SMALL, *extra])
+    text = "".join(capsys.readouterr())
     assert "epoch 2: loss" in text
     assert "img/s" in text
     steps, epochs = rows(tmp_path / "steps.csv"), rows(tmp_path / "epochs.csv")
@@ -159,18 +162,19 @@ def test_the_commands_of_its_page(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["--ddp", "--fsdp"])
 def test_two_processes_under_torchrun(kind: str, folder: Path, tmp_path: Path) -> None:
     """The loss falls, and the weights are those of a network that runs alone."""
-    options = [*SMALL, "--data", str(folder), "--epochs", "2", "--batch-size", "8", kind]
+    options = [*SMALL, "--data", str(folder), "--epochs", "1", "--batch-size", "8", kind]
     options += ["--structures", "diagonal", "--ema", "0.9", "--accumulate", "2", "--out"]
     text = launch(str(SCRIPT), 2, *options, str(tmp_path), "--grad-worker-fraction", "0.5")
-    assert "epoch 2: loss" in text
-    epochs = rows(tmp_path / "epochs.csv")
-    assert len(epochs) == 2
+    assert "epoch 1: loss" in text
+    assert len(rows(tmp_path / "epochs.csv")) == 1
     model = build_model("resnet18", 4)
     model.load_state_dict(torch.load(tmp_path / "weights.pt"))
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And counted; the next one is taken in their place."""
     make_folder(tmp_path / "data", train=8, val=2)
     broken = tmp_path / "data" / "train" / "class_1" / "0003.jpg"
@@ -178,7 +182,8 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     empty = tmp_path / "data" / "val" / "class_0" / "0000.jpg"
     empty.write_bytes(b"")
     options = ["--data", str(tmp_path / "data"), "--epochs", "1", "--out", str(tmp_path / "run")]
-    text = finished(start(*SMALL, *options, "--structures", "diagonal"))
+    imagenet.main([*SMALL, *options, "--structures", "diagonal"])
+    text = capsys.readouterr().out
     assert f"{broken} cannot be read" in text
     assert f"{empty} cannot be read" in text
     assert "2 images could not be read" in text

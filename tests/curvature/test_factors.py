@@ -1,7 +1,9 @@
 """`tnkfac.curvature.input_factor` and `grad_factor` against brute force over all layers."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -14,15 +16,17 @@ from tnkfac.curvature import grad_factor, input_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
-SEEDS = range(70)  # ten of each layer type
 APPROXIMATIONS = ("expand", "reduce")
 STRUCTURES = ("dense", "diagonal", "block3diagonal")
 TOLERANCE = 1e-11
 
 Factor = Callable[..., Result]
 
+CASES: dict[str, Callable[[], LayerCase]] = {
+    **{seed_id(seed): partial(random_layer, seed) for seed in range(70)},  # ten of each type
+    **{name: partial(special_layer, name) for name in SPECIAL},
+}
 each_approx = pytest.mark.parametrize("approx", APPROXIMATIONS)
-each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 
 def output_gradient(case: LayerCase) -> Tensor:
@@ -31,46 +35,44 @@ def output_gradient(case: LayerCase) -> Tensor:
         return torch.randn_like(case.module(case.x))
 
 
-def check_input_factor(case: LayerCase, approx: str, structure: str) -> None:
-    expected = oracle.input_factor(case.module, case.x, approx, structure)
-    assert_close(input_factor(case.module, case.x, approx, structure), expected, TOLERANCE)
+def parts(result: Result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
-def check_grad_factor(case: LayerCase, approx: str, structure: str) -> None:
-    g = output_gradient(case)
-    expected = oracle.grad_factor(case.module, g, approx, structure)
-    assert_close(grad_factor(case.module, g, approx, structure), expected, TOLERANCE)
+def restricted(dense: oracle.Factor, structure: str) -> oracle.Factor:
+    """What a structure keeps of a dense factor of the oracle."""
+    assert isinstance(dense, Tensor)
+    return oracle.restrict(dense, structure)
+
+
+def check(
+    case: LayerCase,
+    g: Tensor | None = None,
+    approximations: Sequence[str] = APPROXIMATIONS,
+    structures: Sequence[str] = STRUCTURES,
+    tolerance: float = TOLERANCE,
+) -> list[Result]:
+    """Both factors with every approximation and structure; return them."""
+    module, x, _ = case
+    g = output_gradient(case) if g is None else g
+    found: list[Result] = []
+    for approx in approximations:
+        for factor, dense, argument in (
+            (input_factor, oracle.input_factor(module, x, approx), x),
+            (grad_factor, oracle.grad_factor(module, g, approx), g),
+        ):
+            for structure in structures:
+                found.append(factor(module, argument, approx, structure))
+                assert_close(found[-1], restricted(dense, structure), tolerance)
+    return found
 
 
 # --- all layers ---------------------------------------------------------------------------------
 
 
-@each_structure
-@each_approx
-@pytest.mark.parametrize("seed", SEEDS, ids=seed_id)
-def test_input_factor_of_random_layers(seed: int, approx: str, structure: str) -> None:
-    check_input_factor(random_layer(seed), approx, structure)
-
-
-@each_structure
-@each_approx
-@pytest.mark.parametrize("name", SPECIAL)
-def test_input_factor_of_corner_cases(name: str, approx: str, structure: str) -> None:
-    check_input_factor(special_layer(name), approx, structure)
-
-
-@each_structure
-@each_approx
-@pytest.mark.parametrize("seed", SEEDS, ids=seed_id)
-def test_grad_factor_of_random_layers(seed: int, approx: str, structure: str) -> None:
-    check_grad_factor(random_layer(seed), approx, structure)
-
-
-@each_structure
-@each_approx
-@pytest.mark.parametrize("name", SPECIAL)
-def test_grad_factor_of_corner_cases(name: str, approx: str, structure: str) -> None:
-    check_grad_factor(special_layer(name), approx, structure)
+@pytest.mark.parametrize("name", CASES)
+def test_factors(name: str) -> None:
+    check(CASES[name]())
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -88,65 +90,50 @@ def test_defaults_are_expand_and_dense(name: str) -> None:
     assert_close(grad_factor(case.module, g), oracle.grad_factor(case.module, g), TOLERANCE)
 
 
-@each_structure
 @each_plain
-@pytest.mark.parametrize("loss_terms", [1, 2.5])
-def test_loss_terms_scale_the_grad_factor(name: str, structure: str, loss_terms: float) -> None:
+def test_loss_terms_scale_the_grad_factor(name: str) -> None:
     case = special_layer(name)
     g = output_gradient(case)
-    expected = oracle.grad_factor(case.module, g, "expand", structure, loss_terms)
-    result = grad_factor(case.module, g, "expand", structure, loss_terms=loss_terms)
-    assert_close(result, expected, TOLERANCE)
+    for structure, loss_terms in product(STRUCTURES, (1, 2.5)):
+        expected = oracle.grad_factor(case.module, g, "expand", structure, loss_terms)
+        result = grad_factor(case.module, g, "expand", structure, loss_terms=loss_terms)
+        assert_close(result, expected, TOLERANCE)
 
 
 @each_plain
-@each_approx
-@pytest.mark.parametrize("size", [1, 2, 4, 100])
-def test_blocks_of_any_size(name: str, approx: str, size: int) -> None:
+def test_blocks_of_any_size(name: str) -> None:
     # Blocks of one entry; of two and four with and without rest; larger than the factor, which
     # then is all rest.
-    check_input_factor(special_layer(name), approx, f"block{size}diagonal")
-    check_grad_factor(special_layer(name), approx, f"block{size}diagonal")
+    check(special_layer(name), structures=[f"block{size}diagonal" for size in (1, 2, 4, 100)])
 
 
-@each_approx
 @each_plain
-def test_expanded_gradient(name: str, approx: str) -> None:
+def test_expanded_gradient(name: str) -> None:
     """The gradient of ``output.sum()``: one number, seen through strides of zero."""
     case = special_layer(name)
-    g = torch.ones((), dtype=torch.float64).expand(case.module(case.x).shape)
-    expected = oracle.grad_factor(case.module, g, approx)
-    assert_close(grad_factor(case.module, g, approx), expected, TOLERANCE)
+    check(case, torch.ones((), dtype=torch.float64).expand(case.module(case.x).shape))
 
 
-@each_structure
-@each_approx
 @each_plain
-def test_arguments_are_left_alone(name: str, approx: str, structure: str) -> None:
+def test_arguments_are_left_alone(name: str) -> None:
     """No argument is changed, nothing records a graph, and results own their memory."""
     case = special_layer(name)
     x, g = case.x.clone().requires_grad_(), output_gradient(case)
     kept = g.clone()
-    results: list[Result] = [
-        input_factor(case.module, x, approx, structure),
-        grad_factor(case.module, g, approx, structure),
-    ]
+    results = check(case._replace(x=x), g)
     assert torch.equal(x, case.x)
     assert torch.equal(g, kept)
-    for result in results:
-        for part in (result,) if isinstance(result, Tensor) else result:
-            assert not part.requires_grad
-            assert part.numel() == 0 or part.data_ptr() not in (x.data_ptr(), g.data_ptr())
+    for part in (part for result in results for part in parts(result)):
+        assert not part.requires_grad
+        assert part.numel() == 0 or part.data_ptr() not in (x.data_ptr(), g.data_ptr())
 
 
-@each_approx
 @each_plain
-def test_second_shape_of_the_same_layer(name: str, approx: str) -> None:
+def test_second_shape_of_the_same_layer(name: str) -> None:
     """A smaller last batch, then the first shape again: nothing remembers the shape before."""
     module, x, description = special_layer(name)
     for samples in (slice(None), slice(1), slice(None)):
-        check_input_factor(LayerCase(module, x[samples], description), approx, "dense")
-        check_grad_factor(LayerCase(module, x[samples], description), approx, "dense")
+        check(LayerCase(module, x[samples], description), structures=["dense"])
 
 
 @each_approx
@@ -156,10 +143,10 @@ def test_changed_hyper_parameters_are_seen(approx: str) -> None:
     for change in ({}, {"stride": 2}, {"padding": 2}, {"dilation": 2}, {"bias": False}):
         options = {"padding": 1} | change
         module = nn.Conv2d(2, 2, 3, **options).double()
-        check_input_factor(LayerCase(module, x, str(change)), approx, "dense")
+        check(LayerCase(module, x, str(change)), None, [approx], ["dense"])
     for mode in ("zeros", "reflect", "replicate", "circular"):
         module = nn.Conv2d(2, 2, 3, padding=1, padding_mode=mode).double()
-        check_input_factor(LayerCase(module, x, mode), approx, "dense")
+        check(LayerCase(module, x, mode), None, [approx], ["dense"])
 
 
 # --- dtypes -------------------------------------------------------------------------------------
@@ -168,56 +155,35 @@ DTYPES = ("linear-3d", "conv2d-plain-3x3", "conv2d-all-different", "conv2d-dense
 DTYPES += ("conv2d-groups2-out6", "convT2d-k3-stride2-output-padding", "convT3d-all-different")
 
 
-def check_dtype(
-    case: LayerCase, dtype: torch.dtype, approx: str, structure: str, tol: float
-) -> None:
-    """Input and gradient are rounded to ``dtype``; factors are float32 and as exact as ``tol``."""
+def check_dtype(case: LayerCase, dtype: torch.dtype, tolerance: float) -> None:
+    """Input and gradient are rounded to ``dtype``; factors are float32 and as exact as told."""
     g = output_gradient(case).to(dtype)
-    module, x = case.module.to(dtype), case.x.to(dtype)
-    results: list[tuple[Result, Result]] = [
-        (
-            input_factor(module, x, approx, structure),
-            oracle.input_factor(module, x, approx, structure),
-        ),
-        (
-            grad_factor(module, g, approx, structure),
-            oracle.grad_factor(module, g, approx, structure),
-        ),
-    ]
-    for result, expected in results:
-        assert_close(result, expected, tol)
-        for part in (result,) if isinstance(result, Tensor) else result:
-            assert part.dtype == torch.float32
+    rounded = LayerCase(case.module.to(dtype), case.x.to(dtype), case.description)
+    for result in check(rounded, g, tolerance=tolerance):
+        assert all(part.dtype == torch.float32 for part in parts(result))
 
 
-@each_structure
-@each_approx
 @pytest.mark.parametrize("name", DTYPES)
-def test_float32_stays_float32(name: str, approx: str, structure: str) -> None:
-    check_dtype(special_layer(name), torch.float32, approx, structure, 1e-4)
-
-
-@each_structure
-@each_approx
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_accumulates_in_float32(
-    name: str, approx: str, structure: str, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-4), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_results_are_accumulated_in_float32(
+    name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    check_dtype(special_layer(name), dtype, approx, structure, 1e-5)
+    check_dtype(special_layer(name), dtype, tolerance)
 
 
-@each_structure
-@each_approx
-@pytest.mark.parametrize("name", PLAIN)
-def test_half_precision_input_of_a_float32_layer(name: str, approx: str, structure: str) -> None:
+@each_plain
+def test_half_precision_input_of_a_float32_layer(name: str) -> None:
     """Under autocast: weights in float32, an input and an output gradient in bfloat16."""
     module, x, _ = special_layer(name)
     module, x = module.float(), x.bfloat16()
-    result = input_factor(module, x, approx, structure)
-    assert_close(result, oracle.input_factor(module, x, approx, structure), 1e-5)
-    for part in (result,) if isinstance(result, Tensor) else result:
-        assert part.dtype == torch.float32
+    for approx, structure in product(APPROXIMATIONS, STRUCTURES):
+        result = input_factor(module, x, approx, structure)
+        assert_close(result, oracle.input_factor(module, x, approx, structure), 1e-5)
+        assert all(part.dtype == torch.float32 for part in parts(result))
 
 
 @each_approx
@@ -309,12 +275,12 @@ WRONG_INPUTS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-@each_approx
 @pytest.mark.parametrize("name", WRONG_INPUTS)
-def test_input_of_another_layer(name: str, approx: str) -> None:
+def test_input_of_another_layer(name: str) -> None:
     module, shape = WRONG_INPUTS[name]
-    with pytest.raises(ValueError, match=sizes(shape)):
-        input_factor(module, torch.randn(shape), approx)
+    for approx in APPROXIMATIONS:
+        with pytest.raises(ValueError, match=sizes(shape)):
+            input_factor(module, torch.randn(shape), approx)
 
 
 WRONG_GRADIENTS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -325,12 +291,12 @@ WRONG_GRADIENTS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-@each_approx
 @pytest.mark.parametrize("name", WRONG_GRADIENTS)
-def test_gradient_of_another_layer(name: str, approx: str) -> None:
+def test_gradient_of_another_layer(name: str) -> None:
     module, shape = WRONG_GRADIENTS[name]
-    with pytest.raises(ValueError, match=sizes(shape)):
-        grad_factor(module, torch.randn(shape), approx)
+    for approx in APPROXIMATIONS:
+        with pytest.raises(ValueError, match=sizes(shape)):
+            grad_factor(module, torch.randn(shape), approx)
 
 
 @each_approx

@@ -1,5 +1,6 @@
 """Structures: the algebra of each against dense matrices, what it reads against brute force."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from oracles.factors import grad_factor, input_factor
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from oracles.singd_reference import project, structure_support
 from tnkfac.curvature.layers import describe
+from tnkfac.curvature.moments.second_moment import SecondMoment
 from tnkfac.curvature.structures import Structure, resolve_structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -30,6 +32,7 @@ NAMES = (
 )
 DIMS = (1, 2, 3, 5, 16, 31)
 each_name = pytest.mark.parametrize("name", NAMES)
+each_structure = pytest.mark.parametrize(("name", "dim"), list(product(NAMES, DIMS)))
 
 
 def random_parts(structure: Structure, groups: int, seed: int) -> tuple[Tensor, ...]:
@@ -43,19 +46,22 @@ def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13 * max(size, 1e-30))
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@each_name
+@each_structure
 def test_support(name: str, dim: int) -> None:
-    """Every part shows up where the structure has an entry, and nowhere else."""
-    structure = resolve_structure(name, dim)
+    """Every part shows up where the structure has an entry, and nowhere else.
+
+    One number is kept per entry of the support; one per diagonal of Toeplitz matrices.
+    """
+    structure, support = resolve_structure(name, dim), structure_support(name, dim)
+    assert structure.name == name
     ones = tuple(torch.ones(2, *shape) for shape in structure.part_shapes)
-    assert torch.equal(structure.to_dense(ones)[1], structure_support(name, dim).float())
+    assert torch.equal(structure.to_dense(ones)[1], support.float())
     eye = structure.to_dense(structure.identity(2, torch.float64, torch.device("cpu")))
     assert torch.equal(eye, torch.eye(dim).double().expand(2, dim, dim))
+    assert structure.numel == (dim if "toeplitz" in name else int(support.sum()))
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@each_name
+@each_structure
 def test_algebra(name: str, dim: int) -> None:
     """Closed operations on two groups at once equal those of dense matrices."""
     structure = resolve_structure(name, dim)
@@ -68,8 +74,7 @@ def test_algebra(name: str, dim: int) -> None:
     close(structure.trace(K), dense.diagonal(dim1=1, dim2=2).mean(1), 10)
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@each_name
+@each_structure
 def test_norm_is_a_fair_estimate_from_below(name: str, dim: int) -> None:
     structure = resolve_structure(name, dim)
     m = random_parts(structure, 3, 3)
@@ -82,16 +87,7 @@ def test_norm_is_a_fair_estimate_from_below(name: str, dim: int) -> None:
     assert not structure.norm(tuple(torch.zeros_like(part) for part in m)).any()
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@each_name
-def test_numbers_kept(name: str, dim: int) -> None:
-    """One number per entry of the support; one per diagonal of Toeplitz matrices."""
-    expected = int(structure_support(name, dim).sum())
-    assert resolve_structure(name, dim).numel == (dim if "toeplitz" in name else expected)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@each_name
+@each_structure
 def test_eigenbasis_or_trace(name: str, dim: int) -> None:
     """A symmetric matrix is rebuilt from its eigenvalues, or at least its trace is."""
     structure = resolve_structure(name, dim)
@@ -106,40 +102,44 @@ def test_eigenbasis_or_trace(name: str, dim: int) -> None:
     close(scaled, (dim + 1) / 2 * torch.eye(dim).double().expand(2, dim, dim))
 
 
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("case", [*range(30), *SPECIAL], ids=str)
-def test_what_is_read_of_a_layer(case: int | str, approx: str) -> None:
+def test_what_is_read_of_a_layer(case: int | str) -> None:
     """``Pi(K^T A K)`` of every structure, from the identity and from another ``K``."""
     module, x, *_ = random_layer(case) if isinstance(case, int) else special_layer(case)
     g = torch.randn_like(module(x))
-    moments = describe(module).moments(x, g, approx)  # type: ignore[arg-type]
     given = getattr(module, "output_padding", None)
-    A = input_factor(module, x, approx, output_padding=given)
-    B = grad_factor(module, g, approx, loss_terms=1.0)
-    assert isinstance(A, Tensor)
-    assert isinstance(B, Tensor)
-    rows = moments[0].samples * (moments[0].positions if approx == "expand" else 1)
-    for moment, dense in zip(moments, (A * rows, B), strict=True):
-        groups, dim = dense.shape[:2]
-        for name in NAMES:
-            structure = resolve_structure(name, dim)
-            eye = structure.identity(groups, dense.dtype, dense.device)
-            for K, current in ((eye, None), (random_parts(structure, groups, 5),) * 2):
-                read = structure.statistic(moment, current)
-                assert tuple(part.shape[1:] for part in read) == structure.statistic_shapes
-                product = structure.congruence(K, read)
-                if current is None:
-                    close(structure.statistic_trace(read), structure.trace(product))
-                matrix = structure.to_dense(K)
-                expected = project(name, matrix.mT @ dense @ matrix)
-                pulled = structure.to_dense(product)
-                torch.testing.assert_close(
-                    pulled,
-                    expected,
-                    rtol=0,
-                    atol=1e-12 * float(expected.abs().max()),
-                    msg=lambda text, name=name: f"{name}: {text}",  # type: ignore[misc]
-                )
+    for approx in ("expand", "reduce"):
+        moments = describe(module).moments(x, g, approx)  # type: ignore[arg-type]
+        A = input_factor(module, x, approx, output_padding=given)
+        B = grad_factor(module, g, approx, loss_terms=1.0)
+        assert isinstance(A, Tensor)
+        assert isinstance(B, Tensor)
+        rows = moments[0].samples * (moments[0].positions if approx == "expand" else 1)
+        for moment, dense in zip(moments, (A * rows, B), strict=True):
+            for name in NAMES:
+                check_reading(name, moment, dense)
+
+
+def check_reading(name: str, moment: SecondMoment, dense: Tensor) -> None:
+    """What a structure reads of a second moment against that of the oracle."""
+    groups, dim = dense.shape[:2]
+    structure = resolve_structure(name, dim)
+    eye = structure.identity(groups, dense.dtype, dense.device)
+    for K, current in ((eye, None), (random_parts(structure, groups, 5),) * 2):
+        read = structure.statistic(moment, current)
+        assert tuple(part.shape[1:] for part in read) == structure.statistic_shapes
+        if current is None:
+            close(structure.statistic_trace(read), structure.trace(structure.congruence(K, read)))
+        matrix = structure.to_dense(K)
+        expected = project(name, matrix.mT @ dense @ matrix)
+        pulled = structure.to_dense(structure.congruence(K, read))
+        torch.testing.assert_close(
+            pulled,
+            expected,
+            rtol=0,
+            atol=1e-12 * float(expected.abs().max()),
+            msg=lambda text: f"{name}: {text}",
+        )
 
 
 @each_name
@@ -192,8 +192,3 @@ def test_unknown_names(name: Any, raised: type[Exception]) -> None:
     with pytest.raises(raised, match=r"triltopleftdiag.*triubottomrightdiag") as caught:
         resolve_structure(name, 4)
     assert repr(name) in str(caught.value)
-
-
-@each_name
-def test_names_are_kept(name: str) -> None:
-    assert resolve_structure(name, 7).name == name

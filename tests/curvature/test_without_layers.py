@@ -247,7 +247,7 @@ def test_quantities_of_backpack(name: str) -> None:
         assert_close(roots[key].square().sum(0), value, EXACT)
 
 
-@pytest.mark.parametrize("kind", FISHER_KINDS)
+@pytest.mark.parametrize("kind", ["ggn-mc", "ggn-rademacher", "hutchinson"])
 @pytest.mark.parametrize("name", MODELS)
 def test_draws_have_the_right_mean(name: str, kind: str) -> None:
     """Within four deviations of the mean of many draws."""
@@ -270,36 +270,33 @@ def test_draws_have_the_right_mean(name: str, kind: str) -> None:
                 )
                 sums = sums + (0.0 if row is None else row.reshape(-1)[at])
         expected = sums
-    elif kind == "empirical-fisher":
-        rows = per_sample_gradients(model, loss_fn, data)
-        expected = torch.stack([r.square().sum() for r in rows.values()]).sum()
     else:
         J = contracted(blocks(model, x), jacobian(model, x), len(x))
         expected = torch.stack([d.sum() for d in J.values()]).sum()
     draws = torch.stack(
         [
             torch.stack([d.sum() for d in diagonal(model, loss_fn, data, kind=kind).values()]).sum()
-            for _ in range(1 if kind in ("ggn", "empirical-fisher") else 40)
+            for _ in range(40)
         ]
     )
     error = (draws.mean() - expected).abs()
-    spread = 4 * draws.std() / len(draws) ** 0.5 if len(draws) > 1 else 0.0
+    spread = 4 * draws.std() / len(draws) ** 0.5
     assert error <= spread + 1e-9 * (1 + expected.abs())
 
 
-@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical", "forward-only"])
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"embedding"}))  # that has factors
-def test_no_factors_is_said(name: str, fisher_type: str) -> None:
+def test_no_factors_is_said(name: str) -> None:
     """An error without a supported layer; a warning that names a layer that is never called."""
     model, x, y = make(name)
     loss_fn, data = nn.CrossEntropyLoss(), [(x, y)]
     silent = {"attention": "attention.out_proj", "functional use": "layer"}
-    if name in silent:
-        with pytest.warns(UserWarning, match=f"'{silent[name]}' did not run"):
-            assert kfac(model, loss_fn, data, fisher_type=fisher_type) == {}
-        return
-    with pytest.raises(ValueError, match=r"got no layer with a trainable weight.*Linear"):
-        kfac(model, loss_fn, data, fisher_type=fisher_type)
+    for fisher_type in ("type-2", "mc", "empirical", "forward-only"):
+        if name in silent:
+            with pytest.warns(UserWarning, match=f"'{silent[name]}' did not run"):
+                assert kfac(model, loss_fn, data, fisher_type=fisher_type) == {}
+            continue
+        with pytest.raises(ValueError, match=r"got no layer with a trainable weight.*Linear"):
+            kfac(model, loss_fn, data, fisher_type=fisher_type)
 
 
 class Constant(nn.Module):
@@ -337,14 +334,10 @@ ESTIMATORS: dict[str, Callable[..., object]] = {
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", [*CONSTANT, "no parameters", "frozen"])
-def test_nothing_to_differentiate_is_said(name: str, estimator: str) -> None:
-    if name in CONSTANT:
-        model: nn.Module = Constant(CONSTANT[name])
-    else:
-        model = First(nn.Tanh() if name == "no parameters" else nn.Linear(3, 3))
-    model.requires_grad_(name != "frozen")
+def test_nothing_to_differentiate_is_said(estimator: str) -> None:
     data = [(torch.randn(5, 4, 3), torch.tensor([0, 2, 1, 1, 0]))]
-    match = "depend on no parameter" if name in CONSTANT else "model: got no"
-    with pytest.raises(ValueError, match=match):
-        ESTIMATORS[estimator](model, nn.CrossEntropyLoss(), data)
+    models = [(Constant(run), "depend on no parameter") for run in CONSTANT.values()]
+    none: list[nn.Module] = [First(nn.Tanh()), First(nn.Linear(3, 3)).requires_grad_(False)]
+    for model, match in [*models, *((model, "model: got no") for model in none)]:
+        with pytest.raises(ValueError, match=match):
+            ESTIMATORS[estimator](model, nn.CrossEntropyLoss(), data)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PATHS = (HERE, HERE.parent, HERE.parents[1] / "examples")
+PATHS = (HERE, HERE.parent, HERE.parents[1], HERE.parents[1] / "examples")
 LIMIT = 200
 """Seconds after which all processes of a test are killed."""
 

@@ -1,4 +1,4 @@
-"""What every process does with ``fully_shard``; started by ``test_fsdp`` through torchrun."""
+"""What every process does with ``fully_shard``; started by ``test_fsdp``."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forking import start
 from leaving import leave
 from network import batch, loss, network
 from torch import Tensor, nn
@@ -94,13 +95,13 @@ def reference(name: str, steps: int) -> nn.Module:
 
 @scenario
 def shards_equal_one_process() -> None:
-    """Ten steps, also with groups of their own for some layers, and with replicas."""
+    """Six steps, also with groups of their own for some layers, and with replicas."""
     few = dist.get_world_size() > 2
     for name in ("SINGD diagonal", "SINGD by half", "KFAC by one") if few else OPTIMIZERS:
-        expected = reference(name, 10)
+        expected = reference(name, 6)
         for place, mesh in enumerate(meshes()):
             model, optimizer = built(name, mesh, parts=place == 0)
-            for step in range(10):
+            for step in range(6):
                 train(model, optimizer, step)
             for p, q in zip(whole(model), expected.parameters(), strict=True):
                 close = torch.allclose(p, q, rtol=1e-11, atol=1e-11)
@@ -161,26 +162,31 @@ def a_loss_scale_is_agreed_upon() -> None:
 
 @scenario
 def checkpoints_go_on_with_other_shards() -> None:
-    """Saved by one number of processes, loaded by another, or written if there is none yet."""
+    """Loaded as another number of processes has saved them, if one has; saved once by each."""
     for name in ("SINGD", "SINGD diagonal", "SINGD by half", "KFAC by one"):
-        folder = os.path.join(sys.argv[1], name.replace(" ", "_"))
+        own, other = (
+            os.path.join(sys.argv[1], f"{world} {name}".replace(" ", "_"))
+            for world in (dist.get_world_size(), 6 - dist.get_world_size())
+        )
         model, optimizer = built(name, meshes()[0])
-        if not os.path.isdir(folder):
-            dist.barrier()
+        written = os.path.isdir(own)
+        dist.barrier()
+        if not os.path.isdir(other):
             for step in range(3):
                 train(model, optimizer, step)
-            states = get_state_dict(model, optimizer)
-            dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
         else:
             states = get_state_dict(model, optimizer)
             loaded = dict(zip(("model", "optimizer"), states, strict=True))
-            dcp.load(loaded, checkpoint_id=folder)
+            dcp.load(loaded, checkpoint_id=other)
             set_state_dict(
                 model,
                 optimizer,
                 model_state_dict=loaded["model"],
                 optim_state_dict=loaded["optimizer"],
             )
+        if not written:
+            states = get_state_dict(model, optimizer)
+            dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=own)
         for step in range(3, 6):
             train(model, optimizer, step)
         expected = reference(name, 6)
@@ -220,14 +226,16 @@ def tensor_parallel_parameters_use_the_fallback() -> None:
     assert optimizer.report()[0].last_update == 2
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    chosen = sys.argv[2:]
-    for function in SCENARIOS:
-        if chosen and function.__name__ not in chosen:
-            continue
+def run(**group: Any) -> None:
+    """All scenarios; the last group only loads what the one before it has saved."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **group)
+    last = group["init_method"].endswith("2")
+    for function in (checkpoints_go_on_with_other_shards,) if last else SCENARIOS:
         function()
         if dist.get_rank() == 0:
             print(function.__name__, "holds", flush=True)
     leave()
+
+
+if __name__ == "__main__":
+    start(run, [int(world) for world in sys.argv[2:]], sys.argv[1])

@@ -68,14 +68,13 @@ CALLS: dict[str, tuple[object, ...]] = {
 }
 GROUPED = tuple(name for name in CALLS if "fold" not in name or "kernel" in name)
 each_call = pytest.mark.parametrize("operation", CALLS)
-some_calls = pytest.mark.parametrize("operation", [*CALLS][::7])
-each_grouped = pytest.mark.parametrize("operation", GROUPED)
 
 
 def refused(operation: str, *args: object, words: tuple[str, ...] = (), **options: object) -> None:
     """The call fails with an error that contains the operation's name and all words."""
     with pytest.raises((ValueError, TypeError)) as error:
         getattr(functional, operation)(*args, **options)
+        pytest.fail(f"{operation} took {options}")
     assert re.search(rf"\b{operation}\b", str(error.value)), error.value
     missing = [word for word in words if word not in str(error.value)]
     assert not missing, f"{missing} not in {error.value}"
@@ -88,74 +87,43 @@ def test_the_calls_fit(operation: str) -> None:
 
 # --- hyper-parameters ---------------------------------------------------------------------------
 
+# What no operation takes, and words of the message.
+BAD: list[tuple[dict[str, object], tuple[str, ...]]] = [
+    *(({"groups": groups}, ("groups", repr(groups))) for groups in (0, -2, 1.5, None)),
+    ({"padding": -1}, ("padding", "negative", "-1")),
+    ({"padding": ((0, -2),)}, ("padding", "negative", "-2")),
+    ({"padding": "full"}, ("padding", "'full'", "same", "valid")),
+    ({"padding": (1, 1)}, ("padding", "1", "(1, 1)")),
+    ({"padding": ((1, 1, 1),)}, ("padding", "(1, 1, 1)")),
+    ({"padding": None}, ("padding", "None")),
+    ({"stride": 0}, ("stride", "0")),
+    ({"stride": (1, 2)}, ("stride", "(1, 2)")),
+    ({"stride": 1.5}, ("stride", "1.5")),
+    ({"dilation": 0}, ("dilation", "0")),
+    ({"dilation": (1, 1, 1)}, ("dilation", "(1, 1, 1)")),
+    ({"dilation": (1.5,)}, ("dilation", "1.5")),
+    ({"strides": 2}, ("strides",)),
+]
+
 
 @each_call
-@pytest.mark.parametrize("groups", [0, -2, 1.5, None], ids=str)
-def test_groups_that_are_no_positive_int(operation: str, groups: object) -> None:
-    refused(operation, *CALLS[operation], groups=groups, words=("groups", repr(groups)))
+def test_hyper_parameters(operation: str) -> None:
+    extra: list[object] = [0]
+    if "transpose" in operation:  # at stride one there is none
+        extra = [1, -1, (0, 0)]
+    bad = [*BAD, *(({"output_padding": e}, ("output_padding", str(e))) for e in extra)]
+    if operation in GROUPED:
+        bad.append(({"groups": 5}, ("'g': 5",)))  # divides no channels
+    for options, words in bad:
+        refused(operation, *CALLS[operation], words=words, **options)
 
 
-@some_calls
-@pytest.mark.parametrize("groups", [True, 1.0], ids=str)
-def test_groups_that_only_equal_one(operation: str, groups: object) -> None:
+@each_call
+def test_groups_that_only_equal_one(operation: str) -> None:
     """Refused whether or not the call with ``groups=1`` has been made before."""
     getattr(functional, operation)(*CALLS[operation], groups=1)
-    refused(operation, *CALLS[operation], groups=groups, words=("groups", repr(groups)))
-
-
-@each_grouped
-def test_groups_that_do_not_divide_the_channels(operation: str) -> None:
-    refused(operation, *CALLS[operation], groups=5, words=("'g': 5",))
-
-
-@each_call
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        pytest.param({"padding": -1}, ("padding", "negative", "-1"), id="padding"),
-        pytest.param({"padding": ((0, -2),)}, ("padding", "negative", "-2"), id="right-padding"),
-        pytest.param({"padding": "full"}, ("padding", "'full'", "same", "valid"), id="named"),
-        pytest.param({"padding": (1, 1)}, ("padding", "1", "(1, 1)"), id="padding-entries"),
-        pytest.param({"stride": 0}, ("stride", "0"), id="zero-stride"),
-        pytest.param({"stride": (1, 2)}, ("stride", "(1, 2)"), id="stride-entries"),
-        pytest.param({"dilation": 0}, ("dilation", "0"), id="zero-dilation"),
-        pytest.param({"dilation": (1, 1, 1)}, ("dilation", "(1, 1, 1)"), id="dilation-entries"),
-        pytest.param({"strides": 2}, ("strides",), id="unknown-name"),
-    ],
-)
-def test_hyper_parameters(
-    operation: str, options: dict[str, object], words: tuple[str, ...]
-) -> None:
-    refused(operation, *CALLS[operation], words=words, **options)
-
-
-@some_calls
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        pytest.param({"padding": ((1, 1, 1),)}, ("padding", "(1, 1, 1)"), id="padding-triple"),
-        pytest.param({"padding": None}, ("padding", "None"), id="no-padding"),
-        pytest.param({"stride": 1.5}, ("stride", "1.5"), id="stride-fraction"),
-        pytest.param({"dilation": (1.5,)}, ("dilation", "1.5"), id="dilation-fraction"),
-    ],
-)
-def test_hyper_parameters_of_other_types(
-    operation: str, options: dict[str, object], words: tuple[str, ...]
-) -> None:
-    refused(operation, *CALLS[operation], words=words, **options)
-
-
-@pytest.mark.parametrize("operation", [name for name in CALLS if "transpose" in name])
-@pytest.mark.parametrize("extra", [1, -1, (0, 0)], ids=str)
-def test_output_padding(operation: str, extra: object) -> None:
-    """At stride one there is none."""
-    words = ("output_padding", str(extra))
-    refused(operation, *CALLS[operation], output_padding=extra, words=words)
-
-
-@pytest.mark.parametrize("operation", [name for name in CALLS if "transpose" not in name])
-def test_convolutions_have_no_output_padding(operation: str) -> None:
-    refused(operation, *CALLS[operation], output_padding=0, words=("output_padding",))
+    for groups in (True, 1.0):
+        refused(operation, *CALLS[operation], groups=groups, words=("groups", repr(groups)))
 
 
 @pytest.mark.parametrize("block", ["row", "", None], ids=repr)

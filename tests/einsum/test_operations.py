@@ -235,22 +235,20 @@ def loop_conv(case: Case) -> Tensor:
 
 
 @each_case
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-def test_conv(name: str, with_bias: bool) -> None:
+def test_conv(name: str) -> None:
     case = CASES[name]()
-    bias = case.bias if with_bias else None
-    result = conv(case.x, case.weight, bias, **case.options)
-    assert_close(result, torch_conv(case, bias), TOLERANCE)
+    for bias in (None, case.bias):
+        result = conv(case.x, case.weight, bias, **case.options)
+        assert_close(result, torch_conv(case, bias), TOLERANCE)
 
 
 @each_transposed
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-def test_conv_transpose(name: str, with_bias: bool) -> None:
+def test_conv_transpose(name: str) -> None:
     case = TRANSPOSED[name]()
-    bias = case.bias if with_bias else None
     options = case.options | {"output_padding": case.output_padding}
-    result = conv_transpose(case.x, case.weight, bias, **options)
-    assert_close(result, torch_conv_transpose(case, bias), TOLERANCE)
+    for bias in (None, case.bias):
+        result = conv_transpose(case.x, case.weight, bias, **options)
+        assert_close(result, torch_conv_transpose(case, bias), TOLERANCE)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2, (1, 2), "same", "valid"], ids=str)
@@ -391,42 +389,26 @@ def test_unfold_transpose_times_weight_is_the_convolution(seed: int) -> None:
 
 
 @each_case
-def test_kfc_factor(name: str) -> None:
+def test_input_factors(name: str) -> None:
     case = CASES[name]()
-    result = kfc_factor(case.x, case.kernel_size, **case.options)
-    assert_close(result, case.factor("expand"), TOLERANCE)
-
-
-@each_case
-def test_kfac_reduce_factor(name: str) -> None:
-    case = CASES[name]()
-    result = kfac_reduce_factor(case.x, case.kernel_size, **case.options)
-    assert_close(result, case.factor("reduce"), TOLERANCE)
-
-
-@each_case
-def test_kfc_diagonal(name: str) -> None:
-    case = CASES[name]()
-    result = kfc_diagonal(case.x, case.kernel_size, **case.options)
-    assert_close(result, oracle.restrict(case.factor("expand"), "diagonal"), TOLERANCE)
-    factor = kfc_factor(case.x, case.kernel_size, **case.options)
-    assert_close(result, factor.diagonal(dim1=1, dim2=2), TOLERANCE)
+    expand, args = case.factor("expand"), (case.x, case.kernel_size)
+    assert_close(kfc_factor(*args, **case.options), expand, TOLERANCE)
+    diagonal = oracle.restrict(expand, "diagonal")
+    assert_close(kfc_diagonal(*args, **case.options), diagonal, TOLERANCE)
+    reduced = kfac_reduce_factor(*args, **case.options)
+    assert_close(reduced, case.factor("reduce"), TOLERANCE)
 
 
 @each_transposed
-def test_kfc_factor_transpose(name: str) -> None:
+def test_input_factors_transpose(name: str) -> None:
     case = TRANSPOSED[name]()
     options = case.options | {"output_padding": case.output_padding}
-    result = kfc_factor_transpose(case.x, case.kernel_size, **options)
-    assert_close(result, case.factor("expand"), TOLERANCE)
-
-
-@each_transposed
-def test_kfac_reduce_factor_transpose(name: str) -> None:
-    case = TRANSPOSED[name]()
-    options = case.options | {"output_padding": case.output_padding}
-    result = kfac_reduce_factor_transpose(case.x, case.kernel_size, **options)
-    assert_close(result, case.factor("reduce"), TOLERANCE)
+    for operation, approx in (
+        (kfc_factor_transpose, "expand"),
+        (kfac_reduce_factor_transpose, "reduce"),
+    ):
+        result = operation(case.x, case.kernel_size, **options)
+        assert_close(result, case.factor(approx), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["1x1", "dense", "asymmetric", "stride-divides-kernel"])

@@ -61,6 +61,14 @@ def test_flops_count_what_is_done() -> None:
     assert plan(matmul).peak_memory == 3 * 7
 
 
+def test_peak_memory_counts_a_value_until_it_is_read() -> None:
+    """Of two products the first is there while the second is written."""
+    sizes = {"i": 2, "j": 3, "k": 4, "l": 50}
+    chain = parse("i j, j k, k l -> i l", [Variable(name) for name in "abc"], sizes)
+    assert plan(chain).flops == 2 * 3 * 4 + 2 * 4 * 50
+    assert plan(chain).peak_memory == 2 * 4 + 2 * 50
+
+
 def test_a_plan_prints_its_steps_and_costs() -> None:
     text = str(plan(networks.kfc_factor((2, 3, 5, 5), 3)))
     for word in ("multiply-adds", "entries", "einsum", "v0 = x", "-> (1, 27, 27)"):

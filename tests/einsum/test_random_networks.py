@@ -108,6 +108,9 @@ TRAPS: dict[str, Callable[[], Network]] = {
         [Pattern(OVERLAP), Pattern(OVERLAP), Variable("x")],
         {"k": 2, "l": 2, "o": 5, "i": 5},
     ),
+    "one-tensor-in-two-views": lambda: parse(
+        "(a b), (c d) -> a d", [Variable("x")] * 2, {"a": 2, "b": 6, "c": 4, "d": 3}
+    ),
     "repeated-leg": lambda: parse("i i j -> j", [Variable("x")], {"i": 3, "j": 2}),
     "numbers-only-in-front": lambda: parse(
         "a, i i, o o -> a", [Variable("x"), Delta(3), Delta(2)], {"a": 2, "i": 3, "o": 2}

@@ -175,13 +175,13 @@ BATCHED: dict[str, Callable[[Case, tuple[int, ...]], tuple[Network, str]]] = {
 
 
 @each_case
-@pytest.mark.parametrize("operation", BATCHED)
-def test_vmap(operation: str, name: str) -> None:
-    c, build = case(name), BATCHED[operation]
-    plain, tensor = build(c, ())
-    assert_same_network(plain.vmap(tensor, 2), build(c, (2,))[0])
-    twice = plain.vmap(tensor, 3, leg="inner").vmap(tensor, 2, leg="outer")
-    assert_same_network(twice, build(c, (2, 3))[0])
+def test_vmap(name: str) -> None:
+    c = case(name)
+    for build in BATCHED.values():
+        plain, tensor = build(c, ())
+        assert_same_network(plain.vmap(tensor, 2), build(c, (2,))[0])
+        twice = plain.vmap(tensor, 3, leg="inner").vmap(tensor, 2, leg="outer")
+        assert_same_network(twice, build(c, (2, 3))[0])
 
 
 @each_case

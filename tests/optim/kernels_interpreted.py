@@ -58,7 +58,7 @@ def volumes() -> nn.Sequential:
     )  # fmt: skip
 
 
-SHAPES = {convolutions: (4, 3, 7, 6), lines: (4, 3, 9), volumes: (4, 2, 4, 3, 4)}
+SHAPES = {convolutions: (4, 3, 5, 4), lines: (4, 3, 9), volumes: (4, 2, 4, 3, 4)}
 CASES: dict[str, tuple[Callable[[], nn.Sequential], dict[str, Any]]] = {
     "defaults": (convolutions, {}),
     "one axis": (lines, {"T": 1, "kfac_approx": "reduce"}),
@@ -75,6 +75,11 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], dict[str, Any]]] = {
     "a bad batch": (convolutions, {"bad": 2, "T": 2}),
     "a bad first batch": (lines, {"bad": 0}),
 }
+
+
+def kinds(case: str) -> tuple[torch.dtype, ...]:
+    """Float64 tells most; what float32 has of its own is the same in all cases."""
+    return (torch.float32, torch.float64) if case in ("defaults", "one axis") else (torch.float64,)
 
 
 def trained(case: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -114,19 +119,19 @@ if __name__ == "__main__":
     expected = {}
     with plain_path():
         for name in CASES:
-            for kind in (torch.float32, torch.float64):
+            for kind in kinds(name):
                 expected[name, kind] = trained(name, kind)
     use_kernels()
     for name in CASES:
         before = dict(calls)
-        for kind in (torch.float32, torch.float64):
+        for kind in kinds(name):
             rounding = {"rtol": 2e-5, "atol": 2e-6} if kind == torch.float32 else {}
             rounding = rounding or {"rtol": 1e-6, "atol": 1e-8}  # scalars are in float32
             for one, other in zip(trained(name, kind), expected[name, kind], strict=True):
                 assert len(one) == len(other) > 0
                 for a, b in zip(one, other, strict=True):
                     torch.testing.assert_close(a, b, **rounding, msg=lambda m, n=name: f"{n}: {m}")
-        assert calls["gradients"] >= before["gradients"] + 8, name
+        assert calls["gradients"] >= before["gradients"] + 4, name
         print(name, "agrees")
     triton_kernels.check(torch.device("cpu"))
     right = triton_kernels.scaled

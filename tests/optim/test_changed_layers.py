@@ -128,8 +128,15 @@ def test_several_geometries_in_one_pass(kind: str) -> None:
     assert_same_training(model, pair[0], twin, pair[1])
 
 
-@pytest.mark.parametrize("structures", ["dense", "diagonal"])
-@pytest.mark.parametrize("name", ["stride", "mode", "padding, same", "transposed, padding"])
+@pytest.mark.parametrize(
+    ("name", "structures"),
+    [
+        ("stride", "dense"),
+        ("mode", "diagonal"),
+        ("padding, same", "dense"),
+        ("transposed, padding", "diagonal"),
+    ],
+)
 def test_the_geometry_of_a_compiled_call(name: str, structures: str) -> None:
     torch._dynamo.reset()
     build, changes = GEOMETRIES[name]
@@ -344,9 +351,16 @@ def test_wrappers_that_call_the_original_stay_captured(name: str, kind: str, whe
     assert_same_training(model, optimizer, twin, other)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
-    "name", ["lambda", "method", "wraps, scaled behind", "wraps, scaled before"]
+    ("name", "when"),
+    [
+        ("lambda", "before"),
+        ("lambda", "after"),
+        ("method", "after"),
+        ("wraps, scaled behind", "before"),
+        ("wraps, scaled behind", "after"),
+        ("wraps, scaled before", "after"),
+    ],
 )
 def test_another_forward_inside_of_a_compiled_model(name: str, when: str) -> None:
     """Nothing is measured, and a warning or the report says why."""

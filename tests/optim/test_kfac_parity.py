@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from oracles.grids import all_pairs
 from oracles.kfac_reference import KfacReference
 from oracles.layer_matrices import to_matrix
 from oracles.loops import dense_factor, squares
@@ -52,9 +53,9 @@ def sum_squares(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum()
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("method", METHODS, ids="-".join)
+@pytest.mark.parametrize(
+    ("method", "approx", "setting"), all_pairs(METHODS, ["expand", "reduce"], SETTINGS)
+)
 def test_steps_equal_the_reference(method: tuple[str, str], approx: str, setting: str) -> None:
     """Every layer type; one step, and several with refreshed decompositions between them."""
     split, changed = SETTINGS[setting]

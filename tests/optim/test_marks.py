@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from oracles.grids import all_pairs
 from oracles.loops import assert_same_state, assert_same_weights, fit, state_by_name
 from oracles.zoo import STRUCTURES, Everyday, everyday_batch, fixed_weights
 from tnkfac import KFAC, SINGD
@@ -79,14 +80,17 @@ def test_resumed_at_any_phase(case: str, phase: int) -> None:
     assert_same_state(other, second, model, optimizer)
 
 
-@pytest.mark.parametrize("steps", [(2, 4), (4, 1), (3, 2)], ids=str)
-@pytest.mark.parametrize("spoiled", [2])
-@pytest.mark.parametrize("phase", range(1, 5))
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("KFAC")])
-def test_resumed_around_a_restart(
-    case: str, phase: int, spoiled: int, steps: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(
+    ("case", "phase", "steps"),
+    all_pairs(
+        [case for case in CASES if case.startswith("KFAC")],
+        range(1, 5),
+        [(2, 4), (4, 1), (3, 2)],
+    ),
+)
+def test_resumed_around_a_restart(case: str, phase: int, steps: tuple[int, int]) -> None:
     """A factor is not finite after some steps; the checkpoint is taken at any step around that."""
+    spoiled = 2
     model, optimizer = build(case, steps)
     train(model, optimizer, 0, spoiled)
     spoil(model, optimizer)

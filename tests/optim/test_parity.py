@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Size, Tensor, nn
 
+from oracles.grids import all_pairs
 from oracles.loops import dense_factor
 from oracles.singd_cases import (
     CASES,
@@ -183,13 +184,13 @@ SETTINGS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    ("structure", "approx", "setting"), all_pairs(STRUCTURES, ["expand", "reduce"], SETTINGS)
+)
 def test_structures_in_every_mode(structure: str, approx: str, setting: str) -> None:
     split, changed = SETTINGS[setting]
     options = {**BASE, "structures": (structure, structure), "kfac_approx": approx, **changed}
-    compare(fixed_weights(AllLayers()), all_layers_batch, split, options)
+    compare(fixed_weights(AllLayers()), all_layers_batch, split, options, steps=6)
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from oracles.grids import all_pairs
 from oracles.loops import assert_same_state, assert_same_weights, mlp_batch, squares
 from oracles.optimizers import EVERY_CURVATURE
 from tnkfac import KFAC
@@ -254,9 +255,14 @@ def test_models_whose_gradients_are_reset(name: str, kind: str, loop: Callable[.
         assert_as_zero_grad(kind, loop, way, to_none, MODELS[name])
 
 
-@pytest.mark.parametrize("way", [IN_PLACE["foreach"], TO_NONE["None assigned"]])
-@pytest.mark.parametrize("loop", [sam, dropped, late])
-@pytest.mark.parametrize("kind", ["SINGD dense", "KFAC ekfac"])
+@pytest.mark.parametrize(
+    ("kind", "loop", "way"),
+    all_pairs(
+        ["SINGD dense", "KFAC ekfac"],
+        [sam, dropped, late],
+        [IN_PLACE["foreach"], TO_NONE["None assigned"]],
+    ),
+)
 def test_compiled_models_whose_gradients_are_reset(
     kind: str, loop: Callable[..., None], way: Callable[[nn.Module], None]
 ) -> None:
