@@ -90,8 +90,8 @@ MOMENTS: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/moments/unfolding.py",
-        "x = _windows(x, at, reach, 1, self.dilation[a], sizes[a]).flip(1)",
-        "x = _windows(x, at, reach, 1, self.dilation[a], sizes[a])",
+        "x = _windows(x, axis, reach, 1, self.dilation[a], sizes[a]).flip(1)",
+        "x = _windows(x, axis, reach, 1, self.dilation[a], sizes[a])",
         "traced taps of transposed convolutions stand the other way round",
     ),
     Fault(
@@ -102,8 +102,8 @@ MOMENTS: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/moments/unfolding.py",
-        "return [size - (usual - own) for size, usual, own in triples]",
-        "return [own for size, usual, own in triples]",
+        "return [size - (usual - actual) for size, usual, actual in triples]",
+        "return [actual for size, usual, actual in triples]",
         "an output size that was asked for is ignored",
     ),
     Fault(
@@ -150,7 +150,7 @@ MOMENTS: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/moments/lags/autocorrelation.py",
-        "per_group[:, :, :, first] = (middle + middle.transpose(1, 2).flip(rest)) / 2",
+        "per_group[:, :, :, first] = (middle + middle.transpose(1, 2).flip(trailing)) / 2",
         "per_group[:, :, :, first] = middle",
         "moments from lags are symmetric up to rounding only",
     ),
@@ -237,8 +237,8 @@ MOMENTS: tuple[Fault, ...] = (
 STRUCTURES: tuple[Fault, ...] = (
     Fault(
         "curvature/structures/hierarchical.py",
-        "left = 2 * (tr(F) @ B + tr(E) @ D)",
-        "left = tr(F) @ B + tr(E) @ D",
+        "left = 2 * (F.mT @ B + E.mT @ D)",
+        "left = F.mT @ B + E.mT @ D",
         "the Gram matrix does not double what is left of the diagonal",
     ),
     Fault(
@@ -297,14 +297,14 @@ STRUCTURES: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/structures/block_diagonal.py",
-        "return torch.cat([whole, rest.unsqueeze(1)], dim=1).amax(1)",
-        "return whole.amax(1) if whole.shape[1] else rest",
+        "return torch.cat([whole, last.unsqueeze(1)], dim=1).amax(1)",
+        "return whole.amax(1) if whole.shape[1] else last",
         "the last block does not count in the norm",
     ),
     Fault(
         "curvature/structures/block_diagonal.py",
-        "return (whole.sum((-1, -2)) + rest.sum(-1)) / self.dim",
-        "return (whole.sum((-1, -2)) + rest.sum(-1)) / (self.dim - self.dim % self.size)",
+        "return (whole.sum((-1, -2)) + last.sum(-1)) / self.dim",
+        "return (whole.sum((-1, -2)) + last.sum(-1)) / (self.dim - self.dim % self.size)",
         "the mean of a trace counts whole blocks",
     ),
     Fault(
@@ -321,8 +321,8 @@ STRUCTURES: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/structures/dense.py",
-        "return (tr(K[0]) @ A[0] @ K[0],)",
-        "return (K[0] @ A[0] @ tr(K[0]),)",
+        "return (K[0].mT @ A[0] @ K[0],)",
+        "return (K[0] @ A[0] @ K[0].mT,)",
         "the factor is transposed",
     ),
     Fault(
@@ -333,20 +333,20 @@ STRUCTURES: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/structures/linalg.py",
-        "shifted = (matrix + tr(matrix)) / 2 + shift[..., None, None] * eye",
-        "shifted = (matrix + tr(matrix)) / 2 + shift[..., None, None]",
+        "shifted = (matrix + matrix.mT) / 2 + shift[..., None, None] * eye",
+        "shifted = (matrix + matrix.mT) / 2 + shift[..., None, None]",
         "the shift is added everywhere",
     ),
     Fault(
-        "curvature/preconditioner.py",
+        "optim/rules/singd_start.py",
         "return damping * free / used, shift * slope",
         "return damping * free / used, slope",
         "Newton's method has the wrong slope",
     ),
     Fault(
-        "curvature/preconditioner.py",
-        "q / bt.spread(balance * level))",
-        "q / bt.spread(balance))",
+        "optim/rules/singd_start.py",
+        "q / on_b.spread(balance * level))",
+        "q / on_b.spread(balance))",
         "starting points are not at rest",
     ),
     Fault(
@@ -508,8 +508,8 @@ CAPTURE: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/capture/resets.py",
-        "return bool(found) and not any(bool(grad.any()) for grad in found)",
-        "return bool(found)",
+        "return bool(gradients) and not any(bool(grad.any()) for grad in gradients)",
+        "return bool(gradients)",
         "gradients that begin with a zero pass for zero",
     ),
     Fault(
@@ -526,13 +526,13 @@ CAPTURE: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/capture/tap.py",
-        "layer = layer.called(hashable(found))",
+        "layer = layer.called(hashable(current))",
         "pass",
         "a stride that was changed is ignored",
     ),
     Fault(
         "curvature/capture/tap.py",
-        "        if torch.is_grad_enabled():\n            statistics.seen = DOUBLE_BACKWARD\n"
+        "        if torch.is_grad_enabled():\n            statistics.last_event = DOUBLE_BACKWARD\n"
         "            return None\n",
         "",
         "passes with create_graph=True are measured",
@@ -551,7 +551,7 @@ CAPTURE: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/capture/graph.py",
-        "return bool(kept.data_ptr() == x.data_ptr())",
+        "return bool(held.data_ptr() == x.data_ptr())",
         "return True",
         "a wrapper that changes its input is believed",
     ),

@@ -141,8 +141,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "einsum/program.py",
-        "last.get(s, len(steps)) > at}",
-        "last.get(s, len(steps)) > at + 1}",
+        "last.get(s, len(steps)) > index}",
+        "last.get(s, len(steps)) > index + 1}",
         "peak memory drops values one step early",
     ),
     Fault(
