@@ -24,8 +24,8 @@ RULES: tuple[Fault, ...] = (
     Fault(
         "optim/rules/singd_rule.py",
         "step = tuple(alpha1 * old + part",
-        "step = tuple((1 - alpha1) * old + part",
-        "momentum of K decays by one minus alpha1",
+        "step = tuple(alpha1**2 * old + part",
+        "momentum of K decays twice",
     ),
     Fault(
         "optim/rules/singd_rule.py",

@@ -215,8 +215,8 @@ def more_than_there_is(state: Any, make: Callable[..., Any]) -> Any:
     return state
 
 
-def from_the_future(state: Any, make: Callable[..., Any]) -> Any:
-    state["state"][0]["last_update"] = torch.tensor(99)
+def before_all_time(state: Any, make: Callable[..., Any]) -> Any:
+    state["state"][0]["last_update"] = torch.tensor(-7)
     return state
 
 
@@ -242,7 +242,7 @@ BROKEN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "a matrix is misshapen": (misshapen, "state of 4.weight: got a tensor of shape"),
     "no tensor": (no_tensor, "got a list for 'momentum_buffer'"),
     "unknown": (more_than_there_is, "got a tensor of shape .3,. for 'squares'"),
-    "a step to come": (from_the_future, "got last_update=99"),
+    "a step before all": (before_all_time, "got last_update=-7"),
     "part of the fallback": (of_fallback, "state of 3.weight: got nothing for 'exp_avg'"),
     "lr is no number": (group_with(lr=float("nan")), "lr: got nan"),
     "lr is text": (group_with(lr="0.1"), "lr: got '0.1'"),

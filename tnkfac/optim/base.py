@@ -468,13 +468,11 @@ class CurvatureOptimizer(Optimizer):
         for layer in self._registry.layers:
             if not layer.statistics.bound:
                 continue
-            has_gradient = layer.weight.grad is not None
-            if has_gradient or layer.statistics.pending:
+            if layer.weight.grad is not None or layer.statistics.pending:
                 param_state = state[layer.weight]
                 if "last_update" not in param_state:
                     param_state.update(self._runner.kept(layer))
-                if has_gradient:
-                    states.complete(param_state, layer.weight, layer.group)
+                states.complete(param_state, layer.weight, layer.group)
             if layer.bias is not None and layer.bias.grad is not None:
                 states.complete(state[layer.bias], layer.bias, layer.group)
         for uncaptured in self._registry.others:

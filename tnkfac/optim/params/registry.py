@@ -14,7 +14,7 @@ from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.skipping import Unmatched
-from tnkfac.optim.params.sorting import sort
+from tnkfac.optim.params.sorting import Sorting
 
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
@@ -84,10 +84,11 @@ class Registry:
         owners = find_owners(params, roots)
         taken = {id(param) for layer in self.layers for param in layer.params()}
         before = {id(uncaptured.param): uncaptured.reason for uncaptured in self.others}
-        layers, self.others = sort(
-            owner, params, owners, lambda p: group_of[id(p)], state, self._needs, taken, before
+        sorting = Sorting(
+            params, owners, lambda p: group_of[id(p)], state, self._needs, taken, before
         )
-        self.layers += layers
+        self.layers += sorting.layers(owner)
+        self.others = sorting.others()
         self._sorted, self._groups = [], []
         if owners:
             self._unmatched.check(groups, owners, roots)

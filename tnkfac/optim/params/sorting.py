@@ -21,81 +21,124 @@ from tnkfac.optim.params.sharding import fully_sharded, is_distributed
 from tnkfac.optim.params.skipping import skipped
 
 
-def sort(
-    owner: object,
-    params: list[Tensor],
-    owners: dict[int, list[Owner]],
-    group_of: Callable[[Tensor], Group],
-    state: Mapping[Tensor, Mapping[str, Tensor]],
-    needs: Callable[[Group], Needs],
-    known: Iterable[int] = (),
-    before: Mapping[int, str] = MappingProxyType({}),
-) -> tuple[list[CapturedLayer], list[Uncaptured]]:
-    """Find the layers among parameters, and put taps on their modules.
+class Sorting:
+    """Parameters that are sorted into captured layers and those that the fallback trains."""
 
-    Args:
-        owner: The taps live as long as this object.
-        params: All parameters, in the order of the parameter groups.
-        owners: Modules that own them, by ``id`` of the parameter, in module order.
-        group_of: The parameter group of a parameter.
-        state: State of the optimizer: what the fallback has begun to train, it goes on with.
-        needs: What is to be measured of the layers of a group.
-        known: ``id`` of parameters of layers that were captured before.
-        before: Reasons that all other parameters had before, by ``id``.
+    def __init__(
+        self,
+        params: list[Tensor],
+        owners: dict[int, list[Owner]],
+        group_of: Callable[[Tensor], Group],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        needs: Callable[[Group], Needs],
+        known: Iterable[int] = (),
+        before: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """Nothing is sorted yet.
 
-    Returns:
-        Captured layers in module order, and the other parameters in the order of the groups.
-    """
-    by_id = {id(param): param for param in params}
-    done = set(known)
-    captured_before = set(known)
-    layers: list[CapturedLayer] = []
-    others: list[Uncaptured] = []
-    reasons: dict[int, str] = {}
-    sharded = fully_sharded(params)
-    for key, entries in owners.items():
-        weight = by_id.get(key)
-        if weight is None or key in done or all(o.attribute == "bias" for o in entries):
-            continue
-        group = group_of(weight)
-        if group["capture_embeddings"]:
-            entries = _with_embeddings(entries)
-        reason = _refusal(weight, entries, sharded, group) or skipped(entries, group)
-        if reason is None and begun_by_fallback(state.get(weight, {}), group):
-            reason = _BEGUN
-        if reason is not None:
-            reasons[key] = reason
-            continue
-        bias, why = _joint_bias(weight, entries, by_id, done, owners, group_of, state)
-        bias_group = group if bias is None else group_of(bias)
-        layers.append(_capture(owner, weight, bias, entries, (group, bias_group), needs(group)))
-        done |= {id(param) for param in layers[-1].params()}
-        for entry in entries:
-            other_bias = entry.module._parameters.get("bias")
-            if other_bias is not None and other_bias is not bias:
-                reasons[id(other_bias)] = why
-    for index, param in enumerate(params):
-        if id(param) in done:
-            continue
-        entries = owners.get(id(param), [])
+        Args:
+            params: All parameters, in the order of the parameter groups.
+            owners: Modules that own them, by ``id`` of the parameter, in module order.
+            group_of: The parameter group of a parameter.
+            state: State of the optimizer: what the fallback has begun to train, it goes on with.
+            needs: What is to be measured of the layers of a group.
+            known: ``id`` of parameters of layers that were captured before.
+            before: Reasons that all other parameters had before, by ``id``.
+        """
+        self._params, self._owners, self._group_of = params, owners, group_of
+        self._state, self._needs, self._before = state, needs, before
+        self._by_id = {id(param): param for param in params}
+        self._captured_before = set(known)
+        self._done = set(known)
+        self._reasons: dict[int, str] = {}
+        self._sharded = fully_sharded(params)
+
+    def layers(self, owner: object) -> list[CapturedLayer]:
+        """Find layers in module order, and put taps on their modules.
+
+        Args:
+            owner: The taps live as long as this object.
+        """
+        layers = []
+        for key, entries in self._owners.items():
+            weight = self._by_id.get(key)
+            if weight is None or key in self._done or all(o.attribute == "bias" for o in entries):
+                continue
+            group = self._group_of(weight)
+            if group["capture_embeddings"]:
+                entries = _with_embeddings(entries)
+            reason = _refusal(weight, entries, self._sharded, group) or skipped(entries, group)
+            if reason is None and begun_by_fallback(self._state.get(weight, {}), group):
+                reason = _BEGUN
+            if reason is not None:
+                self._reasons[key] = reason
+                continue
+            bias, why = self._joint_bias(weight, entries)
+            groups = group, group if bias is None else self._group_of(bias)
+            layers.append(_capture(owner, weight, bias, entries, groups, self._needs(group)))
+            self._done |= {id(param) for param in layers[-1].params()}
+            for entry in entries:
+                other_bias = entry.module._parameters.get("bias")
+                if other_bias is not None and other_bias is not bias:
+                    self._reasons[id(other_bias)] = why
+        return layers
+
+    def others(self) -> list[Uncaptured]:
+        """All other parameters in the order of the groups, once layers were found."""
+        others = [
+            self._uncaptured(index, param)
+            for index, param in enumerate(self._params)
+            if id(param) not in self._done
+        ]
+        parallel = [
+            other.name
+            for other in others
+            if is_distributed(other.param) and id(other.param) not in self._sharded
+        ]
+        if parallel:
+            warn(
+                f"{', '.join(parallel)}: trained without curvature, because processes hold parts "
+                "of them in the forward pass, too (tensor parallelism). Supported: fully_shard."
+            )
+        return others
+
+    def _uncaptured(self, index: int, param: Tensor) -> Uncaptured:
+        entries, group = self._owners.get(id(param), []), self._group_of(param)
         if not entries:
             reason = "no module that owns it was found"
-            others.append(Uncaptured(f"param_{index}", "", param, group_of(param), reason))
-            continue
+            return Uncaptured(f"param_{index}", "", param, group, reason)
         first = entries[0]
-        if id(first.module._parameters.get("weight")) in captured_before:
-            reason = before.get(id(param), "it was added after its weight")
+        if id(first.module._parameters.get("weight")) in self._captured_before:
+            reason = self._before.get(id(param), "it was added after its weight")
         else:
-            reason = reasons.get(id(param)) or _lonely(first, by_id, reasons)
-        kind = type(first.module).__name__
-        others.append(Uncaptured(first.parameter_name, kind, param, group_of(param), reason))
-    parallel = [u.name for u in others if is_distributed(u.param) and id(u.param) not in sharded]
-    if parallel:
-        warn(
-            f"{', '.join(parallel)}: trained without curvature, because processes hold parts of "
-            "them in the forward pass, too (tensor parallelism). Supported: fully_shard."
-        )
-    return layers, others
+            lonely = _lonely(first, self._by_id, self._reasons)
+            reason = self._reasons.get(id(param)) or lonely
+        return Uncaptured(first.parameter_name, type(first.module).__name__, param, group, reason)
+
+    def _joint_bias(self, weight: Tensor, entries: list[Owner]) -> tuple[Tensor | None, str]:
+        """The bias that is trained together with the weight, or why there is none."""
+        biases = [o.module._parameters.get("bias") for o in entries if o.refusal is None]
+        bias = biases[0]
+        if any(other_bias is not bias for other_bias in biases):
+            return None, "its weight is shared by layers with other biases"
+        if bias is None:
+            return None, ""
+        if id(bias) not in self._by_id or id(bias) in self._done:
+            if not (weight.requires_grad and bias.requires_grad):
+                return None, _frozen(weight)
+            return None, "it is not trained together with its weight"
+        bias_state = self._state.get(bias, {})
+        if "exp_avg" in bias_state:
+            return None, _BEGUN
+        if not begun_in_layer(bias_state, self._group_of(bias)):
+            module = next(entry.module for entry in entries if entry.refusal is None)
+            row = _row_for_bias(self._state.get(weight), module, self._group_of(weight))
+            if row is False:
+                return None, "its weight was measured without it"
+            if row is None and not (weight.requires_grad and bias.requires_grad):
+                return None, _frozen(weight)
+        why = skipped(self._owners[id(bias)], self._group_of(bias))
+        return (bias, "") if why is None else (None, why)
 
 
 _BEGUN = "the fallback had begun to train it before its layer was found"
@@ -127,40 +170,6 @@ def _capture(
         if entry.attribute == "weight" and entry.refusal is None:
             layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))
     return layer
-
-
-def _joint_bias(
-    weight: Tensor,
-    entries: list[Owner],
-    by_id: dict[int, Tensor],
-    done: set[int],
-    owners: dict[int, list[Owner]],
-    group_of: Callable[[Tensor], Group],
-    state: Mapping[Tensor, Mapping[str, Tensor]],
-) -> tuple[Tensor | None, str]:
-    """The bias that is trained together with the weight, or why there is none."""
-    biases = [o.module._parameters.get("bias") for o in entries if o.refusal is None]
-    bias = biases[0]
-    if any(other_bias is not bias for other_bias in biases):
-        return None, "its weight is shared by layers with other biases"
-    if bias is None:
-        return None, ""
-    if id(bias) not in by_id or id(bias) in done:
-        if not (weight.requires_grad and bias.requires_grad):
-            return None, _frozen(weight)
-        return None, "it is not trained together with its weight"
-    bias_state = state.get(bias, {})
-    if "exp_avg" in bias_state:
-        return None, _BEGUN
-    if not begun_in_layer(bias_state, group_of(bias)):
-        module = next(entry.module for entry in entries if entry.refusal is None)
-        row = _row_for_bias(state.get(weight), module, group_of(weight))
-        if row is False:
-            return None, "its weight was measured without it"
-        if row is None and not (weight.requires_grad and bias.requires_grad):
-            return None, _frozen(weight)
-    why = skipped(owners[id(bias)], group_of(bias))
-    return (bias, "") if why is None else (None, why)
 
 
 def _row_for_bias(
