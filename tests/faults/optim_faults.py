@@ -29,9 +29,9 @@ RULES: tuple[Fault, ...] = (
     ),
     Fault(
         "optim/rules/singd_rule.py",
-        "damping=(taken.on_K, taken.on_C)",
-        "damping=(taken.on_C, taken.on_K)",
-        "dampings of K and C are exchanged",
+        "return Damped(A, B, share * a, share * b, a * b)",
+        "return Damped(A, B, share * b, share * a, a * b)",
+        "relative dampings of IKFAC are exchanged",
     ),
     Fault(
         "optim/rules/singd_rule.py",
