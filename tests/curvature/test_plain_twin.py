@@ -8,6 +8,7 @@ from torch import Tensor
 
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature.layers import Layer, describe
+from tnkfac.curvature.moments import patches, rows, windows
 
 
 def read_all(layer: Layer, x: Tensor, g: Tensor, approx: Any) -> dict[str, Tensor]:
@@ -30,15 +31,20 @@ def read_all(layer: Layer, x: Tensor, g: Tensor, approx: Any) -> dict[str, Tenso
 
 @pytest.mark.parametrize("case", [*range(60), *SPECIAL], ids=str)
 def test_routes_equal_plain(case: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether all samples are read at once, or as few of them as possible at a time."""
     module, x, *_ = random_layer(case) if isinstance(case, int) else special_layer(case)
     g = torch.randn_like(module(x))
     for approx in ("expand", "reduce"):
         found = read_all(describe(module), x, g, approx)
         with monkeypatch.context() as patch:
+            for memory in (patches, rows, windows):
+                patch.setattr(memory, "CHUNK", 1)
+            in_parts = read_all(describe(module), x, g, approx)
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
             expected = read_all(describe(module), x, g, approx)
         for reading, value in expected.items():
-            where = f"{approx}, {reading}"
-            torch.testing.assert_close(
-                found[reading], value, rtol=1e-11, atol=1e-12, msg=lambda m, w=where: f"{w}: {m}"
-            )
+            for how, result in (("at once", found[reading]), ("in parts", in_parts[reading])):
+                where = f"{approx}, {reading}, {how}"
+                torch.testing.assert_close(
+                    result, value, rtol=1e-11, atol=1e-12, msg=lambda m, w=where: f"{w}: {m}"
+                )

@@ -56,7 +56,11 @@ NEAR: dict[str, tuple[str, ...]] = {
     "einsum/operations/derivatives.py": ("einsum/test_derivatives.py",),
     "einsum/operations/ggn.py": ("einsum/test_second_order.py",),
     "einsum/operations/hessian.py": ("einsum/test_second_order.py",),
-    "curvature/moments": ("curvature/test_factors.py", "curvature/test_routes.py"),
+    "curvature/moments": (
+        "curvature/test_factors.py",
+        "curvature/test_plain_twin.py",
+        "curvature/test_routes.py",
+    ),
     "curvature/moments/one_hot.py": ("curvature/test_embeddings.py",),
     "curvature/structures": ("curvature/test_structures.py",),
     "curvature/layers": ("curvature/test_factors.py", "curvature/test_embeddings.py"),

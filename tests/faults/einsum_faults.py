@@ -165,9 +165,9 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "einsum/plans.py",
-        "target[index].add_(tensor.select(axis + 1, k))",
-        "target[index].copy_(tensor.select(axis + 1, k))",
-        "folding overwrites where windows overlap",
+        "target = pixels.narrow(axis, pattern.dilation * k, span)",
+        "target = pixels.narrow(axis, k, span)",
+        "folding forgets the dilation",
     ),
     Fault(
         "einsum/plans.py",

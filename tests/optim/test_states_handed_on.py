@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from oracles.grids import all_pairs
 from oracles.loops import assert_same_state, assert_same_weights, fit, mlp_batch, weights
 from tnkfac import KFAC, SINGD
 
@@ -29,7 +30,6 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     },
     "KFAC beside SGD": partial(KFAC, fallback="sgd"),
 }
-each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def network() -> nn.Sequential:
@@ -42,9 +42,9 @@ def data(start: int, count: int, outputs: int = 3) -> list[Any]:
     return [mlp_batch(seed, 4, outputs, samples=16) for seed in range(start, start + count)]
 
 
-@pytest.mark.parametrize("saved", [False, True])
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@each_optimizer
+@pytest.mark.parametrize(
+    ("name", "steps", "saved"), all_pairs(OPTIMIZERS, [1, 2, 3], [False, True])
+)
 def test_a_larger_layer(name: str, steps: int, saved: bool) -> None:
     """Moments padded with zeros, as a head takes more classes; its curvature starts anew."""
     model = network()
@@ -90,20 +90,20 @@ def built(name: str, kind: str, time: str) -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.parametrize(
-    ("saves", "loads"),
-    [(a, b) for a in TIMES for b in TIMES if a != b and b != "later"],
-)
-@pytest.mark.parametrize("frozen", ["weight", "bias"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "SINGD dense", "SINGD diagonal", "SINGD hierarchical2_2", "SINGD triltoeplitz",
-        "SINGD auto", "SINGD with AdamW's norms", "KFAC eigen dense",
-        "KFAC ekfac block3diagonal", "KFAC cholesky diagonal",
-    ],
+    ("name", "frozen", "times"),
+    all_pairs(
+        [
+            "SINGD dense", "SINGD diagonal", "SINGD hierarchical2_2", "SINGD triltoeplitz",
+            "SINGD auto", "SINGD with AdamW's norms", "KFAC eigen dense",
+            "KFAC ekfac block3diagonal", "KFAC cholesky diagonal",
+        ],
+        ["weight", "bias"],
+        [(a, b) for a in TIMES for b in TIMES if a != b and b != "later"],
+    ),
 )  # fmt: skip
-def test_what_is_frozen_at_other_times(name: str, frozen: str, saves: str, loads: str) -> None:
+def test_what_is_frozen_at_other_times(name: str, frozen: str, times: tuple[str, str]) -> None:
     """A file goes on, bit for bit, whether parts were frozen before the optimizer was built."""
+    saves, loads = times
     model, optimizer = built(name, frozen, saves)
     fit(model, optimizer, data(0, 2))
     if saves == "later":

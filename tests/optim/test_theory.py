@@ -113,7 +113,7 @@ def test_only_the_product_of_both_factors_matters(scale: float) -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_thousand_random_updates(structure: str) -> None:
+def test_hundreds_of_random_updates(structure: str) -> None:
     """The factors stay in their class, finite and invertible, and near what dense algebra gives.
 
     The dense twin applies the same projections to full matrices, so that an entry outside the
@@ -124,7 +124,7 @@ def test_a_thousand_random_updates(structure: str) -> None:
     eyes = [s.identity(1, torch.float64, torch.device("cpu")) for s in (k, c)]
     (K, C), (dense_K, dense_C) = eyes, [s.to_dense(e) for s, e in zip((k, c), eyes, strict=True)]
     rate, damping = 0.05, 0.1
-    for step in range(1000):
+    for step in range(300):
         rows = torch.randn(1, 7, 9, generator=torch.Generator().manual_seed(step)).double()
         columns = torch.randn(1, 5, 9, generator=torch.Generator().manual_seed(-step - 1)).double()
         read = []
