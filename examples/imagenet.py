@@ -37,6 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from tnkfac.optim.distributed import leave
+
 
 class Average:
     """A moving average of the parameters, with the buffers as they are; zero decay for none."""
@@ -309,8 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         options.error(str(error))
     run.fit()
     run.finish()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     return 0
 
 

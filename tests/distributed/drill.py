@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from checkpoints import Checkpoints
-from leaving import leave
 from network import batch, loss, network
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac import KFAC, SINGD
+from tnkfac.optim.distributed import leave
 
 STEPS = 9
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tnkfac import KFAC, SINGD
 from tnkfac.optim import base
-from tnkfac.optim.distributed import buckets, placing, reduction
+from tnkfac.optim.distributed import buckets, leave, placing, reduction
 from tnkfac.optim.params import state as states
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -563,7 +563,7 @@ def run(**group: Any) -> None:
         function()
         if dist.get_rank() == 0:
             print(function.__name__, "holds", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

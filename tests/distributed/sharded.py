@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from forking import start
-from leaving import leave
 from network import batch, loss, network
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -24,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tnkfac import KFAC, SINGD
+from tnkfac.optim.distributed import leave
 from tnkfac.optim.params.sharding import local_shard
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
