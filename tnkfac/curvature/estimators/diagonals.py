@@ -131,7 +131,8 @@ def diagonal(
             elif kind == "hutchinson":
                 add_hutchinson(total, parameters, loss.value(outputs, y), mc_samples, generator)
             else:
-                add_recursive_diagonal(total, model, parameters, loss, x, y, kind == "hesscale")
+                exact = kind == "hesscale"
+                add_recursive_diagonal(total, model, parameters, loss, (x, y), exact)
     scale = 1 / loss.divisor(terms) ** (2 if kind == "empirical-fisher" else 1)
     return {name: tensor.mul_(scale) for name, tensor in total.items()}
 

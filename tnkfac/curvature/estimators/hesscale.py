@@ -95,8 +95,7 @@ def add_recursive_diagonal(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
     loss: Loss,
-    x: Tensor,
-    y: Tensor,
+    batch: tuple[Tensor, Tensor],
     exact_outputs: bool,
 ) -> None:
     """Add the diagonal of the Hessian of the summed loss of one batch.
@@ -106,14 +105,14 @@ def add_recursive_diagonal(
         model: A chain of modules.
         parameters: Trainable parameters by name.
         loss: The loss.
-        x: Inputs.
-        y: Targets.
+        batch: Inputs and targets.
         exact_outputs: Whether to start from the exact diagonal at the outputs (HesScale), or to
             treat a softmax like an elementwise function (BL89).
 
     Raises:
         ValueError: If the model is no chain of supported modules.
     """
+    x, y = batch
     names = {id(p): name for name, p in parameters.items()}
     passed = []
     for module in _chain(model, "model"):
