@@ -105,6 +105,11 @@ class Batch(ABC):
         self.layers = layers
         self._states: list[ParamState] = [state[layer.weight] for layer in layers]
         self._loss_scale, self._found_inf = loss_scale, found_inf
+        self._join()
+
+    @abstractmethod
+    def _join(self) -> None:
+        """Set the matrices of both sides."""
 
     @property
     def group(self) -> Group:
@@ -134,16 +139,10 @@ class Stack(Batch):
     k: Structure
     c: Structure
 
-    def __init__(
-        self,
-        layers: Sequence[CapturedLayer],
-        state: State,
-        loss_scale: Tensor | float = 1.0,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Take these layers; arguments as for any batch."""
-        super().__init__(layers, state, loss_scale, found_inf)
-        self.k, self.c = layers[0].statistics.k, layers[0].statistics.c
+    def _join(self) -> None:
+        """Structures of all layers."""
+        statistics = self.layers[0].statistics
+        self.k, self.c = statistics.k, statistics.c
 
     def measured(self) -> list[Factors]:
         """Factors measured since the last update, of one layer after the other."""
@@ -171,17 +170,10 @@ class EndToEnd(Batch):
     k: RaggedDiagonal
     c: RaggedDiagonal
 
-    def __init__(
-        self,
-        layers: Sequence[CapturedLayer],
-        state: State,
-        loss_scale: Tensor | float = 1.0,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Take these layers; arguments as for any batch."""
-        super().__init__(layers, state, loss_scale, found_inf)
-        statistics = [layer.statistics for layer in layers]
-        device = layers[0].weight.device
+    def _join(self) -> None:
+        """Structures of all layers."""
+        statistics = [layer.statistics for layer in self.layers]
+        device = self.layers[0].weight.device
         groups = [each.layer.groups for each in statistics]
         sides = ([each.k.dim for each in statistics], [each.c.dim for each in statistics])
         repeated = (
