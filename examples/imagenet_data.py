@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Place = tuple[int, int]
@@ -76,6 +78,61 @@ class Gratings(Dataset[tuple[Image.Image, int]]):
         return gratings(label, self.first + index, self.size), label
 
 
+class Folder(Dataset[tuple[Image.Image, int]]):
+    """Images in a folder for each class, in the order of torchvision's ``ImageFolder``.
+
+    Args:
+        root: The folder of these folders.
+
+    Raises:
+        MissingDataError: If a class has no images.
+        OSError: If a folder cannot be read.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.classes: list[str] = []
+        self.samples: list[tuple[str, int]] = []
+        for own in sorted(path for path in root.iterdir() if path.is_dir()):
+            if _leads_back(own, root):
+                continue
+            files = image_files(own)
+            if not files:
+                kinds = ", ".join(IMG_EXTENSIONS)
+                raise MissingDataError(f"{own}: no images for this class ({kinds}).")
+            self.samples += [(file, len(self.classes)) for file in files]
+            self.classes.append(own.name)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return default_loader(path), label
+
+
+def image_files(folder: Path) -> list[str]:
+    """All image files below a folder; links are followed, but none to a folder a second time."""
+    found, seen = [], {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        found.append((place, sorted(f for f in files if f.lower().endswith(IMG_EXTENSIONS))))
+        names, folders[:] = sorted(folders), []
+        for name in names:
+            real = os.path.realpath(os.path.join(place, name))
+            if real not in seen and not _leads_back(Path(real), folder):
+                seen.add(real)
+                folders.append(name)
+    return [os.path.join(place, file) for place, files in sorted(found) for file in files]
+
+
+def _leads_back(link: Path, folder: Path) -> bool:
+    """Whether something is a folder, or has it inside."""
+    return folder.resolve().is_relative_to(link.resolve())
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 class Images(Dataset[Item]):
     """A data set whose transforms draw the same for the same image of the same epoch.
 
@@ -99,12 +156,11 @@ class Images(Dataset[Item]):
         for offset in range(len(self.source)):
             try:
                 picture, label = self.source[(index + offset) % len(self.source)]
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
+                    return self.transform(picture), label, unread
             except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
                 unread = unread or self._file(index)
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
-                return self.transform(picture), label, unread
         raise MissingDataError("None of the images can be read.")
 
     def _file(self, index: int) -> str:
@@ -159,7 +215,8 @@ def sources(args: argparse.Namespace) -> tuple[Any, Any]:
     """Pictures and classes to train and to test with.
 
     Raises:
-        MissingDataError: If the folder is not there, or has no images; says what to do.
+        MissingDataError: If the folder is not there, has no images, or has other classes to train
+            than to test with; says what to do.
     """
     if args.fake_data:
         first = Gratings(args.fake_data, args.fake_classes, args.size, 0)
@@ -175,11 +232,24 @@ def sources(args: argparse.Namespace) -> tuple[Any, Any]:
                 f"make some: python examples/imagenet.py --make-data {folder}"
             )
     try:
-        return datasets.ImageFolder(str(folder / "train")), datasets.ImageFolder(
-            str(folder / "val")
-        )
-    except FileNotFoundError as error:
+        train, val = Folder(folder / "train"), Folder(folder / "val")
+    except OSError as error:
         raise MissingDataError(f"{folder}: {error}") from error
+    _compare(folder, train.classes, val.classes)
+    return train, val
+
+
+def _compare(folder: Path, train: list[str], val: list[str]) -> None:
+    """Refuse classes that only one part has: labels are places in the list of folders."""
+    for part, own, others in (("val", val, train), ("train", train, val)):
+        lacking = sorted(set(others) - set(own))
+        if lacking:
+            names = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+            other = "train" if part == "val" else "val"
+            raise MissingDataError(
+                f"{folder / part} has no folder for {len(lacking)} of the classes in "
+                f"{folder / other}: {names}. Both need the same ones."
+            )
 
 
 def loaders(args: argparse.Namespace, rank: int, world: int) -> tuple[Any, Any, int]:
