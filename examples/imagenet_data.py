@@ -152,16 +152,16 @@ class Images(Dataset[Item]):
 
     def __getitem__(self, place: Place) -> Item:
         epoch, index = place
-        unread = ""
+        unread, last = "", None
         for offset in range(len(self.source)):
             try:
                 picture, label = self.source[(index + offset) % len(self.source)]
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
                     return self.transform(picture), label, unread
-            except (OSError, SyntaxError, ValueError):  # what PIL raises for broken files
-                unread = unread or self._file(index)
-        raise MissingDataError("None of the images can be read.")
+            except Exception as error:  # a damaged file may raise anything
+                unread, last = unread or self._file(index), error
+        raise MissingDataError(f"None of the images can be read; of the last one: {last}") from last
 
     def _file(self, index: int) -> str:
         samples = getattr(self.source, "samples", None)

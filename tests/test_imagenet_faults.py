@@ -2,11 +2,18 @@
 
 import io
 import os
+import random
+import struct
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import imagenet_data
 import pytest
 from imagenet_data import Folder, Images, MissingDataError, gratings, image_files, sources
 from imagenet_options import checked, parser
+from PIL import Image
 from torchvision import transforms
 
 FORMATS = {"png": "png", "jpg": "jpeg", "bmp": "bmp", "tif": "tiff", "gif": "gif", "webp": "webp"}
@@ -27,6 +34,109 @@ def images_of(files: dict[str, bytes], folder: Path) -> Images:
         (own / name).write_bytes(data)
     cropped = transforms.Compose([transforms.RandomResizedCrop(8), transforms.ToTensor()])
     return Images(Folder(folder), cropped, seed=0)
+
+
+# ---------------------------------------------------------------- damaged images
+
+
+def damaged(ending: str, count: int) -> Iterator[bytes]:
+    """Files that are cut off, or in which some bits are others."""
+    whole, chance = content(ending), random.Random(7)
+    for number in range(count):
+        data = bytearray(whole)
+        if number % 3 == 0:
+            del data[chance.randrange(len(data)) :]
+        for _ in range(number % 3):
+            # more often in headers
+            place = chance.randrange(min(len(data), 128) if number % 2 else len(data))
+            data[place] ^= 1 << chance.randrange(8)
+        yield bytes(data)
+
+
+def readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            picture.convert("RGB").load()
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_damaged_image_is_skipped_and_named(ending: str, tmp_path: Path) -> None:
+    """Or read, if Pillow reads it, which looks at what is in a file and not at its name."""
+    files = {f"{i:03d}.jpg": data for i, data in enumerate(damaged(ending, 150))}
+    images = images_of({**files, "whole.jpg": content(ending)}, tmp_path)
+    named = 0
+    for index, (file, _) in enumerate(images.source.samples):
+        picture, label, unread = images[0, index]
+        assert picture.shape == (3, 8, 8)
+        assert label == 0
+        assert unread == ("" if readable(Path(file)) else file)
+        named += bool(unread)
+    assert named > 20
+
+
+def large_png() -> bytes:
+    data = bytearray(content("png"))
+    data[16:24] = struct.pack(">2I", 60000, 60000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def large_bmp() -> bytes:
+    data = bytearray(content("bmp"))
+    data[18:26] = struct.pack("<2i", 60000, 60000)
+    return bytes(data)
+
+
+def large_gif() -> bytes:
+    data = bytearray(content("gif"))
+    data[6:10] = struct.pack("<2H", 60000, 60000)
+    return bytes(data)
+
+
+def large_tif() -> bytes:
+    """Width and height are the entries of tags 256 and 257."""
+    data = bytearray(content("tif"))
+    (place,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, place)
+    for entry in range(place + 2, place + 2 + 12 * count, 12):
+        if struct.unpack_from("<H", data, entry)[0] in (256, 257):
+            struct.pack_into("<HII", data, entry + 2, 4, 1, 60000)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("make", [large_png, large_bmp, large_gif, large_tif])
+def test_an_image_that_says_to_be_enormous_is_skipped(
+    make: Callable[[], bytes], tmp_path: Path
+) -> None:
+    """Pillow refuses it with an error of its own kind."""
+    ending = make.__name__.removeprefix("large_")
+    images = images_of({"0.jpg": make(), "1.jpg": content(ending)}, tmp_path)
+    file = images.source.samples[0][0]
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(file)
+    assert images[0, 0][2] == file
+
+
+@pytest.mark.parametrize("error", [MemoryError, struct.error, IndexError, RecursionError, KeyError])
+def test_whatever_reading_raises(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = images_of({"0.png": content("png"), "1.png": content("png")}, tmp_path)
+
+    def load(path: str) -> Any:
+        if path.endswith("0.png"):
+            raise error("what it found")
+        return gratings(0, 0, 8)
+
+    monkeypatch.setattr(imagenet_data, "default_loader", load)
+    assert images[0, 0][2] == images.source.samples[0][0]
+    monkeypatch.setattr(imagenet_data, "default_loader", lambda path: load("0.png"))
+    with pytest.raises(MissingDataError, match=r"None of the images.*what it found"):
+        images[0, 0]
 
 
 # ---------------------------------------------------------------- folders
