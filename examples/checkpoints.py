@@ -2,7 +2,8 @@
 
 One folder for each, written by all processes through ``torch.distributed.checkpoint``. A folder
 has its name only once it is complete, with the SHA-256 sum of every file, so that one that was cut
-off or damaged is told from a whole one before anything is loaded.
+off or damaged is told from a whole one before anything is loaded. One that cannot be written is an
+error in all processes, and those before it stay as they are.
 """
 
 from __future__ import annotations
@@ -12,21 +13,30 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 SUMS = "sums.json"
+PARTIAL, OLD = ".partial", ".old"
+"""Endings of what is being written, and of what is being removed."""
 
 
 class DamagedCheckpointError(Exception):
     """A checkpoint that is not what was saved."""
+
+
+class NotWrittenError(Exception):
+    """A file or folder that cannot be written."""
 
 
 class Checkpoints:
@@ -54,27 +64,49 @@ class Checkpoints:
             model: The model, wrapped or not.
             optimizer: Its optimizer.
             **others: What else has a ``state_dict``, and plain values, equal in all processes.
+
+        Raises:
+            NotWrittenError: If it cannot be written; checkpoints that are there stay.
         """
         final = self.folder / f"step_{step:09d}"
-        partial = final.with_suffix(".partial")
-        if _rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _wait()
-        dcp.save(_states(model, optimizer, others), checkpoint_id=str(partial), no_dist=_alone())
-        if _rank() == 0:
-            files = sorted(path for path in partial.iterdir() if path.is_file())
-            sums = {path.name: _sum(path) for path in files}
-            (partial / SUMS).write_text(json.dumps(sums), encoding="utf-8")
-            for path in [*files, partial / SUMS, partial]:
-                _to_disk(path)
-            partial.rename(final)
-            _to_disk(self.folder)
-            for old in self.found()[: -self.keep]:
-                shutil.rmtree(old)
-        _wait()
+        partial = final.with_suffix(PARTIAL)
+        in_first(final, self.prepare)
+        in_first(final, partial.mkdir)
+        try:
+            states = _states(model, optimizer, others)
+            dcp.save(states, checkpoint_id=str(partial), no_dist=_alone())
+            in_first(final, lambda: self._complete(partial, final))
+        except (CheckpointException, NotWrittenError) as error:
+            if _rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, NotWrittenError):
+                raise
+            raise NotWrittenError(f"{final} cannot be written: {_reason(error, final)}.") from error
         return final
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what was being written or removed when a run ended."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in [*self.folder.glob(f"*{PARTIAL}"), *self.folder.glob(f"*{OLD}")]:
+            shutil.rmtree(path)
+
+    def _complete(self, partial: Path, final: Path) -> None:
+        """Give a checkpoint its name, and remove those that it makes outdated."""
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        sums = {path.name: _sum(path) for path in files}
+        (partial / SUMS).write_text(json.dumps(sums), encoding="utf-8")
+        for path in [*files, partial / SUMS, partial]:
+            _to_disk(path)
+        found = sorted({*self.found(), final})
+        place = found.index(final)  # later ones are damaged, or of a run that was begun anew
+        outdated = [*found[: max(0, place + 1 - self.keep)], *found[place + 1 :]]
+        if final.exists():
+            final.rename(final.with_suffix(OLD))
+        partial.rename(final)
+        _to_disk(self.folder)
+        for path in outdated:  # of which none is to be half there under its name
+            path.rename(path.with_suffix(OLD))
+        self.prepare()
 
     def found(self) -> list[Path]:
         """All complete checkpoints, the newest last."""
@@ -128,6 +160,80 @@ class Checkpoints:
         return values
 
 
+def in_first(path: Path, work: Callable[[], Any]) -> None:
+    """Do something with files in the first process while the others wait; all call this.
+
+    Raises:
+        NotWrittenError: If that cannot be done; in all processes, and names the path.
+    """
+    texts = [""]
+    if _rank() == 0:
+        try:
+            with writing(path):
+                work()
+        except NotWrittenError as error:
+            texts = [str(error)]
+    if not _alone():
+        dist.broadcast_object_list(texts)
+    if texts[0]:
+        raise NotWrittenError(texts[0])
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what could not be written, and why.
+
+    Raises:
+        NotWrittenError: In the place of an error of the system, or of torch while it writes.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or _cause(error):
+            raise NotWrittenError(f"{path} cannot be written: {_reason(error, path)}.") from error
+        raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written that takes its name, and the place of another, once it is complete."""
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _cause(error: BaseException | None) -> OSError | None:
+    """The error of the system behind one of torch."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _reason(error: BaseException, path: Path) -> str:
+    """Why something could not be written, in a line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    found = _cause(error)
+    if found is None:  # other processes are told what torch has made of it
+        return f"{' '.join(str(error).split())} ({_free(path)} MB are free there)"
+    where = "" if found.filename in (None, str(path)) else f" ({found.filename})"
+    return (found.strerror or str(found)) + where
+
+
+def _free(path: Path) -> int:
+    """Megabytes on the disc of something that may not be there yet."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free >> 20
+
+
 def check(path: Path) -> None:
     """Compare every file with its sum.
 
@@ -146,7 +252,11 @@ def check(path: Path) -> None:
             raise DamagedCheckpointError(
                 f"{path}: {name} has {size} bytes, but {expected['bytes']} were saved."
             )
-        if _sum(path / name) != expected:
+        try:
+            found = _sum(path / name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path}: {name} cannot be read ({error}).") from error
+        if found != expected:
             raise DamagedCheckpointError(f"{path}: {name} is not what was saved (SHA-256 differs).")
 
 
@@ -203,8 +313,3 @@ def _rank() -> int:
 
 def _alone() -> bool:
     return not dist.is_initialized()
-
-
-def _wait() -> None:
-    if not _alone():
-        dist.barrier()

@@ -19,13 +19,13 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, NotWrittenError, in_first, replacing, writing
 from imagenet_data import MissingDataError, loaders, make_folder
 from imagenet_logs import Logs
 from imagenet_options import build_model, build_optimizer, checked, parser
@@ -81,6 +81,8 @@ class Run:
         self.args = args
         self.rank, self.world = _processes()
         self.device = torch.device(args.device)
+        self.checkpoints = Checkpoints(args.out / "checkpoints")
+        in_first(args.out, self.checkpoints.prepare)
         self.train, self.val, self.classes = loaders(args, self.rank, self.world)
         torch.manual_seed(args.seed)
         random.seed(args.seed)
@@ -97,12 +99,14 @@ class Run:
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.autocast == "fp16")
         self.average = Average(self.module, args.ema)
         self.mixup = v2.MixUp(num_classes=self.classes, alpha=args.mixup) if args.mixup else None
-        self.checkpoints = Checkpoints(args.out / "checkpoints")
         self.unread: set[str] = set()
         self.step = 0
         self._resume()
-        first = self.rank == 0
-        self.logs = Logs(args.out, self.step, args.tensorboard) if first else None
+        self.logs: Logs | None = None
+        in_first(args.out, self._open_logs)
+
+    def _open_logs(self) -> None:
+        self.logs = Logs(self.args.out, self.step, self.args.tensorboard)
 
     def _wrapped(self) -> nn.Module:
         if self.args.fsdp:
@@ -146,39 +150,43 @@ class Run:
 
     def fit(self) -> None:
         """Train from where the run stands to the end."""
-        args, started = self.args, time.perf_counter()
-        whole = args.batch_size * self.world * args.accumulate
-        bar = tqdm(
+        started = time.perf_counter()
+        whole = self.args.batch_size * self.world * self.args.accumulate
+        with tqdm(
             total=self.steps * whole,
             initial=self.step * whole,
             unit="img",
             unit_scale=True,
             disable=self.rank > 0,
             dynamic_ncols=True,
-        )
-        while self.step < self.steps:
-            epoch, done = divmod(self.step, self.steps_per_epoch)
-            self.train.batch_sampler.epoch = epoch
-            self.train.batch_sampler.first = done * args.accumulate
-            batches = iter(self.train)
-            bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-            for _ in range(done, self.steps_per_epoch):
-                begun = time.perf_counter()
-                row = self._one_step([next(batches) for _ in range(args.accumulate)])
-                self.step += 1
-                bar.update(whole)
-                row["images_per_second"] = whole / (time.perf_counter() - begun)
-                self._log(epoch, row)
-                if self.step % args.save_every == 0 and self.step % self.steps_per_epoch:
-                    self.save()
-            found = self.evaluate()
-            if self.logs is not None:
-                seconds = time.perf_counter() - started
-                self.logs.epoch(step=self.step, epoch=epoch + 1, seconds=seconds, **found)
-            text = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-            self.say(f"epoch {epoch + 1}: {text}")
-            self.save()
-        bar.close()
+        ) as bar:
+            while self.step < self.steps:
+                epoch = self.step // self.steps_per_epoch
+                bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
+                self._train(epoch, whole, bar)
+                found = self.evaluate()
+                if self.logs is not None:
+                    seconds = time.perf_counter() - started
+                    self.logs.epoch(step=self.step, epoch=epoch + 1, seconds=seconds, **found)
+                text = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+                self.say(f"epoch {epoch + 1}: {text}")
+                self.save()
+
+    def _train(self, epoch: int, whole: int, bar: Any) -> None:
+        """What is left of an epoch, in steps of so many images."""
+        args, done = self.args, self.step % self.steps_per_epoch
+        self.train.batch_sampler.epoch = epoch
+        self.train.batch_sampler.first = done * args.accumulate
+        batches = iter(self.train)
+        for _ in range(done, self.steps_per_epoch):
+            begun = time.perf_counter()
+            row = self._one_step([next(batches) for _ in range(args.accumulate)])
+            self.step += 1
+            bar.update(whole)
+            row["images_per_second"] = whole / (time.perf_counter() - begun)
+            self._log(epoch, row)
+            if self.step % args.save_every == 0 and self.step % self.steps_per_epoch:
+                self.save()
 
     def _one_step(self, batches: list[Any]) -> dict[str, float]:
         args = self.args
@@ -277,7 +285,8 @@ class Run:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
         if self.logs is not None:
-            torch.save(weights, self.args.out / "weights.pt")
+            with replacing(self.args.out / "weights.pt") as file:
+                torch.save(weights, file)
             picture = self.logs.draw(f"{self.args.arch}, {self.args.optimizer}")
             self.say(f"Weights: {self.args.out / 'weights.pt'}. Curves: {picture}.")
         if self.unread:
@@ -290,13 +299,11 @@ def _processes() -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; 2 for what is wrong with its arguments."""
+    """Run the script; 2 for what is wrong with its arguments, 1 for what cannot be written."""
     options = parser()
     args = checked(options, argv)
     if args.make_data:
-        make_folder(Path(args.make_data))
-        print(f"Images are in {args.make_data}.")
-        return 0
+        return _make(Path(args.make_data))
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.ddp or args.fsdp:
@@ -307,12 +314,32 @@ def main(argv: list[str] | None = None) -> int:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
         run = Run(args)
-    except (MissingDataError, ValueError, ImportError) as error:
-        options.error(str(error))
-    run.fit()
-    run.finish()
+    except (MissingDataError, NotWrittenError, ValueError, ImportError) as error:
+        _stop(2, str(error))
+    try:
+        run.fit()
+        run.finish()
+    except (MissingDataError, NotWrittenError) as error:
+        _stop(1, str(error).rstrip().splitlines()[-1])  # those before tell where a worker was
     leave()
     return 0
+
+
+def _make(folder: Path) -> int:
+    try:
+        with writing(folder):
+            make_folder(folder)
+    except NotWrittenError as error:
+        _stop(2, str(error))
+    print(f"Images are in {folder}.")
+    return 0
+
+
+def _stop(status: int, text: str) -> NoReturn:
+    """Say why in one line, below what has been said and drawn."""
+    print(f"imagenet.py: error: {text}", file=sys.stderr, flush=True)
+    leave()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

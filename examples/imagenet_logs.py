@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from checkpoints import replacing, writing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,24 +30,31 @@ class Table:
 
     def __init__(self, path: Path, fields: Sequence[str], step: int) -> None:
         self.path, self.fields = path, list(fields)
-        self.rows: list[dict[str, Any]] = []
-        if step and path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        self.rows: list[dict[str, Any]] = _rows(path, step) if step and path.exists() else []
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: row.get(name, "") for name in self.fields} for row in self.rows)
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
 
     def add(self, **row: Any) -> None:
         """Append a row, and have it on disk."""
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self.fields, lineterminator="\n").writerow(row)
 
     def column(self, name: str) -> list[float]:
         """Numbers of a column."""
         return [float(row[name]) for row in self.rows]
+
+
+def _rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rows up to a step; none of which only a part was written."""
+    whole, end, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    rows = csv.DictReader(io.StringIO(whole + end))
+    complete = [row for row in rows if None not in row and None not in row.values()]
+    return [row for row in complete if row["step"].isdigit() and int(row["step"]) <= step]
 
 
 class Logs:
@@ -94,10 +103,13 @@ class Logs:
                 trust_region=found.trust_region,
             )
         if self.writer is not None:
-            found.write(self.writer, step)
+            with writing(self.folder):
+                found.write(self.writer, step)
 
     def _write(self, prefix: str, row: dict[str, Any]) -> None:
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        with writing(self.folder):
             for name, value in row.items():
                 if name not in ("step", "epoch"):
                     self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
@@ -120,7 +132,8 @@ class Logs:
         self._draw_conditions(axes[2])
         figure.tight_layout()
         path = self.folder / "curves.png"
-        figure.savefig(path, dpi=110)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110, format="png")
         plt.close(figure)
         return path
 

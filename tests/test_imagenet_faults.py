@@ -3,18 +3,29 @@
 import io
 import os
 import random
+import re
+import resource
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import imagenet
 import imagenet_data
+import imagenet_logs
 import pytest
+import torch
+from checkpoints import Checkpoints, NotWrittenError, replacing
 from imagenet_data import Folder, Images, MissingDataError, gratings, image_files, sources
+from imagenet_logs import EPOCHS, Table
 from imagenet_options import checked, parser
 from PIL import Image
+from torch import nn
 from torchvision import transforms
+
+from distributed.launching import launch
 
 FORMATS = {"png": "png", "jpg": "jpeg", "bmp": "bmp", "tif": "tiff", "gif": "gif", "webp": "webp"}
 
@@ -214,3 +225,199 @@ def test_the_order_is_that_of_torchvision(tmp_path: Path) -> None:
     assert found.samples == expected.samples
     assert found.classes == expected.classes
     assert len(image_files(tmp_path / "b")) == 5
+
+
+# ---------------------------------------------------------------- what cannot be written
+
+
+@contextmanager
+def full_disc(most: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def no_permission(folder: Path) -> Iterator[None]:
+    """As somebody who may not write in a folder; the owner of all may."""
+    mode = folder.stat().st_mode
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    else:
+        folder.chmod(0o500)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        else:
+            folder.chmod(mode)
+
+
+SMALL = ["--fake-data", "16", "--fake-classes", "3", "--size", "8", "--batch-size", "4"]
+SMALL += ["--epochs", "1", "--workers", "0", "--device", "cpu", "--save-every", "1"]
+SMALL += ["--log-every", "1", "--structures", "diagonal", "--out"]
+
+
+def network(name: str, classes: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, classes))
+
+
+def draw(logs: Any, title: str) -> Path:
+    return Path(logs.folder / "curves.png")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a second: a small network, and no picture."""
+    monkeypatch.setattr(imagenet, "build_model", network)
+    monkeypatch.setattr(imagenet_logs.Logs, "draw", draw)
+
+
+def complaint(status: int, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a run ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        imagenet.main([*SMALL, str(out)])
+    assert stopped.value.code == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    *_, last = said.splitlines()
+    assert said.count("error") == 1
+    assert last.startswith("imagenet.py: error: ")
+    return last
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], Any], str, int]] = {
+    "checkpoint, full": ("save", lambda out: full_disc(1000), "step_000000003 .*too large", 2),
+    "checkpoint, fuller": ("save", lambda out: full_disc(0), "step_000000003 .*too large", 2),
+    "checkpoint, denied": (
+        "save",
+        lambda out: no_permission(out / "checkpoints"),
+        "step_000000003 .*denied",
+        2,
+    ),
+    "log, full": ("_log", lambda out: full_disc(10), "steps.csv .*too large", 2),
+    "weights, full": ("finish", lambda out: full_disc(1000), "weights.pt .*too large", 4),
+    "weights, denied": ("finish", no_permission, "weights.pt .*denied", 4),
+}
+"""Method that meets a fault at the third step, the fault, what is said, and which step is left."""
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_run_goes_on_once_it_can_write_again(
+    case: str,
+    small: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the last checkpoint, to the same weights; what was there before stays."""
+    where, fault, message, step = FAULTS[case]
+    out = tmp_path / "run"
+    imagenet.main([*SMALL, str(tmp_path / "undisturbed")])
+    method = getattr(imagenet.Run, where)
+
+    def meets_it(run: Any, *arguments: Any) -> Any:
+        if where != "finish" and run.step != 3:
+            return method(run, *arguments)
+        (out / "weights.pt").write_bytes(b"of an earlier run")
+        with fault(out):
+            return method(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imagenet.Run, where, meets_it)
+        found = complaint(1, out, capsys)
+    assert re.search(message, found), found
+    checkpoints = Checkpoints(out / "checkpoints")
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.name == f"step_{step:09d}"
+    assert (out / "weights.pt").read_bytes() == b"of an earlier run"
+    assert imagenet.main([*SMALL, str(out)]) == 0
+    assert f"Going on from step {step} of 4" in capsys.readouterr().out
+    expected = torch.load(tmp_path / "undisturbed" / "weights.pt")
+    for key, value in torch.load(out / "weights.pt").items():
+        assert torch.equal(value, expected[key])
+    assert len(Table(out / "steps.csv", imagenet_logs.STEPS, 4).rows) == 4
+    assert not [path for path in out.rglob("*") if path.suffix in (".partial", ".old")]
+
+
+@contextmanager
+def file_at(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("not a folder")
+    yield
+    path.unlink()
+
+
+STARTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a file": (file_at, "/out cannot be written: Not a directory"),
+    "below a file": (lambda out: file_at(out.parent), "/out cannot be written: Not a directory"),
+    "a file for checkpoints": (lambda out: file_at(out / "checkpoints"), "/checkpoints"),
+    "denied": (lambda out: no_permission(out.parents[1]), "/out cannot be written: .* denied"),
+    "full": (lambda out: full_disc(0), "/out/steps.csv cannot be written: .* too large"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_run_that_cannot_write_does_not_begin(
+    case: str, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And does once it can."""
+    fault, message = STARTS[case]
+    out = tmp_path / "folder" / "out"
+    with fault(out):
+        found = complaint(2, out, capsys)
+    assert re.search(message, found), found
+    assert imagenet.main([*SMALL, str(out)]) == 0
+
+
+def test_images_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SystemExit):
+        imagenet.main(["--make-data", str(tmp_path / "file")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"imagenet.py: error: {tmp_path / 'file'} cannot be written: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["--ddp", "--fsdp"])
+def test_all_processes_say_what_cannot_be_written(kind: str, tmp_path: Path) -> None:
+    """Each in a line, and ends by itself; the only traceback is that of torchrun."""
+    (tmp_path / "out").write_text("not a folder")
+    options = [*SMALL, str(tmp_path / "out"), "--arch", "squeezenet1_1", "--size", "32", kind]
+    with pytest.raises(AssertionError) as caught:
+        launch(imagenet.__file__, 2, *options)
+    text = str(caught.value).partition("\n...\n")[0]
+    assert text.count(f"imagenet.py: error: {tmp_path / 'out'} cannot be written: ") == 2
+    assert text.count("Traceback") == 1
+    assert text.count("exitcode  : 2 ") == 2
+
+
+def test_a_file_has_its_name_once_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"before")
+    for error, kind in ((OSError(28, "No space left"), NotWrittenError), (KeyError(), KeyError)):
+        with pytest.raises(kind), replacing(path) as file:
+            file.write(b"half of")
+            raise error
+        assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("weights.pt", b"before")]
+    with replacing(path) as file:
+        file.write(b"after")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("weights.pt", b"after")]
+
+
+@pytest.mark.parametrize(
+    "end", ["4,1,0.", "4", "4,1,0.5,0,0,1,surplus\n", "four,1,0.5,0,0,1\n", "4,1\n", "\xff\n"]
+)
+def test_a_row_that_was_cut_off_is_dropped(end: str, tmp_path: Path) -> None:
+    table = Table(tmp_path / "t.csv", EPOCHS, 0)
+    table.add(step=3, epoch=1, loss=0.5, top1=0, top5=0, seconds=1)
+    with (tmp_path / "t.csv").open("a", encoding="latin-1") as file:
+        file.write(end)
+    assert [row["step"] for row in Table(tmp_path / "t.csv", EPOCHS, 4).rows] == ["3"]

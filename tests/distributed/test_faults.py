@@ -1,6 +1,7 @@
 """Processes that die, and checkpoints that are damaged."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from checkpoints import Checkpoints, DamagedCheckpointError, check
 from torch import nn
 
-from distributed.launching import launch
+from distributed.launching import HERE, launch, python
 from tnkfac import KFAC, SINGD
 
 
@@ -139,3 +140,22 @@ def test_old_ones_go(tmp_path: Path) -> None:
     assert [path.name[-1] for path in checkpoints.found()] == ["2", "3", "4"]
     with pytest.raises(ValueError, match="keep: got 1"):
         Checkpoints(tmp_path, keep=1)
+
+
+def test_a_signal_at_any_time_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    """SIGTERM before every look at the folder; the same save goes through afterwards."""
+    text = python("-W", "ignore", str(HERE / "terminated.py"), str(tmp_path))
+    assert re.search(r"ended at \d\d places: \d+ before and \d+ after", text), text
+
+
+def test_a_run_that_is_begun_anew_keeps_its_own(tmp_path: Path) -> None:
+    """And not those of later steps, which are of the run before, or damaged."""
+    checkpoints = Checkpoints(tmp_path)
+    model, optimizer = model_and_optimizer(SINGD)
+    step(model, optimizer, 0)
+    for number, expected in ((4, "4"), (6, "46"), (2, "2"), (3, "23"), (3, "23"), (9, "39")):
+        checkpoints.save(number, model, optimizer)
+        assert "".join(path.name[-1] for path in sorted(tmp_path.iterdir())) == expected
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.name[-1] == "9"
