@@ -78,11 +78,15 @@ NEAR: dict[str, tuple[str, ...]] = {
     "curvature/preconditioner.py": ("optim/test_theory.py", "optim/test_first_batch.py"),
     "curvature/layers": ("curvature/test_factors.py", "curvature/test_embeddings.py"),
     "curvature/layers/layer.py": ("optim/test_kfac_parity.py", "optim/test_fast_path.py"),
+    "curvature/layers/convolution.py": (
+        "curvature/test_plain_twin.py",
+        "optim/test_changed_inputs.py",
+    ),
     "curvature/layers/stock_forward.py": ("optim/test_changed_layers.py",),
     "curvature/estimators": ("curvature/test_kfac.py", "curvature/test_diagonals.py"),
     "curvature/estimators/hesscale.py": ("curvature/test_recursions.py",),
     "curvature/backpack.py": ("curvature/test_backpack.py",),
-    "curvature/eigenbasis.py": ("optim/test_kfac_parity.py",),
+    "curvature/eigenbasis.py": ("curvature/test_eigenbasis.py",),
     "curvature/capture": (
         "optim/test_kfac_parity.py",
         "optim/test_parity.py",
