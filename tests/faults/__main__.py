@@ -84,6 +84,7 @@ NEAR: dict[str, tuple[str, ...]] = {
     ),
     "curvature/layers/stock_forward.py": ("optim/test_changed_layers.py",),
     "curvature/estimators": ("curvature/test_kfac.py", "curvature/test_diagonals.py"),
+    "curvature/estimators/kronecker.py": ("curvature/test_kronecker.py",),
     "curvature/estimators/hesscale.py": ("curvature/test_recursions.py",),
     "curvature/backpack.py": ("curvature/test_backpack.py",),
     "curvature/eigenbasis.py": ("curvature/test_eigenbasis.py",),
