@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from oracles.factors import input_factor
 from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature.layers import Layer, describe
 from tnkfac.curvature.moments import patches, rows, windows
@@ -48,3 +49,18 @@ def test_routes_equal_plain(case: int | str, monkeypatch: pytest.MonkeyPatch) ->
                 torch.testing.assert_close(
                     result, value, rtol=1e-11, atol=1e-12, msg=lambda m, w=where: f"{w}: {m}"
                 )
+
+
+@pytest.mark.parametrize("extra", [(0, 0), (1, 2), (2, 1)], ids=str)
+def test_an_output_size_that_was_asked_for(extra: tuple[int, int]) -> None:
+    """It may be another than that of the layer's own ``output_padding``."""
+    module = nn.ConvTranspose2d(2, 3, 3, stride=3, padding=1, output_padding=(1, 0)).double()
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    g = torch.randn_like(module(x, output_size=[10 + extra[0], 13 + extra[1]]))
+    dense = input_factor(module, x, output_padding=extra)
+    assert isinstance(dense, Tensor)
+    found = read_all(describe(module), x, g, "expand")
+    dense = dense * g[:, 0].numel()
+    V = torch.arange(2.0 * len(dense[0]), dtype=x.dtype).cos().view(-1, 2)
+    torch.testing.assert_close(found["input, dense"], dense, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(found["input, product"], dense @ V, rtol=1e-11, atol=1e-11)

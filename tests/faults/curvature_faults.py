@@ -168,9 +168,9 @@ MOMENTS: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/moments/lags/borders.py",
-        "side = 0 if o < 0 else 1",
-        "side = 0 if o <= 0 else 1",
-        "short axes: a position behind the end is taken for one in front",
+        "lag = (second // self.stride - first // self.stride) // self.step",
+        "lag = (first // self.stride - second // self.stride) // self.step",
+        "lags run the other way",
     ),
     Fault(
         "curvature/moments/lags/gather.py",

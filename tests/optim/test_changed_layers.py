@@ -241,10 +241,18 @@ def wrapped(layer: Any, change: Callable[[Any, Tensor], Tensor]) -> Any:
     return forward
 
 
+def with_other_bias(layer: Any) -> Any:
+    """The stock ``forward`` of a layer that shares the weight only."""
+    other = nn.Linear(3, 3).double()
+    other.weight = layer.weight
+    return other.forward
+
+
 OTHERS: dict[str, Callable[[Any], Any]] = {
     "lambda": scaled,
     "method": bound,
     "partial": lambda layer: functools.partial(lambda la, x: F.linear(x, la.weight.sin()), layer),
+    "of another layer": with_other_bias,
     "wraps, scaled behind": lambda la: wrapped(la, lambda f, x: 2 * f(x)),
     "wraps, added behind": lambda la: wrapped(la, lambda f, x: f(x) + x[..., :1]),
     "wraps, relu behind": lambda la: wrapped(la, lambda f, x: f(x).relu()),
