@@ -433,3 +433,21 @@ def test_drawn_targets_of_a_dropped_pass(way: Callable[[nn.Module], None] | None
         runs.append((model, optimizer))
     assert_same_weights(runs[0][0], runs[1][0])
     assert_same_state(*runs[0], *runs[1])
+
+
+def test_a_gradient_at_the_address_of_the_last_one_is_another() -> None:
+    """Freed memory is used again at once: neither ids nor addresses tell two gradients apart."""
+    param = torch.nn.Parameter(torch.ones(3))
+    reused = 0
+    for _ in range(20):
+        param.grad = torch.ones(3)
+        resets = Resets([param])
+        resets.mark()
+        before = id(param.grad)
+        assert not resets.changed
+        param.grad = None
+        param.grad = torch.ones(3)
+        reused += id(param.grad) == before
+        assert resets.changed
+        assert resets.changed_before_pass
+    assert reused

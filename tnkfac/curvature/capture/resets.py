@@ -15,8 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
-Version = tuple[int, int] | None
+
+class _Version:
+    """A gradient as it was, which another in its place, even at its address, does not equal."""
+
+    def __init__(self, grad: Tensor) -> None:
+        grad = _local(grad)
+        self._grad = TensorWeakRef(grad)
+        self._count = _count(grad)
+
+    def changes_to(self, grad: Tensor) -> int | None:
+        """How often the gradient was changed in place since; None if this is another one."""
+        grad = _local(grad)
+        return _count(grad) - self._count if self._grad() is grad else None
 
 
 class Resets:
@@ -29,12 +42,13 @@ class Resets:
             params: The weight, and the bias that is trained with it.
         """
         self._params = tuple(params)
-        self._seen: Version = None
+        self._seen: _Version | None = None
         self._task = -1
 
     def mark(self) -> None:
         """Take gradients as they are for what passes have left."""
-        self._seen = _version(self._params[0].grad)
+        grad = self._params[0].grad
+        self._seen = None if grad is None else _Version(grad)
 
     def mark_after_pass(self) -> None:
         """Take gradients as they are once the backward pass that is running has ended."""
@@ -57,16 +71,18 @@ class Resets:
     @property
     def changed(self) -> bool:
         """Whether gradients are not what passes have left."""
-        return _version(self._params[0].grad) != self._seen
+        grad = self._params[0].grad
+        if self._seen is None or grad is None:
+            return self._seen is not None or grad is not None
+        return self._seen.changes_to(grad) != 0
 
     @property
     def changed_before_pass(self) -> bool:
         """Whether gradients had changed before a backward pass that has now added to them once."""
-        now = _version(self._params[0].grad)
-        return self._seen is not None and now not in (
-            self._seen,
-            (self._seen[0], self._seen[1] + 1),
-        )
+        grad = self._params[0].grad
+        if self._seen is None:
+            return False
+        return grad is None or self._seen.changes_to(grad) not in (0, 1)
 
     @property
     def between_passes(self) -> bool:
@@ -129,11 +145,8 @@ def handing(owner: object, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return handed
 
 
-def _version(grad: Tensor | None) -> Version:
-    if grad is None:
-        return None
-    grad = _local(grad)
-    return id(grad), 0 if grad.is_inference() else grad._version
+def _count(grad: Tensor) -> int:
+    return 0 if grad.is_inference() else grad._version
 
 
 def _local(grad: Tensor) -> Tensor:
