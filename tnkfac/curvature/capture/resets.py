@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 
 class _Version:
-    """A gradient as it was, which another in its place, even at its address, does not equal."""
+    """A gradient as it was, which another in its place, even at its address, does not equal.
+
+    It is known by an attribute: ids are used again, and torch does not swap or convert a tensor to
+    which there is a weak reference.
+    """
+
+    _numbers = count()
 
     def __init__(self, grad: Tensor) -> None:
         grad = _local(grad)
-        self._grad = TensorWeakRef(grad)
+        self._number = vars(grad).setdefault("_tnkfac_number", next(self._numbers))
         self._count = _count(grad)
 
     def changes_to(self, grad: Tensor) -> int | None:
         """How often the gradient was changed in place since; None if this is another one."""
         grad = _local(grad)
-        return _count(grad) - self._count if self._grad() is grad else None
+        is_same = vars(grad).get("_tnkfac_number") == self._number
+        return _count(grad) - self._count if is_same else None
 
 
 class Resets:
