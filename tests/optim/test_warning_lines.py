@@ -189,7 +189,7 @@ def test_construction(kind: Any, construct: Callable[[Any], None]) -> None:
 def test_options_of_singd() -> None:
     model = mlp(9, 9)
     with pointing_here():
-        SINGD(model.parameters(), kfac_like=True)  # warns
+        SINGD(model.parameters(), kfac_like=True, alpha1=0.5)  # warns
     with pointing_here():
         SINGD(model.parameters(), max_state_ratio=0.1)  # warns
 

@@ -170,6 +170,21 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def automatic(check: Check) -> Check:
+    """The check of a hyper-parameter that may be None or ``"auto"``.
+
+    Raises:
+        ValueError: For another string.
+    """
+
+    def checked(name: str, value: object) -> object:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"{name}: got {value!r}. Supported: a number, 'auto', None.")
+        return value if value is None or value == "auto" else check(name, value)
+
+    return checked
+
+
 def scheduled(check: Check) -> Check:
     """The check of a hyper-parameter that may be a callable."""
     return lambda name, value: value if callable(value) else check(name, value)

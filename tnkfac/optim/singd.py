@@ -44,8 +44,8 @@ class SINGD(CurvatureOptimizer):
         structures: ``"dense"``, ``"diagonal"``, ``"block{k}diagonal"``,
             ``"hierarchical{k1}_{k2}"``, ``"triltoeplitz"``, ``"triutoeplitz"``,
             ``"triltopleftdiag"``, ``"trilbottomrightdiag"``, ``"triutopleftdiag"``,
-            ``"triubottomrightdiag"``, or ``"auto"`` (input factors dense up to 1,024 rows, output
-            factors up to 128, blocks of 128 above), for both factors or as a pair (input, output).
+            ``"triubottomrightdiag"``, or ``"auto"`` (blocks of 64 rows, or fewer within
+            ``max_state_ratio``), for both factors or as a pair (input, output).
         kfac_approx: ``"expand"`` or ``"reduce"`` (arXiv 2311.00636).
         kfac_like: IKFAC: no trace coupling, and no momentum of the preconditioner.
         normalize_lr_cov: Bound the preconditioner's step by its largest entry.
@@ -65,7 +65,11 @@ class SINGD(CurvatureOptimizer):
         grad_worker_fraction: Share of the processes that keep the preconditioner of a layer and
             apply it; the others get preconditioned gradients. Less takes less memory and sends
             more; 0 is one process. Has no effect on one device. See :meth:`placement`.
-        max_state_ratio: With ``"auto"``, bound on the state relative to AdamW's.
+        max_state_ratio: With ``structures="auto"``, bound on the state relative to AdamW's,
+            including the squares of ``K`` and ``C`` that are kept between updates, but not what
+            ``grafting="adam"`` adds. ``"auto"`` is 1.0, with at least 16 MiB for small models. None
+            is for larger factors: input factors dense up to 1,024 rows, output factors up to 128,
+            blocks of 128 above.
         max_step_ratio: With ``"auto"``, bound on the cost of a step relative to AdamW's.
         relative_damping: Share of the mean eigenvalue that is the damping of ``damping=None``.
         process_group: The ``torch.distributed`` group whose processes average the gradients of
@@ -101,6 +105,7 @@ class SINGD(CurvatureOptimizer):
         "structures": ("dense", "dense"),
         "momentum": 0.9,
         "damping": 1e-3,
+        "alpha1": 0.5,
         "lr_cov": 1e-2,
         "init": "identity",
         "grafting": None,
@@ -114,11 +119,11 @@ class SINGD(CurvatureOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.7,
         damping: float | None = None,
-        alpha1: float = 0.5,
+        alpha1: float = 0.0,
         weight_decay: float = 0.0,
         T: int | Callable[[int], int] = 10,
         loss_average: str | Callable[..., float] | None = "batch",
-        lr_cov: float | Callable[[int], float] = 0.2,
+        lr_cov: float | Callable[[int], float] = 0.4,
         structures: str | tuple[str, str] = "auto",
         kfac_approx: str = "expand",
         kfac_like: bool = False,
@@ -133,7 +138,7 @@ class SINGD(CurvatureOptimizer):
         fallback_options: Mapping[str, object] | None = None,
         grad_scaler: GradScaler | None = None,
         grad_worker_fraction: float = 1.0,
-        max_state_ratio: float | None = None,
+        max_state_ratio: float | str | None = "auto",
         max_step_ratio: float | None = None,
         relative_damping: float = 0.03,
         process_group: ProcessGroup | str | None = "auto",

@@ -26,6 +26,9 @@ FEW_PIXELS = 100
 """Up to so many pixels of channels on their own, products of all pixels are cheap."""
 
 
+WHOLE = 256
+"""Rows of matrices that may be formed as a whole where blocks on the diagonal are asked for."""
+
 MEMORY = 0.275
 """Share of what unfolding at once would hold that lags may take; estimates run a little high."""
 
@@ -134,6 +137,11 @@ def block_algorithms(
     count = -(-features // size)
     cost = (slab.cost + 3e5) * count
     algorithms.append(Algorithm("slabs", slab.operations * count, slab.numbers, cost))
+    result = unfolding.groups * features**2
+    if features <= WHOLE:
+        dense = dense_algorithms(unfolding, shape, output_size)[0]
+        cost = dense.cost + 2 * result
+        algorithms.append(Algorithm("whole", dense.operations, dense.numbers + result, cost))
     return tuple(sorted(algorithms, key=lambda algorithm: algorithm.cost))
 
 

@@ -82,16 +82,25 @@ class Patches(Rows):
         return sum_over_positions(x, self.classes).reshape(self.groups, self.dim)
 
     def blocks(self, blocks: Tensor, last: Tensor) -> None:
-        """Unfold, or form a small second moment for every block."""
+        """Unfold, form the whole matrix, or form a small one for every block."""
         size, end = blocks.shape[2], blocks.shape[1] * blocks.shape[2]
         shape = tuple(self.raw.shape)
-        if block_algorithms(self.unfolding, shape, self.sizes, size)[0].name != "slabs":
+        name = block_algorithms(self.unfolding, shape, self.sizes, size)[0].name
+        if name == "im2col":
             super().blocks(blocks, last)
             return
+        read = self._slab
+        if name == "whole":
+            whole = blocks.new_empty(self.groups, self.dim, self.dim)
+            self.dense(whole)
+
+            def read(first: int, end: int) -> Tensor:
+                return whole[:, first:end, first:end]
+
         for index in range(blocks.shape[1]):
-            blocks[:, index] = self._slab(index * size, (index + 1) * size)
+            blocks[:, index] = read(index * size, (index + 1) * size)
         if last.shape[1]:
-            last.copy_(self._slab(end, end + last.shape[1]))
+            last.copy_(read(end, end + last.shape[1]))
 
     def _slab(self, first: int, end: int) -> Tensor:
         """Rows and columns ``first`` to ``end``: the channels they touch are unfolded alone."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tnkfac.curvature.moments.second_moment import SecondMoment
 from tnkfac.curvature.structures.linalg import cholesky_inverse, eigh, eyes, symmetric_norm
-from tnkfac.curvature.structures.structure import Decomposable, Parts
+from tnkfac.curvature.structures.structure import Decomposable, Parts, Structure
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,6 @@ class BlockDiagonal(Decomposable):
         """Identity blocks."""
         return tuple(eyes(groups, shape, dtype, device) for shape in self.part_shapes)
 
-    def matmul(self, K: Parts, m: Parts) -> Parts:
-        """Block by block."""
-        return tuple(k @ part for k, part in zip(K, m, strict=True))
-
-    def gram(self, K: Parts) -> Parts:
-        """``K_i^T K_i``."""
-        return tuple(k.mT @ k for k in K)
-
-    def congruence(self, K: Parts, A: Parts) -> Parts:
-        """``K_i^T A_i K_i``."""
-        return tuple(k.mT @ a @ k for k, a in zip(K, A, strict=True))
-
     def trace(self, m: Parts) -> Tensor:
         """Mean of the diagonal of all blocks."""
         whole, last = (part.diagonal(dim1=-2, dim2=-1) for part in m)
@@ -71,12 +59,40 @@ class BlockDiagonal(Decomposable):
 
     def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
         """``Q_i`` times the rows of block ``i``."""
-        count, size, _ = self.part_shapes[0]
-        whole = X[:, : count * size].reshape(X.shape[0], count, size, X.shape[2])
-        split = whole, X[:, count * size :]
-        done = [(q.mT if transpose else q) @ x for q, x in zip(Q, split, strict=True)]
+        done = [(q.mT if transpose else q) @ x for q, x in zip(Q, self._rows(X), strict=True)]
         whole = done[0].flatten(1, 2)
         return torch.cat([whole, done[1]], dim=1) if done[1].numel() else whole
+
+    def product_into(self, out: Tensor, Q: Parts, X: Tensor) -> None:
+        """``Q_i`` times the rows of block ``i``, written where the result lies."""
+        for q, x, y in zip(Q, self._rows(X), self._rows(out), strict=True):
+            for group in range(len(X)):
+                if q.ndim == 4:
+                    torch.bmm(q[group], x[group], out=y[group])
+                elif q.numel():
+                    torch.mm(q[group], x[group], out=y[group])
+
+    def _rows(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the rows of whole blocks ``[G, d // size, size, ..]`` and of the rest."""
+        count, size, _ = self.part_shapes[0]
+        whole = X[:, : count * size]
+        return whole.reshape(len(X), count, size, X.shape[2]), X[:, count * size :]
+
+    def pieces(self, K: Parts, rows: int) -> list[tuple[slice, Structure, Parts]]:
+        """Some whole blocks each, and the last one by itself."""
+        count, size, _ = self.part_shapes[0]
+        each = max(1, rows // size)
+        empty = K[1][:, :0, :0]
+        found: list[tuple[slice, Structure, Parts]] = []
+        for start in range(0, count, each):
+            blocks = K[0][:, start : start + each]
+            dim = blocks.shape[1] * size
+            at = slice(start * size, start * size + dim)
+            found.append((at, BlockDiagonal(dim, size), (blocks, empty)))
+        if K[1].numel():
+            last = BlockDiagonal(K[1].shape[1], size)
+            found.append((slice(count * size, self.dim), last, (K[0][:, :0], K[1])))
+        return found
 
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
         """Inverse of every block."""

@@ -31,18 +31,6 @@ class Dense(Decomposable):
         """Identity matrices."""
         return (eyes(groups, self.part_shapes[0], dtype, device),)
 
-    def matmul(self, K: Parts, m: Parts) -> Parts:
-        """Matrix product."""
-        return (K[0] @ m[0],)
-
-    def gram(self, K: Parts) -> Parts:
-        """``K^T K``."""
-        return (K[0].mT @ K[0],)
-
-    def congruence(self, K: Parts, A: Parts) -> Parts:
-        """``K^T A K``."""
-        return (K[0].mT @ A[0] @ K[0],)
-
     def trace(self, m: Parts) -> Tensor:
         """Mean of the diagonal."""
         return m[0].diagonal(dim1=-2, dim2=-1).mean(-1)

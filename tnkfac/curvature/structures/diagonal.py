@@ -43,9 +43,18 @@ class Diagonal(Decomposable):
         """Squares of the diagonal."""
         return (K[0].square(),)
 
+    def square(self, K: Parts) -> Parts:
+        """Squares of the diagonal."""
+        return (K[0].square(),)
+
     def congruence(self, K: Parts, A: Parts) -> Parts:
         """``K^2 A``."""
         return (K[0].square() * A[0],)
+
+    def add_identity_(self, m: Parts, by: Tensor | float) -> Parts:
+        """Added to every number."""
+        m[0].add_(by.unsqueeze(1) if isinstance(by, Tensor) else by)
+        return m
 
     def trace(self, m: Parts) -> Tensor:
         """Mean."""
@@ -59,6 +68,14 @@ class Diagonal(Decomposable):
         """Rows of ``X`` scaled by ``K^2``."""
         return K[0].square().unsqueeze(-1) * X
 
+    def similar_norm(self, W: Parts, metric: Parts, enough: float) -> Tensor:
+        """Largest magnitude."""
+        return self.norm(W)
+
+    def spectrum(self, A: Parts) -> tuple[Tensor, Tensor]:
+        """The numbers, with equal weights."""
+        return A[0], torch.full_like(A[0], 1 / self.dim)
+
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """The diagonal; its eigenvectors are the unit vectors."""
         return A[0], ()
@@ -70,6 +87,10 @@ class Diagonal(Decomposable):
     def inverse(self, A: Parts, shift: Tensor) -> Parts:
         """Reciprocals; infinite where a sum is zero."""
         return (1 / (A[0] + shift.unsqueeze(1)),)
+
+    def inverse_root(self, A: Parts) -> Parts:
+        """Roots of the reciprocals."""
+        return (A[0].rsqrt(),)
 
     def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
         """Rows scaled; the eigenvectors, which have no parts, change nothing."""

@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.moments.second_moment import SecondMoment
+from tnkfac.curvature.structures.linalg import (
+    eigenvalue_bound,
+    largest_eigenvalue,
+    spectral_nodes,
+    triangular_inverse,
+)
 
 Parts = tuple[Tensor, ...]
 _ITERATIONS = 6
@@ -128,6 +134,18 @@ class Structure(Matrices):
         norm: Tensor = torch.linalg.vector_norm(vector, dim=(1, 2)).sqrt()
         return norm
 
+    def pieces(self, K: Parts, rows: int) -> list[tuple[slice, Structure, Parts]]:
+        """Cut matrices into independent ones, whose rows are not mixed by a product.
+
+        Args:
+            K: Parts of the matrices.
+            rows: About how many rows each is to have.
+
+        Returns:
+            Rows, structure and parts of each; by default there is one.
+        """
+        return [(slice(0, self.dim), self, K)]
+
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
         """Eigenvalues ``[G, dim]`` of ``A``, and its eigenvectors as parts.
 
@@ -146,7 +164,8 @@ class Structure(Matrices):
 class Decomposable(Structure):
     """A structure that holds the eigenvectors and the inverse of its symmetric matrices.
 
-    Its statistic is ``A`` itself, restricted to the support.
+    Its statistic is ``A`` itself, restricted to the support. Matrices of the class can be
+    multiplied in any order; by default every part is a batch of square matrices.
     """
 
     has_eigenbasis: ClassVar[bool] = True
@@ -155,6 +174,79 @@ class Decomposable(Structure):
     def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of every part of the eigenvectors; by default that of ``K``."""
         return self.part_shapes
+
+    # ---------------------------------------------------------------- products
+
+    def matmul(self, K: Parts, m: Parts) -> Parts:
+        """``K m``."""
+        return tuple(left @ right for left, right in zip(K, m, strict=True))
+
+    def gram(self, K: Parts) -> Parts:
+        """``K^T K``."""
+        return tuple(part.mT @ part for part in K)
+
+    def square(self, K: Parts) -> Parts:
+        """``K K^T``."""
+        return tuple(part @ part.mT for part in K)
+
+    def congruence(self, K: Parts, A: Parts) -> Parts:
+        """``K^T A K``."""
+        return tuple(part.mT @ a @ part for part, a in zip(K, A, strict=True))
+
+    def inner(self, P: Parts, A: Parts) -> Tensor:
+        """Trace of ``P A`` of symmetric matrices, divided by ``dim``: ``[G]``."""
+        products = [
+            torch.linalg.vecdot(p.flatten(1), a.flatten(1)) for p, a in zip(P, A, strict=True)
+        ]
+        return torch.stack(products).sum(0) / self.dim
+
+    def add_identity_(self, m: Parts, by: Tensor | float) -> Parts:
+        """Add to each matrix a multiple ``[G]`` of the identity, in place."""
+        for part in m:
+            at = part.diagonal(dim1=-2, dim2=-1)
+            at += by.reshape(-1, *[1] * (at.ndim - 1)) if isinstance(by, Tensor) else by
+        return m
+
+    @abstractmethod
+    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
+        """``Q X`` or ``Q^T X`` for ``X [G, dim, columns]``; eigenvectors or a symmetric matrix."""
+
+    def product_into(self, out: Tensor, Q: Parts, X: Tensor) -> None:
+        """Write ``Q X`` into a tensor, perhaps a part of a larger one."""
+        out.copy_(self.product(Q, X))
+
+    # ---------------------------------------------------------------- spectra
+
+    def statistic_trace(self, A: Parts) -> Tensor:
+        """Trace of ``A`` divided by ``dim``."""
+        return self.trace(A)
+
+    def similar_norm(self, W: Parts, metric: Parts, enough: float) -> Tensor:
+        """Largest magnitude of the eigenvalues of ``W``, self-adjoint in a metric: ``[G]``.
+
+        Args:
+            W: Parts of the matrices.
+            metric: Parts of positive definite ``M`` with symmetric ``M W``.
+            enough: A bound that does not exceed it will do; looking at it waits for a device. Zero
+                if the norm is to be estimated from below in any case.
+        """
+        if enough:
+            bound = torch.cat([eigenvalue_bound(w).reshape(len(w), -1) for w in W], 1).amax(1)
+            if bool((bound <= enough).all()):
+                return bound
+        norms = [largest_eigenvalue(w, m) for w, m in zip(W, metric, strict=True)]
+        return torch.cat([norm.reshape(len(norm), -1) for norm in norms], 1).amax(1)
+
+    def spectrum(self, A: Parts) -> tuple[Tensor, Tensor]:
+        """Nodes and weights ``[G, n]``: weighted sums are means over the eigenvalues of ``A``.
+
+        Those of large matrices are estimated.
+        """
+        parts = [part.reshape(len(part), -1, *part.shape[-2:]) for part in A if part.numel()]
+        nodes, weights = zip(*(spectral_nodes(part) for part in parts), strict=True)
+        shares = [part.shape[1] * part.shape[2] / self.dim for part in parts]
+        weighted = [share * weight for share, weight in zip(shares, weights, strict=True)]
+        return torch.cat(nodes, 1), torch.cat(weighted, 1)
 
     @abstractmethod
     def eigen(self, A: Parts) -> tuple[Tensor, Parts]:
@@ -172,10 +264,10 @@ class Decomposable(Structure):
             torch.linalg.LinAlgError: If a shifted matrix is not positive definite.
         """
 
-    @abstractmethod
-    def product(self, Q: Parts, X: Tensor, transpose: bool = False) -> Tensor:
-        """``Q X`` or ``Q^T X`` for ``X [G, dim, columns]``; eigenvectors or a symmetric matrix."""
+    def inverse_root(self, A: Parts) -> Parts:
+        """Upper triangular ``K`` with ``K K^T = A^-1``.
 
-    def statistic_trace(self, A: Parts) -> Tensor:
-        """Trace of ``A`` divided by ``dim``."""
-        return self.trace(A)
+        Raises:
+            torch.linalg.LinAlgError: If ``A`` is not positive definite.
+        """
+        return tuple(triangular_inverse(torch.linalg.cholesky(part)).mT.contiguous() for part in A)

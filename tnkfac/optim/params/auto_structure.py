@@ -1,7 +1,7 @@
 """Structures that ``structures="auto"`` chooses, within ``max_state_ratio`` and ``max_step_ratio``.
 
-Every factor has a ladder of structures, from what ``"auto"`` takes without a bound down to
-diagonal. Costs are counted, in bytes and in multiply-adds.
+Every factor has a ladder of structures, from blocks of 64 rows down to diagonal. Costs are counted,
+in bytes and in multiply-adds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import product
 
 import torch
@@ -21,28 +22,32 @@ from tnkfac.curvature.structures import Structure, resolve_structure
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, update_dtype
 
-BLOCKS = (128, 32, 8)
-"""Rows of the blocks between dense and diagonal."""
+BLOCKS = (64, 32, 8)
+"""Rows of the blocks, the largest first."""
+MOST = 8
+"""Numbers of both factors for each of a weight with channel groups, at most."""
+EARLIER = ("dense", "block128diagonal", "block32diagonal", "block8diagonal", "diagonal")
+"""What ``"auto"`` could be up to version 0.1, whose files do not name it."""
+HEAVY = 4
+"""Times AdamW's state from which on structures asked for by name are warned of."""
+LARGE = 2**26
+"""Bytes of a layer up to which they are not."""
+SMALL = 2**24
+"""Bytes of a state that need no bound."""
 Names = tuple[str, str]
 
 
-def ladder(name: str, dim: int, output: bool) -> list[str]:
+def ladder(name: str, dim: int) -> list[str]:
     """Structures of a factor in order of their size; a name other than ``"auto"`` stands alone.
 
     Args:
         name: What the user asked for.
         dim: Rows of the factor.
-        output: Whether it is an output factor.
     """
     if name != "auto":
         return [name]
-    first = resolve_structure("auto", dim, output=output)
-    steps = [first.name]
-    for rows in BLOCKS:
-        block = resolve_structure(f"block{rows}diagonal", dim)
-        if rows < dim and block.numel < first.numel:
-            steps.append(block.name)
-    return [*steps, "diagonal"]
+    whole = ["dense"] if dim <= BLOCKS[0] else []
+    return [*whole, *(f"block{rows}diagonal" for rows in BLOCKS if rows < dim), "diagonal"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ class StructurePair:
         """How many numbers ``K`` and ``C`` are kept in."""
         return self.groups * (self.k.numel + self.c.numel)
 
-    def state_bytes(self, sizes: tuple[int, int], copies: int) -> int:
-        """State of both factors, each kept so many times with so many bytes a number."""
+    def memory(self, sizes: tuple[int, int], copies: int) -> int:
+        """Bytes of both factors, each kept so many times with so many bytes a number."""
         k, c = sizes
         return copies * self.groups * (k * self.k.numel + c * self.c.numel)
 
@@ -78,27 +83,40 @@ class StructurePair:
             rows: Samples times positions.
             every: Steps between updates.
         """
-        total = 0.0
-        for structure, opposite in ((self.k, self.c), (self.c, self.k)):
-            numel = structure.numel
-            total += 2 * numel * opposite.dim  # K K^T times a gradient matrix
-            total += (rows * numel + 4 * numel * numel / structure.dim) / every
-        return self.groups * total
+        sides = ((self.k, self.c), (self.c, self.k))
+        products = sum(side.numel * opposite.dim for side, opposite in sides)  # with K K^T
+        statistics = rows * (self.k.numel + self.c.numel)
+        return self.groups * (products + statistics / every) + self.update_work / every
+
+    @property
+    def update_work(self) -> float:
+        """Multiply-adds of an update, which takes three products a side, without statistics."""
+        return self.groups * sum(3.0 * side.numel**2 / side.dim for side in (self.k, self.c))
 
 
 def candidates(layer: Layer, names: Names) -> list[StructurePair]:
-    """All pairs from the ladders of both factors, the largest first."""
-    k, c = ladder(names[0], layer.in_dim, False), ladder(names[1], layer.out_dim, True)
-    pairs = [
+    """All pairs from the ladders of both factors, the largest first.
+
+    The factors of depthwise convolutions and their like have many more numbers than the weight
+    where they are dense; such pairs are left out.
+    """
+    k, c = ladder(names[0], layer.in_dim), ladder(names[1], layer.out_dim)
+    pairs = sorted(_pairs(layer, product(k, c)), key=lambda pair: -pair.numel)
+    most = MOST * layer.groups * layer.in_dim * layer.out_dim
+    light = [pair for pair in pairs if layer.groups == 1 or pair.numel <= most]
+    return light or pairs[-1:]
+
+
+def _pairs(layer: Layer, several: Iterable[Names]) -> list[StructurePair]:
+    return [
         StructurePair(
-            (k_name, c_name),
-            resolve_structure(k_name, layer.in_dim),
-            resolve_structure(c_name, layer.out_dim, output=True),
+            (k, c),
+            resolve_structure(k, layer.in_dim),
+            resolve_structure(c, layer.out_dim, output=True),
             layer.groups,
         )
-        for k_name, c_name in product(k, c)
+        for k, c in several
     ]
-    return sorted(pairs, key=lambda pair: -pair.numel)
 
 
 def greedy_fit(
@@ -119,17 +137,15 @@ def greedy_fit(
     costs = [[cost(i, pair) for pair in pairs] for i, pairs in enumerate(ladders)]
     rungs = [0] * len(costs)
     total = sum(steps[0] for steps in costs)
-    while total > bound:
-        gains = {
-            i: steps[rungs[i]] - steps[rungs[i] + 1]
-            for i, steps in enumerate(costs)
-            if rungs[i] + 1 < len(steps)
-        }
-        if not gains:
-            break
-        most = max(gains, key=lambda i: gains[i])
-        total -= gains[most]
-        rungs[most] += 1
+    gains = [(steps[1] - steps[0], i) for i, steps in enumerate(costs) if len(steps) > 1]
+    heapify(gains)  # the largest gain has the smallest number
+    while total > bound and gains:
+        gain, i = heappop(gains)
+        total += gain
+        rungs[i] += 1
+        rest = costs[i][rungs[i] :]
+        if len(rest) > 1:
+            heappush(gains, (rest[1] - rest[0], i))
     return [pairs[rung] for pairs, rung in zip(ladders, rungs, strict=True)]
 
 
@@ -147,7 +163,8 @@ def matching(layer: Layer, names: Names, shapes: Iterable[tuple[int, ...]]) -> N
         shapes: Shapes of the parts of ``K``, then of those of ``C``.
     """
     wanted = list(shapes)
-    for pair in candidates(layer, names):
+    k, c = (EARLIER if name == "auto" else (name,) for name in names)
+    for pair in _pairs(layer, product(k, c)):
         parts = [(pair.groups, *shape) for s in (pair.k, pair.c) for shape in s.part_shapes]
         if [p for p in parts if math.prod(p)] == [w for w in wanted if math.prod(w)]:
             return pair.names
@@ -159,45 +176,79 @@ def limit_state(
     others: Iterable[Uncaptured],
     groups: list[Group],
     state: Mapping[Tensor, Mapping[str, Tensor]],
-) -> None:
+) -> bool:
     """Choose structures of new layers within the ``max_state_ratio`` of their groups.
 
-    Lazy layers, whose size is not known yet, become diagonal.
+    Lazy layers wait until their size is known. Layers that have measured something in another
+    structure lose that; returns whether there are any.
 
     Args:
-        layers: Layers without a state.
+        layers: All layers.
         others: Parameters that the fallback trains.
         groups: Parameter groups.
         state: State of the optimizer; layers that have one keep their structures.
     """
+    changed = False
     for group in groups:
         if group["max_state_ratio"] is None:
             continue
-        new = [layer for layer in _of_group(layers, group) if not state.get(layer.weight)]
-        for layer in new:
-            if not layer.statistics.bound:
-                layer.statistics.set_structures(_smallest(group["structures"]))
-        new = [layer for layer in new if layer.statistics.bound]
-        adamw = _adamw_bytes(group)
-        bound = group["max_state_ratio"] * adamw - _fixed_bytes(new, others, group)
-        copies = 2 if group["alpha1"] != 0 and not group["kfac_like"] else 1
-        ladders = [candidates(layer.statistics.layer, group["structures"]) for layer in new]
+        known = [layer for layer in _of_group(layers, group) if layer.statistics.bound]
+        new = [layer for layer in known if not state.get(layer.weight)]
+        if not new:
+            continue
+        adamw, ratio = _adamw_bytes(group), group["max_state_ratio"]
+        allowed = max(adamw, SMALL) if ratio == "auto" else ratio * adamw
+        bound = allowed - _fixed_bytes(known, others, group)
+        copies = 3 if group["alpha1"] != 0 and not group["kfac_like"] else 2  # with K K^T
+        for layer in known:
+            if state.get(layer.weight):
+                bound -= _present(layer).memory(_itemsizes(layer, group), copies)
+        names = group["structures"]
+        ladders = [_not_above(candidates(layer.statistics.layer, names), layer) for layer in new]
         sizes = [_itemsizes(layer, group) for layer in new]
 
         def cost(
             i: int, pair: StructurePair, sizes: list[tuple[int, int]] = sizes, copies: int = copies
         ) -> float:
-            return pair.state_bytes(sizes[i], copies)
+            return pair.memory(sizes[i], copies)
 
         pairs = greedy_fit(ladders, cost, bound)
         total = sum(cost(i, pair) for i, pair in enumerate(pairs))
-        if new and total > bound:
-            least = (group["max_state_ratio"] * adamw - bound + total) / adamw
-            warn(
-                f"max_state_ratio: got {group['max_state_ratio']}. With the smallest structures "
-                f"it is {least:.3g}.",
-            )
-        _restructure(new, pairs)
+        if total > bound:
+            least = (allowed - bound + total) / adamw
+            warn(f"max_state_ratio: got {ratio!r}. With the smallest structures it is {least:.3g}.")
+        measured = any(layer.statistics.pending for layer in new)
+        changed |= _restructure(new, pairs) and measured
+    return changed
+
+
+def warn_of_size(new: Iterable[CapturedLayer], groups: list[Group]) -> None:
+    """Warn of structures asked for by name that are far larger than AdamW's state.
+
+    Args:
+        new: Layers that were just found.
+        groups: Parameter groups.
+    """
+    for group in groups:
+        heavy = []
+        for layer in _of_group(new, group):
+            if "auto" in group["structures"] or not layer.statistics.bound:
+                continue
+            held = _present(layer).memory(_itemsizes(layer, group), 2)
+            adamw = 2 * layer.weight.numel() * layer.weight.element_size()
+            if held > max(HEAVY * adamw, LARGE):
+                heavy.append((held, adamw, layer))
+        if not heavy:
+            continue
+        held, adamw = sum(h[0] for h in heavy), sum(h[1] for h in heavy)
+        work = sum(2 * _present(layer).update_work for *_, layer in heavy)
+        *_, largest = max(heavy, key=lambda h: h[0])
+        warn(
+            f"structures: got {group['structures']!r}. For {largest.named()[0][0]} and "
+            f"{len(heavy) - 1} more they take {held / 2**30:.1f} GiB, {held / adamw:.0f} times "
+            f"AdamW's state, and an update {work / 1e12:.1f} trillion operations. "
+            "structures='auto' stays within AdamW's state."
+        )
 
 
 def limit_time(
@@ -240,16 +291,8 @@ def limit_time(
 
 
 def _of_group(layers: Iterable[CapturedLayer], group: Group) -> list[CapturedLayer]:
-    return [layer for layer in layers if _is_in(layer.weight, group)]
-
-
-def _is_in(param: Tensor, group: Group) -> bool:
-    return any(param is member for member in group["params"])
-
-
-def _smallest(names: Names) -> Names:
-    k, c = ("diagonal" if name == "auto" else name for name in names)
-    return k, c
+    members = set(map(id, group["params"]))
+    return [layer for layer in layers if id(layer.weight) in members]
 
 
 def _adamw_bytes(group: Group) -> float:
@@ -261,16 +304,16 @@ def _adamw_bytes(group: Group) -> float:
 def _fixed_bytes(
     layers: Iterable[CapturedLayer], others: Iterable[Uncaptured], group: Group
 ) -> float:
-    """Bytes of the state of a group that do not depend on structures."""
+    """Bytes of the state of a group that do not depend on structures, nor on grafting."""
+    members = set(map(id, group["params"]))
     total = 0.0
     copies = 2 if group["fallback"] == "adamw" else 1
     for param in (uncaptured.param for uncaptured in others):
-        if _is_in(param, group) and not is_lazy(param):
+        if id(param) in members and not is_lazy(param):
             total += copies * param.numel() * max(param.element_size(), 4)
-    copies = 2 if group["grafting"] == "adam" else 1
-    for layer in layers:
-        total += sum(copies * p.numel() * p.element_size() for p in layer.params())
-    return total
+    return total + sum(
+        p.numel() * p.element_size() for layer in layers for p in layer.params() if not is_lazy(p)
+    )
 
 
 def _itemsizes(layer: CapturedLayer, group: Group) -> tuple[int, int]:
@@ -286,7 +329,15 @@ def _itemsizes(layer: CapturedLayer, group: Group) -> tuple[int, int]:
 def _not_above(pairs: list[StructurePair], layer: CapturedLayer) -> list[StructurePair]:
     """Pairs from the present one on: a bound on the state may have been met already."""
     k, c = layer.statistics.k, layer.statistics.c
-    return [pair for pair in pairs if pair.k.numel <= k.numel and pair.c.numel <= c.numel]
+    return [pair for pair in pairs if pair.k.numel <= k.numel and pair.c.numel <= c.numel] or [
+        _present(layer)
+    ]
+
+
+def _present(layer: CapturedLayer) -> StructurePair:
+    """The structures that a layer has."""
+    k, c = layer.statistics.k, layer.statistics.c
+    return StructurePair((k.name, c.name), k, c, layer.statistics.layer.groups)
 
 
 def _restructure(layers: list[CapturedLayer], pairs: list[StructurePair]) -> bool:

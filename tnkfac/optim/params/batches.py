@@ -8,7 +8,7 @@ whatever sizes lie end to end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -116,6 +116,11 @@ class Batch(ABC):
         """Hyper-parameters of all layers."""
         return self.layers[0].group
 
+    @property
+    def on_host(self) -> bool:
+        """Whether numbers can be read without waiting."""
+        return self._found_inf is None and self.layers[0].weight.device.type == "cpu"
+
     def each(self) -> list[tuple[CapturedLayer, ParamState]]:
         """Every layer with the state of its weight."""
         return list(zip(self.layers, self._states, strict=True))
@@ -156,6 +161,30 @@ class Stack(Batch):
     def read(self, name: str, dtype: torch.dtype | None = None) -> Parts:
         """A matrix of all layers, joined."""
         return joined([unpack(state, name, dtype) for state in self._states])
+
+    def made_of(self, name: str, make: Callable[[Parts], Parts]) -> Parts:
+        """Something that is made of a matrix, and kept until that changes.
+
+        It lies in no checkpoint: a resumed run makes the same of the same matrix.
+
+        Args:
+            name: Of the matrix.
+            make: The same function at all calls for this name.
+        """
+        sources = [part for state in self._states for part in unpack(state, name)]
+        if any(source.is_inference() for source in sources):  # these do not tell of changes
+            return make(self.read(name))
+        versions = [source._version for source in sources]
+        cache = self.layers[0].cached_products
+        seen, made = cache.get(name, ([], ()))
+        fresh = len(seen) == len(sources) and all(
+            old is source and version == now
+            for (old, version), source, now in zip(seen, sources, versions, strict=True)
+        )
+        if not fresh:
+            made = make(self.read(name))
+            cache[name] = [*zip(sources, versions, strict=True)], made
+        return made
 
     def write(self, new: Mapping[str, Parts]) -> None:
         """Write the parts of each layer into its state."""
@@ -200,8 +229,7 @@ class EndToEnd(Batch):
     def write(self, new: Mapping[str, Parts]) -> None:
         """Cut new matrices, and copy all at once."""
         values = {name: vector for name, (vector,) in new.items()}
-        on_host = self._found_inf is None and not self._layer.is_cuda
-        if not on_host or not finite_on_host([*values.values()]):
+        if not self.on_host or not finite_on_host([*values.values()]):
             values = self._guarded(values)
         for name, vector in values.items():
             parts = [state[name].view(-1) for state in self._states]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tnkfac.curvature.capture.statistics import Statistics
+from tnkfac.curvature.structures import Parts
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.scaling import ElementwisePreconditioner
 
@@ -48,6 +49,8 @@ class CapturedLayer:
         scaling: Diagonal factors that were read of its state, if any.
         removers: Callables that remove the taps.
         cached_marks: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
+        cached_products: What was made of its state, see
+            :meth:`tnkfac.optim.params.batches.Stack.made_of`.
     """
 
     name: str
@@ -61,6 +64,7 @@ class CapturedLayer:
     scaling: ElementwisePreconditioner | None = None
     removers: list[Callable[[], object]] = field(default_factory=list)
     cached_marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
+    cached_products: dict[str, tuple[list[tuple[Tensor, int]], Parts]] = field(default_factory=dict)
 
     def params(self) -> list[Tensor]:
         """Weight, and bias if there is one."""
@@ -83,6 +87,7 @@ class CapturedLayer:
             remove()
         self.removers.clear()
         self.statistics.clear()
+        self.cached_products.clear()
 
 
 @dataclass

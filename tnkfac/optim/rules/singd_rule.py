@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tnkfac.curvature.capture.statistics import Factors
-from tnkfac.curvature.structures import Matrices, Parts
+from tnkfac.curvature.structures import Matrices, Parts, Structure
 from tnkfac.curvature.structures.diagonal import Diagonal
+from tnkfac.curvature.structures.structure import Decomposable
 from tnkfac.optim import options
 from tnkfac.optim.options import Group, Option
 from tnkfac.optim.params import auto_structure
@@ -32,18 +35,17 @@ OPTIONS: options.Options = {
         "auto",
         'one of `"dense"`, `"diagonal"`, `"block{k}diagonal"`, `"hierarchical{k1}_{k2}"`, '
         '`"triltoeplitz"`, `"triutoeplitz"`, `"triltopleftdiag"`, `"trilbottomrightdiag"`, '
-        '`"triutopleftdiag"`, `"triubottomrightdiag"`, or `"auto"` (input factors dense up to '
-        "1,024 rows, output factors up to 128, blocks of 128 above); one name or a pair (input, "
-        "output)",
+        '`"triutopleftdiag"`, `"triubottomrightdiag"`, or `"auto"` (blocks of 64 rows, or fewer '
+        "within `max_state_ratio`); one name or a pair (input, output)",
     ),
-    "alpha1": Option(0.5, partial(options.number, below=1.0), "momentum of the preconditioner"),
+    "alpha1": Option(0.0, partial(options.number, below=1.0), "momentum of the preconditioner"),
     "T": Option(
         10,
         options.interval,
         "steps between updates of the preconditioner, or a callable of the step",
     ),
     "lr_cov": Option(
-        0.2,
+        0.4,
         options.scheduled(options.number),
         "step size of the preconditioner, or a callable of the step",
     ),
@@ -66,9 +68,10 @@ OPTIONS: options.Options = {
         '`"identity"`',
     ),
     "max_state_ratio": Option(
-        None,
-        options.optional(options.number),
-        'with `"auto"`, bound on the state relative to AdamW\'s',
+        "auto",
+        options.automatic(options.number),
+        'with `structures="auto"`, bound on the state relative to AdamW\'s; `"auto"` for 1.0 and '
+        "at least 16 MiB, `None` for larger factors",
     ),
     "max_step_ratio": Option(
         None,
@@ -144,9 +147,22 @@ class SingdRule(Rule):
         """One step of ``K`` and ``C``, and of their momenta."""
         group, k, c = batch.group, batch.k, batch.c
         A, B = batch.factors()
+        taken, lr_cov = damped(k, c, A, B, group), group["lr_cov"]
+        rate = lr_cov(group["step"]) if callable(lr_cov) else lr_cov
+        plain = not _has_momentum(group) and not group["normalize_lr_cov"]
+        both = isinstance(k, Decomposable) and isinstance(c, Decomposable)
+        if plain and both and isinstance(batch, Stack):
+            K, C = left_update(
+                self._side(batch, "K", taken.A, taken.on_K),
+                self._side(batch, "C", taken.B, taken.on_C),
+                lr_cov=rate,
+                kfac_like=group["kfac_like"],
+                bounded=self.starts(group),
+                on_host=batch.on_host,
+            )
+            return {"K": K, "C": C}
         names = ["K", "C", "m_K", "m_C"] if _has_momentum(group) else ["K", "C"]
         old = {name: batch.read(name, A[0].dtype) for name in names}
-        taken, lr_cov = damped(k, c, A, B, group), group["lr_cov"]
         new = singd_update(
             k,
             c,
@@ -158,18 +174,44 @@ class SingdRule(Rule):
             taken.B,
             damping=(taken.on_K, taken.on_C),
             alpha1=0.0 if group["kfac_like"] else group["alpha1"],
-            lr_cov=lr_cov(group["step"]) if callable(lr_cov) else lr_cov,
+            lr_cov=rate,
             kfac_like=group["kfac_like"],
             normalize=group["normalize_lr_cov"],
             bounded=self.starts(group),
         )
         return dict(zip(names, new, strict=False))
 
+    @staticmethod
+    def _side(batch: Stack, name: str, A: Parts, damping: Tensor | float) -> Side:
+        """A side of a stack, with the square of what its statistics' precision makes of ``K``."""
+        structure = batch.k if name == "K" else batch.c
+        assert isinstance(structure, Decomposable)
+        kept = batch.read(name)
+        if kept[0].dtype == A[0].dtype:
+            return Side(structure, kept, batch.made_of(name, structure.square), A, damping)
+        K = tuple(part.to(A[0].dtype) for part in kept)
+        return Side(structure, K, structure.square(K), A, damping)
+
     def precondition(self, batch: Stack, gradient: Tensor) -> Tensor:
         """``C C^T G K K^T``."""
-        K, C = batch.read("K"), batch.read("C")
-        right = batch.k.apply_kkt(K, gradient.mT.to(K[0].dtype)).mT
-        return batch.c.apply_kkt(C, right.to(C[0].dtype)).to(gradient.dtype)
+        outs, dim = gradient.shape[1:]
+        apply_K = self._applied(batch, "K", batch.k, outs)
+        apply_C = self._applied(batch, "C", batch.c, dim)
+        if gradient.device.type != "cpu" or gradient.numel() < 2 * IN_CACHE:
+            return apply_C(apply_K(gradient.mT).mT).to(gradient.dtype)
+        update = torch.empty_like(gradient)  # columns that K does not mix, one lot after the other
+        for columns, apply in apply_K.pieces(IN_CACHE // (len(gradient) * outs)):
+            apply_C.write(update[:, :, columns], apply(gradient[:, :, columns].mT).mT)
+        return update
+
+    def _applied(self, batch: Stack, name: str, structure: Structure, columns: int) -> Applied:
+        """``K K^T``; the square is formed if that pays until the next update."""
+        every = self.update_interval(batch.group, batch.group["step"])
+        numel = sum(map(prod, structure.part_shapes))
+        pays = numel < every * structure.dim * columns
+        if pays and isinstance(structure, Decomposable):
+            return Applied(structure, batch.made_of(name, structure.square), True)
+        return Applied(structure, batch.read(name), False)
 
     def elementwise(self, layer: CapturedLayer, state: ParamState) -> tuple[Tensor, Tensor] | None:
         """``K`` and ``C`` where both are diagonal, in the precision of the weight."""
@@ -198,14 +240,56 @@ class SingdRule(Rule):
     def choose_structures(
         self, new: Sequence[CapturedLayer], registry: Registry, groups: list[Group], state: State
     ) -> None:
-        """Choose structures within ``max_state_ratio``."""
-        auto_structure.limit_state(new, registry.others, groups, state)
+        """Choose structures within ``max_state_ratio``; warn of those that are given and large."""
+        auto_structure.limit_state(registry.layers, registry.others, groups, state)
+        auto_structure.warn_of_size(new, groups)
 
     def revise_structures(self, registry: Registry, groups: list[Group], state: State) -> bool:
-        """Choose structures within ``max_step_ratio``; tell whether any changed."""
-        if all(group["max_step_ratio"] is None for group in groups):
+        """Choose structures of lazy layers, and within ``max_step_ratio``; tell of changes."""
+        layers = registry.layers
+        if all(state.get(layer.weight) or not layer.statistics.pending for layer in layers):
             return False
-        return auto_structure.limit_time(registry.layers, groups, state)
+        changed = auto_structure.limit_state(layers, registry.others, groups, state)
+        return auto_structure.limit_time(layers, groups, state) or changed
+
+
+IN_CACHE = 1 << 18
+"""Numbers of a gradient that stay in the cache of a CPU between two products."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """``K K^T`` as a function of matrices.
+
+    Attributes:
+        structure: Structure of ``K``.
+        parts: ``K``, or its square.
+        squared: Which of them.
+    """
+
+    structure: Structure
+    parts: Parts
+    squared: bool
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """``K K^T X`` in the precision of ``K``, ``X [G, dim, columns]``."""
+        X = X.to(self.parts[0].dtype)
+        if self.squared and isinstance(self.structure, Decomposable):
+            return self.structure.product(self.parts, X)
+        return self.structure.apply_kkt(self.parts, X)
+
+    def write(self, out: Tensor, X: Tensor) -> None:
+        """Write ``K K^T X`` into a tensor."""
+        exact = out.dtype == X.dtype == self.parts[0].dtype
+        if exact and self.squared and isinstance(self.structure, Decomposable):
+            self.structure.product_into(out, self.parts, X)
+        else:
+            out.copy_(self(X))
+
+    def pieces(self, rows: int) -> list[tuple[slice, Applied]]:
+        """Independent pieces of about so many rows, or all of them where there are none."""
+        pieces = self.structure.pieces(self.parts, rows)
+        return [(at, Applied(s, parts, self.squared)) for at, s, parts in pieces]
 
 
 def _has_momentum(group: Group) -> bool:
@@ -284,6 +368,64 @@ def singd_update(
         moved.append(tuple(x - part for x, part in zip(X, move, strict=True)))
         new.append(step)
     return moved[0], moved[1], new[0], new[1]
+
+
+class Side(NamedTuple):
+    """One side of a layer in an update.
+
+    Attributes:
+        structure: Structure of all matrices.
+        K: Factor of the preconditioner.
+        square: ``K K^T``.
+        A: Factor of the curvature.
+        damping: Added to the curvature.
+    """
+
+    structure: Decomposable
+    K: Parts
+    square: Parts
+    A: Parts
+    damping: Tensor | float
+
+
+def left_update(
+    on_K: Side, on_C: Side, *, lr_cov: float, kfac_like: bool, bounded: bool, on_host: bool = True
+) -> tuple[Parts, Parts]:
+    """:func:`singd_update` without momentum, from the left.
+
+    With ``M = s A + t I``, where ``s`` and ``t`` are the traces of the other side, ``K (I - h m)``
+    is ``(I - h/2 (K K^T M - I)) K``: as ``K K^T`` is at hand, two products are left of four. The
+    bound is another estimate of the same norm.
+
+    Args:
+        on_K: Input side.
+        on_C: Output side.
+        lr_cov: Step size ``h``.
+        kfac_like: Replace the four traces by one (IKFAC).
+        bounded: Shorten a step that would change ``K`` or ``C`` by more than half.
+        on_host: Whether numbers can be read without waiting for a device.
+
+    Returns:
+        New ``K`` and ``C``.
+    """
+    moved = []
+    for side, other in ((on_K, on_C), (on_C, on_K)):
+        structure = side.structure
+        scale: Tensor | float = 1.0
+        shift = side.damping
+        if not kfac_like:
+            scale = other.structure.inner(other.square, other.A)
+            shift = side.damping * other.structure.trace(other.square)
+        metric = structure.add_identity_(structure.scaled(side.A, scale), shift)
+        W = structure.add_identity_(structure.matmul(side.square, metric), -1.0)
+        rate: Tensor | float = lr_cov
+        if bounded:
+            most = 2 * LARGEST_CHANGE / lr_cov if lr_cov else float("inf")
+            norm = structure.similar_norm(W, metric, most if on_host else 0.0)
+            rate = torch.clamp(2 * LARGEST_CHANGE / norm, max=lr_cov)
+        change = structure.add_identity_(structure.scaled(W, -0.5 * rate), 1.0)
+        moved.append(structure.matmul(change, side.K))
+    return moved[0], moved[1]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tnkfac.curvature.callers import warn
 from tnkfac.curvature.structures import Parts, Structure
+from tnkfac.curvature.structures.structure import Decomposable
 
 _ITERATIONS = 80
 _ACCURACY = 1e-13
@@ -18,7 +20,7 @@ _ACCURACY = 1e-13
 def stationary_points(
     layers: Sequence[tuple[Structure, Structure, Parts, Parts]], damping: float
 ) -> list[tuple[Parts, Parts]]:
-    """Symmetric ``K``, ``C`` at which one batch's factors leave SINGD's update at rest.
+    """``K`` and ``C`` at which one batch's factors leave SINGD's update at rest.
 
     Solves ``(K K^T)^-1 = tr(C^T B C)/d A + damping tr(C^T C)/d I`` and its mirror image for each
     channel group (the fixed point of arXiv 2312.05705, eq. 9). With the eigenvalues ``a`` of
@@ -36,16 +38,68 @@ def stationary_points(
         Parts of ``K`` and ``C`` of each. A group whose ``A`` or ``B`` is zero gets the limit,
         multiples of the identity.
     """
+    solve = _by_cholesky if _can_be_estimated(layers, damping) else _by_eigenvectors
+    return solve(layers, damping)
+
+
+Problem = tuple[Structure, Structure, Parts, Parts]
+
+
+def _by_eigenvectors(layers: Sequence[Problem], damping: float) -> list[tuple[Parts, Parts]]:
+    """Symmetric ``K`` and ``C`` from eigendecompositions in double precision."""
     inputs = [_decomposed(k, A) for k, _, A, _ in layers]
     outputs = [_decomposed(c, B) for _, c, _, B in layers]
     a, b = (_Rows([values for values, _ in side]) for side in (inputs, outputs))
-    p, q = _spectra(a, b, damping)
+    on_a, on_b = _shifts(a, b, damping)
     points = []
     for (_, _, A, B), (_, rebuild_K), (_, rebuild_C), x, y in zip(
-        layers, inputs, outputs, a.cut(p.sqrt()), b.cut(q.sqrt()), strict=True
+        layers,
+        inputs,
+        outputs,
+        a.cut(on_a.inverse(a).sqrt()),
+        b.cut(on_b.inverse(b).sqrt()),
+        strict=True,
     ):
         points.append((rebuild_K(x.to(A[0].dtype)), rebuild_C(y.to(B[0].dtype))))
     return points
+
+
+def _can_be_estimated(layers: Sequence[Problem], damping: float) -> bool:
+    """Whether estimates of the spectra will do: they err by a hundredth."""
+    return (
+        damping > 0
+        and all(isinstance(s, Decomposable) for k, c, _, _ in layers for s in (k, c))
+        and all(part.dtype == torch.float32 for *_, A, B in layers for part in (*A, *B))
+    )
+
+
+def _by_cholesky(layers: Sequence[Problem], damping: float) -> list[tuple[Parts, Parts]]:
+    """Triangular ``K`` and ``C``: preconditioner and updates depend on ``K K^T`` alone.
+
+    ``r`` and ``s`` need only means over the spectra, which quadrature estimates. Where a
+    factor of Cholesky fails, all is done by eigenvectors.
+    """
+    spectra = [(k.spectrum(A), c.spectrum(B)) for k, c, A, B in _decomposable(layers)]
+    a, b = (_Rows(*zip(*(pair[i] for pair in spectra), strict=True)) for i in (0, 1))
+    on_a, on_b = _shifts(a, b, damping)
+    points = []
+    start = 0
+    for k, c, A, B in _decomposable(layers):
+        part = slice(start, start + len(A[0]))
+        try:
+            points.append((on_a.root(k, A, part), on_b.root(c, B, part)))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            points += _by_eigenvectors([(k, c, A, B)], damping)
+        start = part.stop
+    return points
+
+
+def _decomposable(
+    layers: Sequence[Problem],
+) -> Iterator[tuple[Decomposable, Decomposable, Parts, Parts]]:
+    for k, c, A, B in layers:
+        if isinstance(k, Decomposable) and isinstance(c, Decomposable):
+            yield k, c, A, B
 
 
 class _Rows:
@@ -55,8 +109,8 @@ class _Rows:
         values: All of them, in float64.
     """
 
-    def __init__(self, several: Sequence[Tensor]) -> None:
-        """Take ``[G, D]`` of every layer."""
+    def __init__(self, several: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> None:
+        """Take ``[G, D]`` of every layer, perhaps with weights in a mean."""
         device = several[0].device
         self._shapes = [values.shape for values in several]
         lengths = torch.tensor(
@@ -65,9 +119,15 @@ class _Rows:
         self._index = torch.repeat_interleave(lengths).to(device)
         self._lengths = lengths.to(device)
         self.values = torch.cat([values.double().reshape(-1) for values in several])
+        self._weights = [weight.double().reshape(-1) for weight in weights]
+        if weights:
+            self._weights = [torch.cat(self._weights)]
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of every group."""
+        if self._weights:
+            values = values * self._weights[0]
+            return torch.segment_reduce(values, "sum", lengths=self._lengths, unsafe=True)
         return torch.segment_reduce(values, "mean", lengths=self._lengths, unsafe=True)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -95,8 +155,43 @@ def _decomposed(structure: Structure, A: Parts) -> tuple[Tensor, Callable[[Tenso
         return values, partial(Structure.from_eigen, structure, vectors=())
 
 
-def _spectra(on_a: _Rows, on_b: _Rows, damping: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of ``K K^T`` and ``C C^T`` from those of ``A`` and ``B``."""
+@dataclass(frozen=True)
+class _Shifted:
+    """``K K^T = scale (A + shift I)^-1`` of every channel group, or a multiple of the identity.
+
+    Attributes:
+        shift: In float64.
+        scale: In float64.
+        limit: The multiple, where a factor is zero.
+        empty: Where that is so.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    limit: float
+    empty: Tensor
+
+    def inverse(self, rows: _Rows) -> Tensor:
+        """Eigenvalues of ``K K^T``."""
+        inverse = rows.spread(self.scale) / (rows.values.clamp(min=0) + rows.spread(self.shift))
+        return torch.where(rows.spread(self.empty), self.limit, inverse)
+
+    def root(self, structure: Decomposable, A: Parts, groups: slice) -> Parts:
+        """``K`` of some channel groups, triangular."""
+        of_A, shift, scale = (
+            values[groups].to(A[0].dtype)
+            for values in (
+                ~self.empty,
+                torch.where(self.empty, 1.0, self.shift),
+                torch.where(self.empty, self.limit, self.scale),
+            )
+        )
+        shifted = structure.add_identity_(structure.scaled(A, of_A), shift)
+        return structure.scaled(structure.inverse_root(shifted), scale.sqrt())
+
+
+def _shifts(on_a: _Rows, on_b: _Rows, damping: float) -> tuple[_Shifted, _Shifted]:
+    """``K K^T`` and ``C C^T`` by the eigenvalues of ``A`` and ``B``."""
     # Rounding leaves zeros of either sign.
     a, b = on_a.values.clamp(min=0), on_b.values.clamp(min=0)
     mean_a, mean_b = on_a.mean(a), on_b.mean(b)
@@ -122,8 +217,9 @@ def _spectra(on_a: _Rows, on_b: _Rows, damping: float) -> tuple[Tensor, Tensor]:
     level = on_a.mean(a * p) * on_b.mean(b * q) + damping * free_p * free_q
     balance = (free_q / free_p / level).sqrt()
     limit = damping**-0.5 if damping > 0 else 1.0
-    p = torch.where(on_a.spread(empty), limit, p * on_a.spread(balance))
-    return p, torch.where(on_b.spread(empty), limit, q / on_b.spread(balance * level))
+    if damping == 0:
+        r, s = 1e-12 * mean_a, 1e-12 * mean_b
+    return _Shifted(r, balance, limit, empty), _Shifted(s, 1 / (balance * level), limit, empty)
 
 
 def _damping_of(rows: _Rows, e: Tensor, shift: Tensor, damping: float) -> tuple[Tensor, Tensor]:
