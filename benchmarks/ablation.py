@@ -57,11 +57,6 @@ def _at(options: dict[str, Any], lr: float) -> dict[str, Any]:
     return options
 
 
-def often_at_first(step: int) -> int:
-    """An interval that grows from one step to ten."""
-    return min(10, 1 + step // 5)
-
-
 def falling(step: int) -> float:
     """A step size of the preconditioner that averages the first batches evenly."""
     return max(0.2, 10 / (10 + step))
@@ -96,7 +91,7 @@ VARIANTS: dict[str, Build] = {
     "T=1, lr_cov=0.02": singd(T=1, lr_cov=0.02),
     "T=3": singd(T=3),
     "T=30": singd(T=30),
-    "T growing from 1 to 10": singd(T=often_at_first),
+    "T growing from 1 to 10": singd(T="auto"),
     'grafting="rms"': singd(grafting="rms"),
     'grafting="adam"': singd(grafting="adam"),
     'grafting="sgd"': singd(grafting="sgd"),

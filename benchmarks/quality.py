@@ -90,6 +90,7 @@ OPTIMIZERS: dict[str, Build] = {
     "AdamW": lambda m, lr: torch.optim.AdamW(m.parameters(), lr=lr),
     "SGD": lambda m, lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9),
     "Muon": muon,
+    "SINGD": lambda m, lr: tnkfac.SINGD(m.parameters(), lr=lr),
     "SINGD dense": lambda m, lr: tnkfac.SINGD(m.parameters(), lr=lr, structures="dense"),
     "SINGD dense T=1": lambda m, lr: tnkfac.SINGD(m.parameters(), lr=lr, structures="dense", T=1),
     "SINGD diagonal": lambda m, lr: tnkfac.SINGD(m.parameters(), lr=lr, structures="diagonal"),

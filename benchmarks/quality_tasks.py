@@ -232,16 +232,24 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """Two causal blocks of width 64 on characters."""
+    """Causal blocks; by default two of width 64 on characters."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        words: int = 128,
+        context: int | None = None,
+        dim: int = 64,
+        blocks: int = 2,
+        heads: int = 4,
+    ) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(128, 64), nn.Embedding(CONTEXT, 64)
-        self.blocks = nn.Sequential(*(Attention(64, 4, True) for _ in range(2)))
-        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 128)
+        self.token = nn.Embedding(words, dim)
+        self.place = nn.Embedding(CONTEXT if context is None else context, dim)
+        self.blocks = nn.Sequential(*(Attention(dim, heads, True) for _ in range(blocks)))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, words)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, T]`` to ``[N, T, 128]``."""
+        """``[N, T]`` to ``[N, T, words]``."""
         y = self.token(x) + self.place(torch.arange(x.shape[1]))
         return self.head(self.norm(self.blocks(y)))  # type: ignore[no-any-return]
 

@@ -320,9 +320,9 @@ STRUCTURES: tuple[Fault, ...] = (
         "traces are sums, not means",
     ),
     Fault(
-        "curvature/structures/dense.py",
-        "return (K[0].mT @ A[0] @ K[0],)",
-        "return (K[0] @ A[0] @ K[0].mT,)",
+        "curvature/structures/structure.py",
+        "part.mT @ a @ part for",
+        "part @ a @ part.mT for",
         "the factor is transposed",
     ),
     Fault(
@@ -330,6 +330,54 @@ STRUCTURES: tuple[Fault, ...] = (
         "norm: Tensor = torch.linalg.vector_norm(vector, dim=(1, 2)).sqrt()",
         "norm: Tensor = torch.linalg.vector_norm(vector, dim=(1, 2))",
         "the norm is squared",
+    ),
+    Fault(
+        "curvature/capture/resets.py",
+        "if is_same else None",
+        "",
+        "another gradient passes for the one that passes have left",
+    ),
+    Fault(
+        "curvature/structures/structure.py",
+        "return torch.stack(products).sum(0) / self.dim",
+        "return torch.stack(products).sum(0)",
+        "the trace of a product is a sum",
+    ),
+    Fault(
+        "curvature/structures/structure.py",
+        "shares = [part.shape[1] * part.shape[2] / self.dim for part in parts]",
+        "shares = [1 / len(parts) for part in parts]",
+        "the last block weighs as much as all others",
+    ),
+    Fault(
+        "curvature/structures/linalg.py",
+        "inverse[..., last, first] = -between",
+        "inverse[..., last, first] = between",
+        "the inverse by halves has a wrong sign",
+    ),
+    Fault(
+        "curvature/structures/linalg.py",
+        "following = following - alpha * vector",
+        "following = following",
+        "Lanczos vectors are not made orthogonal",
+    ),
+    Fault(
+        "curvature/structures/linalg.py",
+        "ratio: Tensor = (squares[..., 1] / squares[..., 0]).sqrt()",
+        "ratio: Tensor = squares[..., 1] / squares[..., 0]",
+        "the largest eigenvalue is squared",
+    ),
+    Fault(
+        "curvature/structures/block_diagonal.py",
+        "last = BlockDiagonal(K[1].shape[1], size)\n            found",
+        "last = BlockDiagonal(K[1].shape[1], size)\n            count = 0\n            found",
+        "the last block is applied to the first rows",
+    ),
+    Fault(
+        "curvature/moments/patches.py",
+        "return whole[:, first:end, first:end]",
+        "return whole[:, first:end, :end - first]",
+        "blocks are cut beside the diagonal",
     ),
     Fault(
         "curvature/structures/linalg.py",
@@ -345,8 +393,8 @@ STRUCTURES: tuple[Fault, ...] = (
     ),
     Fault(
         "optim/rules/singd_start.py",
-        "q / on_b.spread(balance * level))",
-        "q / on_b.spread(balance))",
+        "_Shifted(s, 1 / (balance * level), limit",
+        "_Shifted(s, 1 / balance, limit",
         "starting points are not at rest",
     ),
     Fault(
@@ -502,8 +550,8 @@ CAPTURE: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/capture/resets.py",
-        "return id(grad), 0 if grad.is_inference() else grad._version",
-        "return id(grad), 0",
+        "return 0 if grad.is_inference() else grad._version",
+        "return 0",
         "changes of gradients in place go unnoticed",
     ),
     Fault(

@@ -41,9 +41,51 @@ RULES: tuple[Fault, ...] = (
     ),
     Fault(
         "optim/rules/singd_rule.py",
-        "right = batch.k.apply_kkt(K, gradient.mT",
-        "right = batch.k.apply_kkt(C, gradient.mT",
-        "C preconditions inputs",
+        "return Applied(structure, batch.made_of(name, structure.square), True)",
+        "return Applied(structure, batch.read(name), True)",
+        "gradients meet K once",
+    ),
+    Fault(
+        "optim/rules/singd_rule.py",
+        "structure.scaled(W, -0.5 * rate)",
+        "structure.scaled(W, 0.5 * rate)",
+        "from the left K is moved the wrong way",
+    ),
+    Fault(
+        "optim/rules/singd_rule.py",
+        "shift = side.damping * other.structure.trace(other.square)",
+        "shift = side.damping * side.structure.trace(side.square)",
+        "damping from the left has the trace of its own side",
+    ),
+    Fault(
+        "optim/rules/singd_rule.py",
+        "rate = torch.clamp(2 * LARGEST_CHANGE / norm, max=lr_cov)",
+        "rate = torch.clamp(4 * LARGEST_CHANGE / norm, max=lr_cov)",
+        "the bound from the left is twice as large",
+    ),
+    Fault(
+        "optim/params/batches.py",
+        "old is source and version == now",
+        "old is source",
+        "squares outlive the factors that they are made of",
+    ),
+    Fault(
+        "optim/params/auto_structure.py",
+        "copies = 3 if group[",
+        "copies = 2 if group[",
+        "momenta of the factors are not counted",
+    ),
+    Fault(
+        "optim/params/auto_structure.py",
+        "                bound -= _present(layer).memory(_itemsizes(layer, group), copies)",
+        "                pass",
+        "layers that were there before are not counted",
+    ),
+    Fault(
+        "optim/options.py",
+        "if step < before), 10)",
+        "if step <= before), 10)",
+        "an interval that grows is due a step late",
     ),
     Fault(
         "optim/rules/singd_start.py",
@@ -198,8 +240,8 @@ PARAMS: tuple[Fault, ...] = (
     ),
     Fault(
         "optim/params/auto_structure.py",
-        "while total > bound:",
-        "while total > 2 * bound:",
+        "while total > bound and gains:",
+        "while total > 2 * bound and gains:",
         "bounds on the state are loose",
     ),
     Fault(

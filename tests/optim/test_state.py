@@ -331,6 +331,34 @@ def test_a_schedule_of_the_interval() -> None:
     fit(twin, plain, batches(0, 2))
 
 
+def test_an_interval_that_grows_by_itself() -> None:
+    """``T="auto"`` is such a callable, but lies in the checkpoint and goes on from there."""
+
+    def growing(step: int) -> int:
+        return 1 if step < 10 else 2 if step < 20 else 5 if step < 50 else 10
+
+    model, twin, resumed = network(), network(), network()
+    grows = SINGD(model.parameters(), lr=0.01, T="auto")
+    called = SINGD(twin.parameters(), lr=0.01, T=growing)
+    marks = []
+    for step in range(60):
+        for net, optimizer in ((model, grows), (twin, called)):
+            fit(net, optimizer, batches(step, 1))
+        marks.append(int(grows.state[model[0].weight]["last_update"]))
+        assert marks[-1] == int(called.state[twin[0].weight]["last_update"])
+        if step == 7:
+            other = SINGD(resumed.parameters(), lr=0.01)
+            other.load_state_dict(copy.deepcopy(grows.state_dict()))
+            resumed.load_state_dict(model.state_dict())
+            assert other.param_groups[0]["T"] == "auto"
+        elif 7 < step < 14:
+            fit(resumed, other, batches(step, 1))
+        if step == 13:
+            assert_same_weights(resumed, model)
+    assert_same_weights(model, twin)
+    assert sorted(set(marks)) == [*range(10), *range(10, 20, 2), *range(20, 50, 5), 50]
+
+
 # --- distributed checkpoints --------------------------------------------------------------------
 
 

@@ -37,7 +37,8 @@ class SINGD(CurvatureOptimizer):
             mean eigenvalue of the layer's curvature.
         alpha1: Momentum of the preconditioner.
         weight_decay: Coefficient; see ``decoupled_weight_decay``.
-        T: Steps between updates of the preconditioner, or a callable of the step.
+        T: Steps between updates of the preconditioner, a callable of the step, or ``"auto"``: 1
+            for ten steps, 2 up to step 20, 5 up to step 50, then 10.
         loss_average: What the loss is averaged over: ``"batch"``, ``"batch+sequence"`` (every
             position too), None for a sum, or a callable ``(module, output_shape) -> terms``.
         lr_cov: Step size of the preconditioner, or a callable of the step.
@@ -121,7 +122,7 @@ class SINGD(CurvatureOptimizer):
         damping: float | None = None,
         alpha1: float = 0.0,
         weight_decay: float = 0.0,
-        T: int | Callable[[int], int] = 10,
+        T: int | str | Callable[[int], int] = 10,
         loss_average: str | Callable[..., float] | None = "batch",
         lr_cov: float | Callable[[int], float] = 0.4,
         structures: str | tuple[str, str] = "auto",

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from tnkfac.curvature.callers import warn
 from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.structures import Structure, resolve_structure
-from tnkfac.optim.options import Group
+from tnkfac.optim.options import Group, interval_at
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, update_dtype
 
 BLOCKS = (64, 32, 8)
@@ -275,8 +275,8 @@ def limit_time(
         if not new:
             continue
         rows = [int(layer.statistics.sums()[-1][1]) for layer in new]
-        T, names = group["T"], group["structures"]
-        every = float(T(group["step"]) if callable(T) else T)
+        names = group["structures"]
+        every = 10.0 if group["T"] == "auto" else interval_at(group["T"], group["step"])
         base = sum(base_work(la.statistics.layer, n) for la, n in zip(new, rows, strict=True))
         ladders = [_not_above(candidates(layer.statistics.layer, names), layer) for layer in new]
 

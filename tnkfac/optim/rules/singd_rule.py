@@ -41,8 +41,9 @@ OPTIONS: options.Options = {
     "alpha1": Option(0.0, partial(options.number, below=1.0), "momentum of the preconditioner"),
     "T": Option(
         10,
-        options.interval,
-        "steps between updates of the preconditioner, or a callable of the step",
+        options.growing_interval,
+        'steps between updates of the preconditioner, a callable of the step, or `"auto"` for an '
+        "interval that grows from 1 to 10 within fifty steps",
     ),
     "lr_cov": Option(
         0.4,
@@ -91,8 +92,7 @@ class SingdRule(Rule):
 
     def update_interval(self, group: Group, step: int) -> int:
         """``T``."""
-        T = group["T"]
-        return int(T(step) if callable(T) else T)
+        return options.interval_at(group["T"], step)
 
     def warms_up(self, layer: CapturedLayer) -> bool:
         """Whether the first batch gives but a multiple of the identity."""
