@@ -82,7 +82,7 @@ RULES: tuple[Fault, ...] = (
         "layers that were there before are not counted",
     ),
     Fault(
-        "optim/options.py",
+        "optim/rules/singd_rule.py",
         "if step < before), 10)",
         "if step <= before), 10)",
         "an interval that grows is due a step late",

@@ -136,10 +136,6 @@ def interval(name: str, value: object) -> object:
     return value
 
 
-_GROWING = ((10, 1), (20, 2), (50, 5))
-"""Steps before which an interval that grows by itself has some length."""
-
-
 def growing_interval(name: str, value: object) -> object:
     """Raise unless ``value`` is an interval, or ``"auto"`` for one that grows.
 
@@ -154,13 +150,6 @@ def growing_interval(name: str, value: object) -> object:
             )
         return value
     return interval(name, value)
-
-
-def interval_at(value: int | str | Callable[[int], int], step: int) -> int:
-    """An interval at a step; that of ``"auto"`` grows by factors, so that none is skipped."""
-    if value == "auto":
-        return next((every for before, every in _GROWING if step < before), 10)
-    return int(value(step) if callable(value) else value)
 
 
 def whole(name: str, value: object, least: int) -> int:

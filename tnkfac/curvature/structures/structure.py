@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import ClassVar
 
@@ -101,7 +102,7 @@ class Structure(Matrices):
         """Shape of every part of a statistic; by default that of ``K``."""
         return self.part_shapes
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """How many numbers a matrix is kept in."""
         return sum(prod(shape) for shape in self.part_shapes)

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from tnkfac.curvature.callers import warn
 from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.structures import Structure, resolve_structure
-from tnkfac.optim.options import Group, interval_at
+from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Uncaptured, update_dtype
 
 BLOCKS = (64, 32, 8)
@@ -32,6 +32,8 @@ HEAVY = 4
 """Times AdamW's state from which on structures asked for by name are warned of."""
 LARGE = 2**26
 """Bytes of a layer up to which they are not."""
+LATER = 100
+"""Steps after which intervals are those that count."""
 SMALL = 2**24
 """Bytes of a state that need no bound."""
 Names = tuple[str, str]
@@ -255,6 +257,7 @@ def limit_time(
     layers: Iterable[CapturedLayer],
     groups: list[Group],
     state: Mapping[Tensor, Mapping[str, Tensor]],
+    interval: Callable[[Group, int], int],
 ) -> bool:
     """Choose structures within the ``max_step_ratio`` of the groups, once batches were seen.
 
@@ -265,6 +268,7 @@ def limit_time(
         layers: All layers.
         groups: Parameter groups.
         state: State of the optimizer; layers that have one keep their structures.
+        interval: Steps between updates of a group at a step.
     """
     changed = False
     for group in groups:
@@ -276,7 +280,7 @@ def limit_time(
             continue
         rows = [int(layer.statistics.sums()[-1][1]) for layer in new]
         names = group["structures"]
-        every = 10.0 if group["T"] == "auto" else interval_at(group["T"], group["step"])
+        every = float(interval(group, group["step"] + LATER))
         base = sum(base_work(la.statistics.layer, n) for la, n in zip(new, rows, strict=True))
         ladders = [_not_above(candidates(layer.statistics.layer, names), layer) for layer in new]
 

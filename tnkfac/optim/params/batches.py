@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from math import prod
-from operator import is_
 
 import torch
 from torch import Tensor
@@ -43,38 +41,21 @@ def stacks(layers: Sequence[CapturedLayer], state: State) -> list[list[int]]:
     open_stacks: dict[Hashable, list[int]] = {}
     stacked: list[list[int]] = []
     for place, layer in enumerate(layers):
-        kind, numel = _kind(layer, state.get(layer.weight, {}))
-        if switch.plain or kind is None:
+        statistics, weight = layer.statistics, layer.weight
+        k, c, groups = statistics.k, statistics.c, statistics.layer.groups
+        numel = groups * (k.numel + c.numel)
+        limit = SMALL if weight.device.type == "cpu" else SMALL_ON_DEVICE
+        if switch.plain or numel > limit:
             stacked.append([place])
             continue
-        key = kind, id(layer.group)
+        dtypes = tuple(part.dtype for part in state.get(weight, {}).values())
+        key = k, c, groups, weight.device, weight.dtype, id(layer.group), dtypes
         mates = open_stacks.get(key)
         if mates is None or (len(mates) + 1) * numel > TOGETHER:
             mates = open_stacks[key] = []
             stacked.append(mates)
         mates.append(place)
     return stacked
-
-
-def _kind(layer: CapturedLayer, state: ParamState) -> tuple[Hashable, int]:
-    """What layers of a stack have in common but their group, None to be alone; and its numbers.
-
-    It is kept with the layer: a step asks every one, and of small networks it is half of the step.
-    """
-    statistics, weight = layer.statistics, layer.weight
-    present = statistics.k, statistics.c, state, len(state)
-    if layer.cached_kind is not None:
-        seen, kind, numel = layer.cached_kind
-        if seen[3] == len(state) and all(map(is_, seen[:3], present)):
-            return kind, numel
-    k, c, groups = statistics.k, statistics.c, statistics.layer.groups
-    numel = groups * sum(prod(shape) for s in (k, c) for shape in s.part_shapes)
-    kind = None
-    if numel <= (SMALL if weight.device.type == "cpu" else SMALL_ON_DEVICE):
-        dtypes = tuple(part.dtype for part in state.values())
-        kind = k, c, groups, weight.device, weight.dtype, dtypes
-    layer.cached_kind = present, kind, numel
-    return kind, numel
 
 
 def joined(several: Sequence[Parts]) -> Parts:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tnkfac.curvature.capture.statistics import Statistics
-from tnkfac.curvature.structures import Parts, Structure
+from tnkfac.curvature.structures import Parts
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.scaling import ElementwisePreconditioner
 
@@ -51,8 +51,6 @@ class CapturedLayer:
         cached_marks: What was read of its state, see :func:`tnkfac.optim.params.state.mark`.
         cached_products: What was made of its state, see
             :meth:`tnkfac.optim.params.batches.Stack.made_of`.
-        cached_kind: What decides with which layers it is stacked, see
-            :func:`tnkfac.optim.params.batches.stacks`.
     """
 
     name: str
@@ -66,9 +64,6 @@ class CapturedLayer:
     scaling: ElementwisePreconditioner | None = None
     removers: list[Callable[[], object]] = field(default_factory=list)
     cached_marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
-    cached_kind: (
-        tuple[tuple[Structure, Structure, dict[str, Tensor], int], Hashable, int] | None
-    ) = None
     cached_products: dict[str, tuple[list[tuple[Tensor, int]], Parts]] = field(default_factory=dict)
 
     def params(self) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -82,6 +81,8 @@ OPTIONS: options.Options = {
 }
 """Hyper-parameters of SINGD."""
 
+GROWING = ((10, 1), (20, 2), (50, 5))
+"""Steps before which an interval that grows by itself has some length."""
 _GRADIENT_DTYPES = (torch.float32, torch.float64)
 
 
@@ -91,8 +92,11 @@ class SingdRule(Rule):
     options = OPTIONS
 
     def update_interval(self, group: Group, step: int) -> int:
-        """``T``."""
-        return options.interval_at(group["T"], step)
+        """``T``; that of ``"auto"`` grows by factors, so that no update falls between two steps."""
+        T = group["T"]
+        if T == "auto":
+            return next((every for before, every in GROWING if step < before), 10)
+        return int(T(step) if callable(T) else T)
 
     def warms_up(self, layer: CapturedLayer) -> bool:
         """Whether the first batch gives but a multiple of the identity."""
@@ -197,18 +201,20 @@ class SingdRule(Rule):
         outs, dim = gradient.shape[1:]
         apply_K = self._applied(batch, "K", batch.k, outs)
         apply_C = self._applied(batch, "C", batch.c, dim)
-        if gradient.device.type != "cpu" or gradient.numel() < 2 * IN_CACHE:
+        pieces = []  # columns that K does not mix
+        if gradient.device.type == "cpu" and gradient.numel() > 2 * IN_CACHE:
+            pieces = apply_K.pieces(IN_CACHE // (len(gradient) * outs))
+        if len(pieces) < 2:
             return apply_C(apply_K(gradient.mT).mT).to(gradient.dtype)
-        update = torch.empty_like(gradient)  # columns that K does not mix, one lot after the other
-        for columns, apply in apply_K.pieces(IN_CACHE // (len(gradient) * outs)):
+        update = torch.empty_like(gradient)
+        for columns, apply in pieces:
             apply_C.write(update[:, :, columns], apply(gradient[:, :, columns].mT).mT)
         return update
 
     def _applied(self, batch: Stack, name: str, structure: Structure, columns: int) -> Applied:
         """``K K^T``; the square is formed if that pays until the next update."""
         every = self.update_interval(batch.group, batch.group["step"])
-        numel = sum(map(prod, structure.part_shapes))
-        pays = numel < every * structure.dim * columns
+        pays = structure.numel < every * structure.dim * columns
         if pays and isinstance(structure, Decomposable):
             return Applied(structure, batch.made_of(name, structure.square), True)
         return Applied(structure, batch.read(name), False)
@@ -250,7 +256,7 @@ class SingdRule(Rule):
         if all(state.get(layer.weight) or not layer.statistics.pending for layer in layers):
             return False
         changed = auto_structure.limit_state(layers, registry.others, groups, state)
-        return auto_structure.limit_time(layers, groups, state) or changed
+        return auto_structure.limit_time(layers, groups, state, self.update_interval) or changed
 
 
 IN_CACHE = 1 << 18
