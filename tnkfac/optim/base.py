@@ -509,9 +509,9 @@ class CurvatureOptimizer(Optimizer):
             >>> print(tnkfac.SINGD(model.parameters()).placement())
             name       cost  state bytes  updated by  kept by
             ---------  ----  -----------  ----------  -------
-            0          152   272          all         all
+            0          152   136          all         all
             ---------  ----  -----------  ----------  -------
-            process 0  152   272
+            process 0  152   136
         """
         self._catch_up()
         self._processes.find(list(self._registry.params()))

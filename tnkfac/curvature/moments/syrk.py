@@ -11,7 +11,7 @@ from torch import Tensor
 HALVED = 256
 """From this size on, a symmetric product on the CPU is computed in halves."""
 
-FEW = 600
+FEW = 96
 """With fewer columns, copying the other half costs more than computing it."""
 
 STRIP = 128
