@@ -22,7 +22,8 @@ from tnkfac.optim.distributed import buckets, leave, placing, reduction
 from tnkfac.optim.params import state as states
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "SINGD": (SINGD, {"T": 2}),
+    "SINGD": (SINGD, {"T": 2, "structures": "dense"}),
+    "SINGD auto": (SINGD, {"T": 2}),
     "SINGD diagonal": (SINGD, {"T": 2, "structures": "diagonal"}),
     "SINGD Toeplitz": (SINGD, {"T": 2, "structures": ("triltoeplitz", "hierarchical2_1")}),
     "SINGD reduce, blocks, summed": (
@@ -289,8 +290,7 @@ def what_is_sent_is_what_the_formula_says() -> None:
         return known(tensor, *args, **kwargs)
 
     for name in ("SINGD", "SINGD diagonal"):
-        dense = {"structures": "dense"} if name == "SINGD" else None
-        model, optimizer = built(name, options=dense)
+        model, optimizer = built(name)
         train(model, optimizer, name, 0, even(8), 1)
         reduction.dist.all_reduce = counted
         for step, due in ((1, False), (2, True)):
@@ -410,7 +410,7 @@ def a_decomposition_that_fails_is_reported_by_all() -> None:
 def structures_chosen_after_the_plan() -> None:
     """Layers that turn out diagonal stay where they are, and nobody waits for them in vain."""
     options = {"max_step_ratio": 1.0, "grad_worker_fraction": 1 / dist.get_world_size()}
-    model, optimizer = built("SINGD", options=options)
+    model, optimizer = built("SINGD auto", options=options)
     for step in range(5):
         train(model, optimizer, "SINGD", step, even(8), 1)
     assert {layer.statistics.k.name for layer in optimizer._registry.layers} == {"diagonal"}
