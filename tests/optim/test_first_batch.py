@@ -333,3 +333,24 @@ def test_low_precision_parameters_start_in_higher_precision() -> None:
         K, expected = optimizer.state[model[layer].weight]["K"], other.state[exact[layer].weight]
         assert K.dtype == torch.float32
         torch.testing.assert_close(K, expected["K"], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1e3])
+def test_without_grafting_the_start_has_the_level_of_the_curvature(loss_scale: float) -> None:
+    """``C C^T x K K^T`` times the damped curvature has mean eigenvalue one."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3, bias=False).double()
+    x, y = torch.randn(16, 5).double(), torch.randn(16, 3).double()
+    optimizer = SINGD(model.parameters(), lr=1e-9, grafting=None, structures="dense")
+    output = model(x)
+    (loss_scale * (output - y).square().sum(1).mean()).backward()
+    g = 2 * loss_scale * (output - y).detach()  # of the loss of each sample
+    A, B = x.mT @ x / 16, g.mT @ g / 16
+    optimizer.step()
+    K, C = (optimizer.state[model.weight][name][0] for name in ("K", "C"))
+    share = optimizer.param_groups[0]["relative_damping"]
+    damping = share * float(A.diagonal().mean() * B.diagonal().mean())
+    P, Q = K @ K.mT, C @ C.mT
+    level = (P @ A).trace() / 5 * (Q @ B).trace() / 3 + damping * P.trace() / 5 * Q.trace() / 3
+    assert float(level) == pytest.approx(1.0, rel=1e-9)
+    assert float(P.trace() / 5) == pytest.approx(float(Q.trace() / 3), rel=1e-9)

@@ -12,7 +12,7 @@ from tnkfac.curvature.layers import describe
 from tnkfac.curvature.structures import resolve_structure
 from tnkfac.curvature.structures.diagonal import Diagonal
 from tnkfac.optim.rules import singd_start
-from tnkfac.optim.rules.singd_rule import singd_update
+from tnkfac.optim.rules.singd_rule import damped, singd_update
 
 ARGUMENTS: dict[str, Any] = {"alpha1": 0.0, "kfac_like": False, "normalize": False}
 
@@ -159,3 +159,27 @@ def test_hundreds_of_random_updates(structure: str) -> None:
     for s, factor, dense in ((k, K, dense_K), (c, C, dense_C)):
         torch.testing.assert_close(s.to_dense(factor), dense, rtol=1e-9, atol=1e-9)
         assert torch.linalg.svdvals(dense).min() > 1e-3
+
+
+@pytest.mark.parametrize("kfac_like", [False, True])
+@pytest.mark.parametrize("grafting", [None, 1.0])
+def test_relative_damping_is_a_share_of_what_it_is_added_to(
+    kfac_like: bool, grafting: float | None
+) -> None:
+    """Of each factor with IKFAC, else of the curvature; of one where factors are normalised."""
+    k, c = resolve_structure("dense", 6), resolve_structure("dense", 4)
+    A, B = 5 * symmetric(6, 0), 0.3 * symmetric(4, 1)
+    a, b = (float(X.diagonal(dim1=1, dim2=2).mean()) for X in (A, B))
+    group = {
+        "damping": None,
+        "relative_damping": 0.1,
+        "grafting": grafting,
+        "kfac_like": kfac_like,
+    }
+    found = damped(k, c, (A,), (B,), group)
+    expected = (0.1, 0.1) if grafting else (0.1 * a, 0.1 * b) if kfac_like else (0.1 * a * b,) * 2
+    assert [float(found.on_K), float(found.on_C)] == pytest.approx(expected)
+    scale = (1 / a, 1 / b) if grafting else (1.0, 1.0)
+    torch.testing.assert_close(found.A[0], A * scale[0])
+    torch.testing.assert_close(found.B[0], B * scale[1])
+    assert grafting or float(found.level) == pytest.approx(a * b)
