@@ -112,8 +112,10 @@ NEAR: dict[str, tuple[str, ...]] = {
     "curvature/capture/recording.py": ("curvature/test_kfac.py",),
     "optim/rules/singd_rule.py": (
         "optim/test_kept_squares.py",
+        "optim/test_theory.py",
         "optim/test_parity.py",
         "optim/test_first_batch.py",
+        "optim/test_state.py",
     ),
     "optim/rules/singd_start.py": ("optim/test_theory.py", "optim/test_first_batch.py"),
     "optim/rules/kfac_rule.py": ("optim/test_kfac_parity.py",),
