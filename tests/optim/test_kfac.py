@@ -198,7 +198,10 @@ def test_compact_state(method: str) -> None:
     assert {"A", "B", "momentum_buffer"} <= kept
     other, second = resumed(model, optimizer, **options)
     assert second.state[other.conv.weight].keys() == optimizer.state[model.conv.weight].keys()
-    losses = train(other, second, batches(3, 5))
+    losses = train(other, second, batches(3, 1))
+    made = [int(state["last_refresh"]) for state in second.state.values() if "A" in state]
+    assert set(made) == {3}  # though the next refresh is due at the tenth step
+    losses += train(other, second, batches(4, 4))
     assert all(loss < 10 for loss in losses)
     assert all(row.last_update == 7 for row in second.report() if row.structure)
 
