@@ -225,8 +225,9 @@ def draw(rows: list[Row], path: Path) -> None:
         over = "over the parameters" if field == "state" else "over forward and backward"
         axis.set(title=f"{title}, {over}", yscale="log")
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="lower center", ncols=len(names), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
