@@ -12,13 +12,14 @@ from oracles.layer_cases import SPECIAL, random_layer, special_layer
 from tnkfac.curvature import explain, input_factor
 from tnkfac.curvature.layers import Convolution, describe
 from tnkfac.curvature.moments import contraction, patches
+from tnkfac.curvature.moments.algorithms import LEAST_MEMORY, MEMORY, dense_algorithms
 from tnkfac.curvature.moments.contraction import fill_from_network
 from tnkfac.curvature.moments.lags.autocorrelation import symmetric_lags
 from tnkfac.curvature.moments.lags.borders import Lags
 from tnkfac.curvature.moments.lags.gather import fill_from_lags
 from tnkfac.curvature.moments.second_moment import SecondMoment
 from tnkfac.curvature.moments.syrk import FEW, fill_product
-from tnkfac.curvature.moments.unfolding import tap_classes
+from tnkfac.curvature.moments.unfolding import Unfolding, tap_classes
 from tnkfac.curvature.moments.windows import fill_from_windows
 
 Case = tuple[nn.Module, tuple[int, ...]]
@@ -328,3 +329,15 @@ def test_blocks_in_slabs_equal_the_dense_matrix() -> None:
         start = moment.dim - moment.dim % size
         rest = dense[:, start:, start:]
         torch.testing.assert_close(last, rest)
+
+
+def test_lags_are_not_chosen_where_they_hold_too_much() -> None:
+    """Few samples of many channels: the cheaper way stands behind one that needs less memory."""
+    unfolding = Unfolding(192, 1, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    few, many = (dense_algorithms(unfolding, (n, 192, 16, 16), (16, 16)) for n in (8, 512))
+    lags = next(a for a in few if a.name == "lags")
+    unfolded = 2 * 8 * 192 * 9 * 16 * 16 + (192 * 9) ** 2
+    assert lags.cost == min(a.cost for a in few)
+    assert lags.numbers > MEMORY * unfolded >= LEAST_MEMORY
+    assert few[0].name != "lags"
+    assert many[0].name == "lags"
