@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from oracles.layer_matrices import to_matrix
-from tnkfac.curvature import describe, resolve_structure
 from tnkfac.curvature.eigenbasis import second_moments
+from tnkfac.curvature.layers import describe
+from tnkfac.curvature.structures import resolve_structure
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 2), (5, 3)),
