@@ -226,3 +226,53 @@ def test_large_structures_are_warned_of() -> None:
         warnings.simplefilter("error")
         SINGD(model.parameters())
         SINGD(nn.Linear(1000, 10).parameters(), structures="dense")
+
+
+def test_a_bound_on_the_step_holds_for_lazy_layers() -> None:
+    """With a bound on the state beside it, as there is by default."""
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 300), torch.randn(8, 10))] * 3
+    lazy = nn.Sequential(nn.LazyLinear(300), nn.ReLU(), nn.Linear(300, 10))
+    ready = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 10))
+    chosen = []
+    for model in (lazy, ready):
+        optimizer = SINGD(model.parameters(), max_step_ratio=1.01)
+        fit(model, optimizer, data, squares)
+        chosen.append(structures(optimizer))
+    assert chosen[0] == chosen[1]
+    assert "diagonal, diagonal" in chosen[0]
+
+
+@pytest.mark.filterwarnings("error:max_state_ratio")
+@pytest.mark.filterwarnings("ignore:structures")
+def test_structures_given_by_name_are_no_matter_of_the_default_bound() -> None:
+    """Nor do they push the other side down."""
+    model = nn.Sequential(nn.Linear(2500, 2500)).to("meta")
+    for given, expected in (
+        ("dense", "dense, dense"),
+        (("dense", "auto"), "dense, block64diagonal"),
+        (("auto", "dense"), "block64diagonal, dense"),
+    ):
+        assert structures(SINGD(model.parameters(), structures=given))[0] == expected
+
+
+@pytest.mark.filterwarnings("error:max_state_ratio")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_others_keep_is_no_matter_of_the_default_bound(dtype: torch.dtype) -> None:
+    """A large embedding in half precision has moments in single precision."""
+    layers = nn.Embedding(40000, 256), nn.Linear(256, 1024), nn.Linear(1024, 256)
+    model = nn.Sequential(*layers).to("meta", dtype)
+    assert structures(SINGD(model.parameters()))[0] == "block64diagonal, block64diagonal"
+
+
+def test_groups_share_what_small_models_may_have() -> None:
+    """A group for every layer has no more than one for all."""
+    model = nn.Sequential(*(nn.Linear(70, 70) for _ in range(400))).to("meta")
+    together = SINGD(model.parameters())
+    apart = SINGD([{"params": list(layer.parameters())} for layer in model])
+    assert structures(together)[0] != "block64diagonal, block64diagonal"
+    totals = [
+        sum(la.statistics.k.numel + la.statistics.c.numel for la in o._registry.layers)
+        for o in (together, apart)
+    ]
+    assert totals[1] <= 1.1 * totals[0]

@@ -842,3 +842,20 @@ def test_modules_that_no_search_sees() -> None:
         gc.unfreeze()
     assert all(row.last_update == 1 for row in optimizer.report())
     assert not nn.modules.module._global_forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("structures", ["dense", "diagonal", "block2diagonal", "triltoeplitz"])
+def test_sums_of_half_precision_are_in_single(dtype: torch.dtype, structures: str) -> None:
+    """Of many micro-batches, the last would be lost in eight bits."""
+    skip_unless_decomposable(structures)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    optimizer = Optimizer(model.parameters(), structures=structures)
+    for _ in range(300):
+        model(torch.ones(1, 4, dtype=dtype)).sum().backward()
+    (layer,) = optimizer._registry.layers
+    *sums, counts = layer.statistics.sums()
+    assert {part.dtype for part in sums} == {torch.float32}
+    assert float(counts[0]) == 300
+    assert float(sums[0].max()) >= 300

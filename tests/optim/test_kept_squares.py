@@ -313,3 +313,68 @@ def test_products_with_the_square_are_those_with_its_factors(T: int, outputs: in
     (found,) = optimizer._precondition([layer], [gradient])
     K, C = (optimizer.state[model.weight][name] for name in ("K", "C"))
     torch.testing.assert_close(found, C @ C.mT @ gradient @ K @ K.mT, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:A start is a multiple")
+@pytest.mark.parametrize("scale", [1e-4, 1e-8, 1e-10, 1e-20, 1e-30])
+@pytest.mark.parametrize("damping", [None, 1e-3])
+@pytest.mark.parametrize("shape", [(300, 300), (40, 20)])
+def test_tiny_curvature_starts_somewhere(
+    scale: float, damping: float | None, shape: tuple[int, int]
+) -> None:
+    """Squares of it vanish in single precision; nothing fails for it."""
+    torch.manual_seed(0)
+    model = nn.Linear(*shape)
+    optimizer = SINGD(model.parameters(), structures="dense", damping=damping)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (scale * model(torch.randn(3, shape[0])).square().mean()).backward()
+        optimizer.step()
+    assert all(bool(t.isfinite().all()) for t in optimizer.state[model.weight].values())
+
+
+@pytest.mark.parametrize("columns", [slice(64, 128), slice(3000, 3001)])
+def test_a_start_sees_blocks_that_are_not_looked_at(columns: slice) -> None:
+    """Most blocks of an input that is mostly zero have no curvature."""
+    k, c = structured("block64diagonal", 4096), structured("dense", 20)
+    x = torch.zeros(50, 4096)
+    x[:, columns] = torch.randn(50, 4096)[:, columns]
+    A = x.reshape(50, 64, 64).permute(1, 2, 0)
+    parts = (A @ A.mT)[None] * 64, torch.zeros(1, 0, 0)
+    B = covariance(20, 1).float()
+    ((K, _),) = singd_start.stationary_points([(k, c, parts, (B,))], 0.03)
+    ((expected, _),) = singd_start._by_eigenvectors([(k, c, parts, (B,))], 0.03)
+    P, Q = k.square(K)[0], k.square(expected)[0]
+    assert float((P - Q).norm() / Q.norm()) < 0.05
+
+
+def test_a_callable_interval_is_asked_for_steps_to_come_only() -> None:
+    """Not for the step zero, nor more than once a step."""
+    asked: list[int] = []
+    model = network()
+    optimizer = SINGD(model.parameters(), T=lambda step: asked.append(step) or 2)  # type: ignore
+    fit(model, optimizer, data(5))
+    assert asked == [1, 2, 3, 4, 5]
+
+
+def test_momentum_of_the_factors_can_be_turned_on() -> None:
+    """By hand, as a learning rate can."""
+    model, twin = network(), network()
+    optimizer = SINGD(model.parameters(), T=1)
+    other = SINGD(twin.parameters(), T=1, alpha1=0.5)
+    for net, one in ((model, optimizer), (twin, other)):
+        fit(net, one, data(1))  # momenta are zero after the start
+    optimizer.param_groups[0]["alpha1"] = 0.5
+    for net, one in ((model, optimizer), (twin, other)):
+        fit(net, one, data(4)[1:])
+    assert optimizer.state[model[0].weight].keys() == other.state[twin[0].weight].keys()
+    assert_same_weights(model, twin)
+
+
+def test_half_precision_forms_no_squares() -> None:
+    """Rounding would cost their small eigenvalues."""
+    model = network().bfloat16()
+    optimizer = SINGD(model.parameters(), lr=1e-3, T=2)
+    fit(model, optimizer, [(x.bfloat16(), y.bfloat16()) for x, y in data(4)])
+    assert not kept(optimizer)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())

@@ -436,6 +436,7 @@ class CurvatureOptimizer(Optimizer):
     def _follow_state(self) -> None:
         """Take up what the state says of structures, and of when layers were updated."""
         for layer in self._registry.layers:
+            layer.cached_products.clear()
             states.follow_structures(layer, self.state)
         self._set_taps()
 

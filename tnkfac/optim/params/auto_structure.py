@@ -191,21 +191,27 @@ def limit_state(
         state: State of the optimizer; layers that have one keep their structures.
     """
     changed = False
+    whole = sum(map(_adamw_bytes, groups))
     for group in groups:
-        if group["max_state_ratio"] is None:
+        names, ratio = group["structures"], group["max_state_ratio"]
+        if ratio is None or (ratio == "auto" and "auto" not in names):
             continue
         known = [layer for layer in _of_group(layers, group) if layer.statistics.bound]
         new = [layer for layer in known if not state.get(layer.weight)]
         if not new:
             continue
-        adamw, ratio = _adamw_bytes(group), group["max_state_ratio"]
-        allowed = max(adamw, SMALL) if ratio == "auto" else ratio * adamw
-        bound = allowed - _fixed_bytes(known, others, group)
         copies = 3 if group["alpha1"] != 0 and not group["kfac_like"] else 2  # with K K^T
+        adamw = _adamw_bytes(group)
+        if ratio == "auto":
+            allowed = max(1.0, SMALL / max(whole, 1.0)) * 2 * sum(map(_momentum_bytes, known))
+            bound = allowed - sum(map(_momentum_bytes, known))
+            bound += sum(_given_bytes(layer, group, copies) for layer in known)
+        else:
+            allowed = ratio * adamw
+            bound = allowed - _fixed_bytes(known, others, group)
         for layer in known:
             if state.get(layer.weight):
                 bound -= _present(layer).memory(_itemsizes(layer, group), copies)
-        names = group["structures"]
         ladders = [_not_above(candidates(layer.statistics.layer, names), layer) for layer in new]
         sizes = [_itemsizes(layer, group) for layer in new]
 
@@ -315,8 +321,26 @@ def _fixed_bytes(
     for param in (uncaptured.param for uncaptured in others):
         if id(param) in members and not is_lazy(param):
             total += copies * param.numel() * max(param.element_size(), 4)
-    return total + sum(
-        p.numel() * p.element_size() for layer in layers for p in layer.params() if not is_lazy(p)
+    return total + sum(map(_momentum_bytes, layers))
+
+
+def _momentum_bytes(layer: CapturedLayer) -> float:
+    """Bytes of the momentum of weight and bias."""
+    return float(
+        sum(p.numel() * update_dtype(p.dtype).itemsize for p in layer.params() if not is_lazy(p))
+    )
+
+
+def _given_bytes(layer: CapturedLayer, group: Group, copies: int) -> float:
+    """Bytes of a factor whose structure was asked for by name, next to one that is chosen."""
+    shape, sizes = layer.statistics.layer, _itemsizes(layer, group)
+    sides = zip(group["structures"], (shape.in_dim, shape.out_dim), sizes, strict=True)
+    return float(
+        sum(
+            copies * shape.groups * size * resolve_structure(name, dim).numel
+            for name, dim, size in sides
+            if name != "auto"
+        )
     )
 
 

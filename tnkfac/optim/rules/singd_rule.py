@@ -20,7 +20,7 @@ from tnkfac.optim.params import auto_structure
 from tnkfac.optim.params.batches import Batch, Stack
 from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 from tnkfac.optim.params.registry import Registry
-from tnkfac.optim.params.state import ParamState, State, unpack
+from tnkfac.optim.params.state import ParamState, State, pack, unpack
 from tnkfac.optim.report.diagnostics import Spectra, inverse_squares
 from tnkfac.optim.rules.rule import NamedParts, Rule
 from tnkfac.optim.rules.singd_start import stationary_points
@@ -166,6 +166,11 @@ class SingdRule(Rule):
             )
             return {"K": K, "C": C}
         names = ["K", "C", "m_K", "m_C"] if _has_momentum(group) else ["K", "C"]
+        for _, state in batch.each() if _has_momentum(group) else ():
+            for name in ("K", "C"):  # momentum may have been asked for since
+                if not unpack(state, f"m_{name}"):
+                    zeros = tuple(torch.zeros_like(part) for part in unpack(state, name))
+                    state.update(pack(f"m_{name}", zeros))
         old = {name: batch.read(name, A[0].dtype) for name in names}
         new = singd_update(
             k,
@@ -212,9 +217,16 @@ class SingdRule(Rule):
         return update
 
     def _applied(self, batch: Stack, name: str, structure: Structure, columns: int) -> Applied:
-        """``K K^T``; the square is formed if that pays until the next update."""
-        every = self.update_interval(batch.group, batch.group["step"])
-        pays = structure.numel < every * structure.dim * columns
+        """``K K^T``; the square is formed if that pays until the next update.
+
+        In half precision it is not: rounding it would cost its small eigenvalues.
+        """
+        T = batch.group["T"]
+        every = T if isinstance(T, int) else 10
+        kept = unpack(batch.each()[0][1], name)
+        pays = (
+            kept[0].dtype in _GRADIENT_DTYPES and structure.numel < every * structure.dim * columns
+        )
         if pays and isinstance(structure, Decomposable):
             return Applied(structure, batch.made_of(name, structure.square), True)
         return Applied(structure, batch.read(name), False)
@@ -255,8 +267,8 @@ class SingdRule(Rule):
         layers = registry.layers
         if all(state.get(layer.weight) or not layer.statistics.pending for layer in layers):
             return False
-        changed = auto_structure.limit_state(layers, registry.others, groups, state)
-        return auto_structure.limit_time(layers, groups, state, self.update_interval) or changed
+        changed = auto_structure.limit_time(layers, groups, state, self.update_interval)
+        return auto_structure.limit_state(layers, registry.others, groups, state) or changed
 
 
 IN_CACHE = 1 << 18

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,6 +44,7 @@ def stationary_points(
 
 
 Problem = tuple[Structure, Structure, Parts, Parts]
+Spectrum = tuple[Tensor, Tensor]
 
 
 def _by_eigenvectors(layers: Sequence[Problem], damping: float) -> list[tuple[Parts, Parts]]:
@@ -76,30 +78,33 @@ def _can_be_estimated(layers: Sequence[Problem], damping: float) -> bool:
 def _by_cholesky(layers: Sequence[Problem], damping: float) -> list[tuple[Parts, Parts]]:
     """Triangular ``K`` and ``C``: preconditioner and updates depend on ``K K^T`` alone.
 
-    ``r`` and ``s`` need only means over the spectra, which quadrature estimates. Where a
+    ``r`` and ``s`` need only means over the spectra, which quadrature estimates. Where that or a
     factor of Cholesky fails, all is done by eigenvectors.
     """
-    spectra = [(k.spectrum(A), c.spectrum(B)) for k, c, A, B in _decomposable(layers)]
-    a, b = (_Rows(*zip(*(pair[i] for pair in spectra), strict=True)) for i in (0, 1))
-    on_a, on_b = _shifts(a, b, damping)
-    points = []
-    start = 0
-    for k, c, A, B in _decomposable(layers):
-        part = slice(start, start + len(A[0]))
-        try:
-            points.append((on_a.root(k, A, part), on_b.root(c, B, part)))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            points += _by_eigenvectors([(k, c, A, B)], damping)
-        start = part.stop
-    return points
-
-
-def _decomposable(
-    layers: Sequence[Problem],
-) -> Iterator[tuple[Decomposable, Decomposable, Parts, Parts]]:
-    for k, c, A, B in layers:
+    spectra: dict[int, tuple[Spectrum, Spectrum]] = {}
+    for place, (k, c, A, B) in enumerate(layers):
         if isinstance(k, Decomposable) and isinstance(c, Decomposable):
-            yield k, c, A, B
+            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                both = k.spectrum(A), c.spectrum(B)
+                if all(bool(nodes.isfinite().all()) for nodes, _ in both):
+                    spectra[place] = both
+    points: dict[int, tuple[Parts, Parts]] = {}
+    if spectra:
+        a, b = (_Rows(*zip(*(both[i] for both in spectra.values()), strict=True)) for i in (0, 1))
+        on_a, on_b = _shifts(a, b, damping)
+        start = 0
+        for place in spectra:
+            k, c, A, B = layers[place]
+            assert isinstance(k, Decomposable)
+            assert isinstance(c, Decomposable)
+            part = slice(start, start + len(A[0]))
+            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                points[place] = on_a.root(k, A, part), on_b.root(c, B, part)
+            start = part.stop
+    for place, problem in enumerate(layers):
+        if place not in points:
+            (points[place],) = _by_eigenvectors([problem], damping)
+    return [points[place] for place in range(len(layers))]
 
 
 class _Rows:
