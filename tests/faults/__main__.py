@@ -106,6 +106,20 @@ NEAR: dict[str, tuple[str, ...]] = {
         "optim/test_modes.py",
         "distributed/test_ddp.py",
     ),
+    "curvature/capture/statistics.py": ("optim/test_capture.py", "optim/test_parity.py"),
+    "curvature/capture/tap.py": (
+        "optim/test_capture.py",
+        "optim/test_changed_layers.py",
+        "optim/test_changed_inputs.py",
+    ),
+    "curvature/structures/structure.py": (
+        "curvature/test_structures.py",
+        "optim/test_kept_squares.py",
+    ),
+    "curvature/structures/block_diagonal.py": (
+        "curvature/test_structures.py",
+        "optim/test_kept_squares.py",
+    ),
     "curvature/capture/owners.py": ("optim/test_choice_of_layers.py",),
     "curvature/capture/graph.py": ("optim/test_changed_layers.py",),
     "curvature/capture/resets.py": ("optim/test_resets.py",),

@@ -4,6 +4,7 @@ Statistics are read where they end up: at IKFAC's first update from the identity
 ``I - lr_cov (A - I) / 2``, and ``C`` likewise of ``B``.
 """
 
+import copy
 import gc
 import sys
 import threading
@@ -859,3 +860,17 @@ def test_sums_of_half_precision_are_in_single(dtype: torch.dtype, structures: st
     assert {part.dtype for part in sums} == {torch.float32}
     assert float(counts[0]) == 300
     assert float(sums[0].max()) >= 300
+
+
+def test_passes_to_named_inputs_add_up() -> None:
+    """``backward(inputs=...)`` reaches parameters past the sums of statistics."""
+    model = mlp(3, 4, 2)
+    twin = copy.deepcopy(model)
+    optimizers = [Optimizer(net.parameters()) for net in (model, twin)]
+    for seed in range(3):
+        x, y = mlp_batch(seed, 3, 2)
+        squares(model(x), y).backward(inputs=list(model.parameters()))
+        squares(twin(x), y).backward()
+    for layer, other in zip(*(o._registry.layers for o in optimizers), strict=True):
+        for found, expected in zip(layer.statistics.sums(), other.statistics.sums(), strict=True):
+            torch.testing.assert_close(found, expected)
