@@ -106,7 +106,6 @@ NEAR: dict[str, tuple[str, ...]] = {
         "optim/test_modes.py",
         "distributed/test_ddp.py",
     ),
-    "curvature/capture/statistics.py": ("optim/test_capture.py", "optim/test_parity.py"),
     "curvature/capture/tap.py": (
         "optim/test_capture.py",
         "optim/test_changed_layers.py",
