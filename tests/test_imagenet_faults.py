@@ -388,7 +388,10 @@ def test_images_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["--ddp", "--fsdp"])
 def test_all_processes_say_what_cannot_be_written(kind: str, tmp_path: Path) -> None:
-    """Each in a line, and ends by itself; the only traceback is that of torchrun."""
+    """Each in a line, and ends by itself; the only traceback is that of torchrun.
+
+    Which ends what is left once the first has failed, perhaps while Python exits.
+    """
     (tmp_path / "out").write_text("not a folder")
     options = [*SMALL, str(tmp_path / "out"), "--arch", "squeezenet1_1", "--size", "32", kind]
     with pytest.raises(AssertionError) as caught:
@@ -396,7 +399,8 @@ def test_all_processes_say_what_cannot_be_written(kind: str, tmp_path: Path) -> 
     text = str(caught.value).partition("\n...\n")[0]
     assert text.count(f"imagenet.py: error: {tmp_path / 'out'} cannot be written: ") == 2
     assert text.count("Traceback") == 1
-    assert text.count("exitcode  : 2 ") == 2
+    codes = set(re.findall(r"exitcode  : (-?\d+) ", text))
+    assert {"2"} <= codes <= {"2", "-15"}
 
 
 def test_a_file_has_its_name_once_it_is_complete(tmp_path: Path) -> None:
