@@ -32,6 +32,6 @@ def test_no_thread_outlives_its_process_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["sharded", "ddp", "example"])
 def test_no_process_aborts_while_threads_are_slow(what: str) -> None:
     """Without :func:`leave`, every second one of the first kind does."""
-    runs = "3" if what == "example" else "20"
+    runs = "3" if what == "example" else "10"
     text = python(str(ROOT / "benchmarks" / "ending.py"), "--runs", runs, "--what", what)
     assert "0 processes aborted, 0 runs did not end well" in text
