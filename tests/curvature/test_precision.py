@@ -1,5 +1,6 @@
 """Factors have all their digits, whatever precision training multiplies with."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional
 from oracles.loops import state_by_name
 from oracles.zoo import Everyday, everyday_batch
 from tnkfac import SINGD
-from tnkfac.curvature import input_factor, kfac
+from tnkfac.curvature import input_factor, kfac, precision
 from tnkfac.curvature.moments import second_moment
 from tnkfac.curvature.precision import FullPrecision
 
@@ -109,3 +110,24 @@ def test_training_is_in_full_precision_where_it_matters(
     expected = train()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-7, msg=key)
+
+
+def test_an_interrupt_that_leaves_the_lock_held_stops_nobody() -> None:
+    """Neither the thread that was interrupted nor another one."""
+    lock = precision._lock._lock
+    lock.acquire()
+    done: list[int] = []
+    try:
+        with FullPrecision(torch.device("cpu")):
+            done.append(0)
+
+        def inside() -> None:
+            with FullPrecision(torch.device("cpu")):
+                done.append(1)
+
+        thread = threading.Thread(target=inside, daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+    finally:
+        lock.release()
+    assert done == [0, 1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from threading import Lock
+from contextlib import AbstractContextManager, nullcontext, suppress
+from threading import RLock
 from typing import Any
 
 import torch
@@ -14,6 +14,24 @@ def _settings(device: torch.device) -> list[Any]:
     if device.type == "cuda":
         return [backends.cuda.matmul, backends.cudnn.conv]
     return [backends.mkldnn.matmul, backends.mkldnn.conv] if device.type == "cpu" else []
+
+
+class _Guard:
+    """A lock that stands in nobody's way for long if an interrupt has left it held.
+
+    A KeyboardInterrupt may fall between the last line of a ``with`` block and its end. Then the
+    same thread goes in again, and others go on after a while.
+    """
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire(timeout=1.0)
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(RuntimeError):  # it is another thread's
+            self._lock.release()
 
 
 class FullPrecision:
@@ -45,7 +63,7 @@ class FullPrecision:
                     backend.fp32_precision = before
 
 
-_lock = Lock()
+_lock = _Guard()
 _inside: dict[int, tuple[int, str]] = {}
 """How many are inside by backend, and its setting before: autograd has a thread for every GPU."""
 
