@@ -131,3 +131,21 @@ def test_an_interrupt_that_leaves_the_lock_held_stops_nobody() -> None:
     finally:
         lock.release()
     assert done == [0, 1]
+
+
+@pytest.mark.parametrize("setting", ["bf16", "ieee"])
+def test_an_interrupted_pass_leaves_settings_as_they_were(setting: str) -> None:
+    """Contexts that were entered and never left, at whatever line."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = setting
+    try:
+        lost = FullPrecision(torch.device("cpu"))
+        lost.__enter__()
+        del lost
+        for _ in range(2):
+            with FullPrecision(torch.device("cpu")):
+                assert backend.fp32_precision == "ieee"
+            assert backend.fp32_precision == setting
+    finally:
+        backend.fp32_precision = before

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import RLock
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -48,24 +49,26 @@ class FullPrecision:
     def __enter__(self) -> None:
         with _lock:
             for backend in self._backends:
-                users, before = _inside.get(id(backend), (0, backend.fp32_precision))
-                if not users and before not in ("none", "ieee"):
+                setting = backend.fp32_precision
+                if setting not in ("none", "ieee"):
+                    _before[id(backend)] = setting
                     backend.fp32_precision = "ieee"
-                _inside[id(backend)] = users + 1, before
+                _inside.setdefault(id(backend), WeakSet()).add(self)
 
     def __exit__(self, *error: object) -> None:
         with _lock:
             for backend in self._backends:
-                users, before = _inside.pop(id(backend))
-                if users > 1:
-                    _inside[id(backend)] = users - 1, before
-                elif before not in ("none", "ieee"):
-                    backend.fp32_precision = before
+                users = _inside[id(backend)]
+                users.discard(self)
+                if not users and id(backend) in _before:
+                    backend.fp32_precision = _before.pop(id(backend))
 
 
 _lock = _Guard()
-_inside: dict[int, tuple[int, str]] = {}
-"""How many are inside by backend, and its setting before: autograd has a thread for every GPU."""
+_inside: dict[int, WeakSet[FullPrecision]] = {}
+"""Who is inside by backend: autograd has a thread for every GPU. Who was interrupted is gone."""
+_before: dict[int, str] = {}
+"""The user's settings meanwhile."""
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
