@@ -874,3 +874,15 @@ def test_passes_to_named_inputs_add_up() -> None:
     for layer, other in zip(*(o._registry.layers for o in optimizers), strict=True):
         for found, expected in zip(layer.statistics.sums(), other.statistics.sums(), strict=True):
             torch.testing.assert_close(found, expected)
+
+
+def test_a_pass_whose_graph_is_made_contributes_nothing() -> None:
+    """Into ``.grad``, where only the next pass over it counts."""
+    model = mlp(3, 4, 2)
+    optimizer = Optimizer(model.parameters())
+    x, y = mlp_batch(0, 3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of the reference cycle
+        squares(model(x), y).backward(create_graph=True)
+    assert not any(layer.statistics.pending for layer in optimizer._registry.layers)
+    model.zero_grad()
