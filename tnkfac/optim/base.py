@@ -17,9 +17,10 @@ from torch.optim.optimizer import StateDict
 
 from tnkfac.curvature.capture.tap import FirstForward
 from tnkfac.curvature.precision import FullPrecision
+from tnkfac.curvature.uses.slots import Slot, Weight
 from tnkfac.optim import checkpoint, options, saved_state
 from tnkfac.optim.distributed.assignment import Placement
-from tnkfac.optim.distributed.reduction import Processes
+from tnkfac.optim.distributed.reduction import Processes, full_tensor
 from tnkfac.optim.finite import (
     AsyncFlags,
     SkippedSteps,
@@ -31,8 +32,9 @@ from tnkfac.optim.finite import (
 from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.parts import PartStates
 from tnkfac.optim.params.registry import Registry, by_parameter
-from tnkfac.optim.params.state import ParamState, has_curvature, mark, set_mark
+from tnkfac.optim.params.state import ParamState, State, has_curvature, mark, set_mark
 from tnkfac.optim.report.diagnostics import Diagnostics, diagnose
 from tnkfac.optim.report.notices import Notices
 from tnkfac.optim.report.summary import Report, summarize
@@ -158,7 +160,7 @@ class CurvatureOptimizer(Optimizer):
         has_modules = self._registry.sort(self, self.param_groups, self.state)
         self._follow_state()
         new = [layer for layer in self._registry.layers if id(layer) not in known]
-        self.rule.choose_structures(new, self._registry, self.param_groups, self.state)
+        self.rule.choose_structures(new, self._registry, self.param_groups, self._states)
         if not has_modules and self._search is None:
             self._search = FirstForward(self, "_search_module")
         for uncaptured in self._registry.others:
@@ -182,6 +184,26 @@ class CurvatureOptimizer(Optimizer):
         if self.__dict__.get("_ready"):
             self._follow_state()
 
+    @property
+    def _states(self) -> State:
+        """The state, in which parts of parameters are found as well."""
+        return PartStates(self.state) if self._registry.parts else self.state
+
+    def _declare(self, weight: Weight, slots: list[Slot]) -> bool:
+        """Take up layers that the calls of a pass are seen to use."""
+        known = {id(layer) for layer in self._registry.layers}
+        if not self._registry.declare(weight, slots, self.state):
+            return False
+        state = self._states
+        new = [layer for layer in self._registry.layers if id(layer) not in known]
+        for layer in new:
+            states.follow_structures(layer, state)
+        self.rule.choose_structures(new, self._registry, self.param_groups, state)
+        for layer in new:
+            self._drop_misfit(layer)
+        self._set_taps()
+        return True
+
     def _catch_up(self) -> None:
         """Take up what was changed by hand in ``param_groups`` and in ``state``.
 
@@ -189,7 +211,7 @@ class CurvatureOptimizer(Optimizer):
         """
         if self._regroup():
             return
-        state = self.state
+        state = self._states
         for layer in self._registry.layers:
             if not layer.statistics.enabled and "last_update" not in state.get(layer.weight, ()):
                 self._follow_state()
@@ -248,6 +270,16 @@ class CurvatureOptimizer(Optimizer):
     def _step(self) -> None:
         """Take what the passes have left into the state and the parameters."""
         self._regroup()  # an emptied state is taken up in the end
+        self._take_up_uses()
+        parts = self._registry.parts
+        parts.begin(full_tensor)
+        try:
+            self._step_whole()
+        finally:
+            parts.end()
+
+    def _step_whole(self) -> None:
+        """Do so while parts have the memory and the gradients of their parameters."""
         due = [layer for layer in self._registry.layers if layer.statistics.enabled]
         several = False
         if distributed.is_available() and distributed.is_initialized():
@@ -258,7 +290,7 @@ class CurvatureOptimizer(Optimizer):
         if any(layer.statistics.refused for layer in self._registry.layers):
             due = self._release(due)
         if several:
-            self._runner.placing.place(self._registry.layers, self.state)
+            self._runner.placing.place(self._registry.layers, self._states)
         if not self._all_have_gradients():
             self._notices.check_gradients(self._registry)
         self._ensure_state()
@@ -272,8 +304,8 @@ class CurvatureOptimizer(Optimizer):
         if not pending and self._all_lrs_zero(due):
             return
         if due and not self._excluded:
-            self._notices.check_statistics(due, self.state)
-            self._notices.check_stale(due, self.state)
+            self._notices.check_statistics(due, self._states)
+            self._notices.check_stale(due, self._states)
         found_inf = self._step_if_finite(pending, bad_gradients)
         self._skipped.add(found_inf)
         if self._skipped_steps.untold:
@@ -282,6 +314,14 @@ class CurvatureOptimizer(Optimizer):
         self._advance(self._updated(pending) if found_inf is not True else [])
         if isinstance(found_inf, Tensor):
             self._flags.send(found_inf, undo)
+
+    def _take_up_uses(self) -> None:
+        """See how parameters were used that no supported module multiplies with."""
+        lost = self._registry.settle(self._paused or self._excluded)
+        gone = [found for found in lost if "exp_avg" not in self.state.get(found.param, {})]
+        for found in gone:  # the fallback starts with a state of its own
+            self.state.pop(found.param, None)
+        self._notices.tell_lost(lost, self._registry)
 
     def _release(self, due: list[CapturedLayer]) -> list[CapturedLayer]:
         """Leave layers to the fallback whose statistics have refused; return the others.
@@ -301,7 +341,7 @@ class CurvatureOptimizer(Optimizer):
         self._flags.receive(wait=True)  # they look at the state that is dropped
         self._registry.release(released)
         for layer in released:
-            for param in layer.params():
+            for param in layer.owned():
                 self.state.pop(param, None)
         self._notices.tell_released(released)
         return [layer for layer in due if not layer.statistics.refused]
@@ -323,7 +363,7 @@ class CurvatureOptimizer(Optimizer):
             pending: Layers with statistics.
             bad_gradients: Whether a gradient is not finite; None if they were not looked at.
         """
-        layers, state, gradients = self._registry.layers, self.state, self._gradients()
+        layers, state, gradients = self._registry.layers, self._states, self._gradients()
         diagonals, unread = self._runner.diagonals(layers, state), gradients
         deferred = None
         if diagonals and self._runner.placing.assignment.world == 1:
@@ -356,19 +396,19 @@ class CurvatureOptimizer(Optimizer):
         """Step every parameter that has a gradient."""
         self._trust = step_layers(self._registry.layers, self._precondition, context)
         others, found_inf = self._registry.others, context.found_inf
-        step_others(others, self.state, self.param_groups, found_inf)
+        step_others(others, self._states, self.param_groups, found_inf)
         # torch's fused kernels do not tell autograd that they have written
         increment_version([p for g in self.param_groups for p in g["params"] if p.grad is not None])
 
     def _precondition(self, layers: list[CapturedLayer], gradients: list[Tensor]) -> list[Tensor]:
         """Precondition the joint gradient matrices of several layers."""
-        return self._runner.precondition(layers, gradients, self.state, self._found_inf)
+        return self._runner.precondition(layers, gradients, self._states, self._found_inf)
 
     # ---------------------------------------------------------------- the clock
 
     def _advance(self, updated: list[CapturedLayer]) -> None:
         """Count a step, and see what the next one is to do."""
-        self._runner.count(updated, self.param_groups, self.state)
+        self._runner.count(updated, self.param_groups, self._states)
         self._registry.clear()
         self._excluded = False
         self._set_taps()
@@ -378,7 +418,7 @@ class CurvatureOptimizer(Optimizer):
         taken = [
             layer
             for layer in self._registry.layers
-            if not layer.needs.statistics and has_curvature(layer, self.state)
+            if not layer.needs.statistics and has_curvature(layer, self._states)
         ]
         return [*pending, *taken]
 
@@ -389,7 +429,7 @@ class CurvatureOptimizer(Optimizer):
         def undo() -> None:
             for layer, step, last in before:
                 if self._last_update(layer) == step:  # due again
-                    set_mark(self.state, layer, "last_update", last)
+                    set_mark(self._states, layer, "last_update", last)
             self._set_taps()
 
         return undo
@@ -431,18 +471,18 @@ class CurvatureOptimizer(Optimizer):
 
     def _last_update(self, layer: CapturedLayer) -> int:
         """Step of the last update of its factors, or -1."""
-        return mark(self.state, layer, "last_update")
+        return mark(self._states, layer, "last_update")
 
     def _follow_state(self) -> None:
         """Take up what the state says of structures, and of when layers were updated."""
         for layer in self._registry.layers:
             layer.cached_products.clear()
-            states.follow_structures(layer, self.state)
+            states.follow_structures(layer, self._states)
         self._set_taps()
 
     def _set_taps(self) -> None:
         """Switch taps on where the next step is to update factors, and off elsewhere."""
-        state = self.state
+        state = self._states
         for layer in self._registry.layers:
             if self._paused or not layer.needs.statistics:
                 layer.statistics.enabled = False
@@ -463,7 +503,7 @@ class CurvatureOptimizer(Optimizer):
 
     def _ensure_state(self) -> None:
         """Make the states of all that are about to be trained."""
-        state = self.state
+        state = self._states
         if self.rule.revise_structures(self._registry, self.param_groups, state):
             self._excluded = True  # statistics that are missing from this step are no surprise
         for layer in self._registry.layers:
@@ -483,9 +523,9 @@ class CurvatureOptimizer(Optimizer):
 
     def _drop_misfit(self, layer: CapturedLayer) -> None:
         """Start the curvature anew that was handed on to a new weight, and has another shape."""
-        if not has_curvature(layer, self.state) or not layer.statistics.bound:
+        if not has_curvature(layer, self._states) or not layer.statistics.bound:
             return
-        saved = self.state[layer.weight]
+        saved = self._states[layer.weight]
         fresh = {k: v for k, v in self._runner.fresh(layer).items() if k not in states.ON_HOST}
         fits = [key in saved and saved[key].shape == part.shape for key, part in fresh.items()]
         if self._runner.placing.assignment.is_grad_worker(layer) and not all(fits):
@@ -516,7 +556,7 @@ class CurvatureOptimizer(Optimizer):
         """
         self._catch_up()
         self._processes.find(list(self._registry.params()))
-        self._runner.placing.place(self._registry.layers, self.state)
+        self._runner.placing.place(self._registry.layers, self._states)
         return self._runner.placing.table(self._registry.layers)
 
     def state_dict(self) -> StateDict:
@@ -534,7 +574,7 @@ class CurvatureOptimizer(Optimizer):
             lambda _, saved: checkpoint.as_saved(saved, self._runner), prepend=True
         )
         try:
-            whole = self._runner.placing.whole_state(self._registry.layers, self.state)
+            whole = self._runner.placing.whole_state(self._registry.layers, self._states)
             with whole, checkpoint.without_strangers(self.state, self.param_groups):
                 return super().state_dict()
         finally:
@@ -591,11 +631,11 @@ class CurvatureOptimizer(Optimizer):
         checkpoint.restore_tensors(self.state, saved, params, dtypes)
         self._registry.clear()
         for layer in self._registry.layers:
-            checkpoint.split_second_moments(layer, self.state, layer.group["step"])
+            checkpoint.split_second_moments(layer, self._states, layer.group["step"])
         self._follow_state()
-        self._runner.placing.drop(self._registry.layers, self.state)
-        saved_state.check_states(self._registry, self.state, self._runner)
-        checkpoint.complete_derived(self._registry.layers, self.state, self._runner)
+        self._runner.placing.drop(self._registry.layers, self._states)
+        saved_state.check_states(self._registry, self._states, self._runner)
+        checkpoint.complete_derived(self._registry.layers, self._states, self._runner)
         self._set_taps()
 
     def _choose_layers(self, saved: list[Group], before: list[Group]) -> None:
@@ -605,7 +645,7 @@ class CurvatureOptimizer(Optimizer):
             saved: Its groups; those of older versions captured all tied weights.
             before: The groups before loading.
         """
-        contradicts = self._registry.contradicts(self.state, self.param_groups)
+        contradicts = self._registry.contradicts(self._states, self.param_groups)
         if checkpoint.captures_alike(self.param_groups, before, self.rule) and not contradicts:
             return
         for group, saved_group in zip(self.param_groups, saved, strict=True):
@@ -630,7 +670,7 @@ class CurvatureOptimizer(Optimizer):
     def report(self) -> Report:
         """How every parameter is trained: a list of rows that prints as a table."""
         self._catch_up()
-        report = summarize(self._registry, self.state)
+        report = summarize(self._registry, self._states)
         report.skipped_updates = self.skipped_updates
         report.skipped_steps = self._skipped_steps.totals
         report.trust_region = None if self._trust is None else float(self._trust)
@@ -655,7 +695,7 @@ class CurvatureOptimizer(Optimizer):
         self._catch_up()
         layers = self._registry.layers
         spectra = self._runner.spectra
-        diagnostics = diagnose(layers, self.state, spectra)
+        diagnostics = diagnose(layers, self._states, spectra)
         diagnostics.trust_region = None if self._trust is None else float(self._trust)
         diagnostics.skipped_updates = self.skipped_updates
         return diagnostics

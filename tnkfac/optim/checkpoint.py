@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim.optimizer import StateDict
 
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.parts import flat, nested, origin
 from tnkfac.optim.params.registry import Registry, by_parameter
 from tnkfac.optim.params.state import (
     ON_HOST,
@@ -39,7 +41,7 @@ CAPTURING = (
 
 
 @contextmanager
-def without_strangers(state: State, groups: list[Group]) -> Iterator[None]:
+def without_strangers(state: dict[Tensor, ParamState], groups: list[Group]) -> Iterator[None]:
     """Leave out the states of parameters that were taken out of their group by hand."""
     known = by_parameter(groups)
     strangers = {param: state.pop(param) for param in list(state) if id(param) not in known}
@@ -51,7 +53,7 @@ def without_strangers(state: State, groups: list[Group]) -> Iterator[None]:
 
 def as_saved(saved: StateDict, runner: RuleRunner) -> StateDict:
     """State dict of torch without what can be derived and without callables."""
-    state = {k: dict(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
+    state = {k: flat(v) if isinstance(v, dict) else v for k, v in saved["state"].items()}
     for group in saved["param_groups"]:
         if not runner.rule.saves_derived(group):
             for index in group["params"]:
@@ -74,10 +76,10 @@ def restore_groups(groups: list[Group], before: list[Group]) -> None:
 
 
 def restore_tensors(
-    state: State,
+    state: dict[Tensor, ParamState],
     saved: StateDict,
     params: list[Tensor],
-    dtypes: Mapping[int, Mapping[str, torch.dtype]],
+    dtypes: Mapping[tuple[int, str], Mapping[str, torch.dtype]],
 ) -> None:
     """Put saved tensors back in the dtype of a new state; torch takes that of the parameter.
 
@@ -85,25 +87,44 @@ def restore_tensors(
         state: State of the optimizer, just loaded by torch.
         saved: What was loaded.
         params: Parameters in the order of the groups.
-        dtypes: Those of a new state, by ``id`` of the parameter and what names begin with; all
-            else stays as it was saved.
+        dtypes: Those of a new state, by ``id`` of the parameter, label of the part, and what
+            names begin with; all else stays as it was saved.
 
     Raises:
         ValueError: If a tensor is of another kind.
     """
     keys = [key for group in saved["param_groups"] for key in group["params"]]
     for key, param in zip(keys, params, strict=True):
-        known, param_state = dtypes.get(id(param), {}), state.get(param, {})
-        for old in _OLD_NAMES.keys() & param_state.keys():
-            del param_state[old]
-        for name, value in saved["state"].get(key, {}).items():
-            name = _OLD_NAMES.get(name, name)
-            if isinstance(value, Tensor):
-                device = torch.device("cpu") if name in ON_HOST else param.device
-                dtype = known.get(name.split(".")[0], value.dtype)
-                if value.is_floating_point() != dtype.is_floating_point or value.is_complex():
-                    raise ValueError(f"{name!r}: got {value.dtype}. Supported: {dtype}.")
-                param_state[name] = value.detach().to(device, dtype, copy=True)
+        if param not in state:
+            continue
+        own = nested(saved["state"].get(key, {}))
+        state[param] = _restored(state[param], own, param.device, dtypes.get((id(param), ""), {}))
+        for label, part in own.items():
+            if isinstance(part, dict) and label.endswith("]"):
+                known = dtypes.get((id(param), label), {})
+                param_state: dict[str, Any] = state[param]
+                param_state[label] = _restored({}, part, param.device, known)
+
+
+def _restored(
+    loaded: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, Any]:
+    """What torch has loaded, with tensors as they were saved."""
+    restored = {name: value for name, value in loaded.items() if name in saved}
+    for name in _OLD_NAMES.keys() & restored.keys():
+        del restored[name]
+    for name, value in saved.items():
+        name = _OLD_NAMES.get(name, name)
+        if isinstance(value, Tensor):
+            where = torch.device("cpu") if name in ON_HOST else device
+            dtype = dtypes.get(name.split(".")[0], value.dtype)
+            if value.is_floating_point() != dtype.is_floating_point or value.is_complex():
+                raise ValueError(f"{name!r}: got {value.dtype}. Supported: {dtype}.")
+            restored[name] = value.detach().to(where, dtype, copy=True)
+    return restored
 
 
 def split_second_moments(layer: CapturedLayer, state: State, step: int) -> None:
@@ -133,28 +154,35 @@ def captures_alike(groups: Iterable[Group], before: Iterable[Group], rule: Rule)
     return [*map(choice, groups)] == [*map(choice, before)]
 
 
-def expected_dtypes(registry: Registry, runner: RuleRunner) -> dict[int, dict[str, torch.dtype]]:
-    """In which dtypes a new state would be, by ``id`` of the parameter and name.
+def expected_dtypes(
+    registry: Registry, runner: RuleRunner
+) -> dict[tuple[int, str], dict[str, torch.dtype]]:
+    """Dtypes of a new state, by ``id`` of the parameter and label of the part, and by name.
 
     Args:
         registry: All parameters.
         runner: What keeps something of layers.
     """
-    dtypes: dict[int, dict[str, torch.dtype]] = {}
+    dtypes: dict[tuple[int, str], dict[str, torch.dtype]] = {}
     for layer in registry.layers:
         if not layer.statistics.bound:
             continue
         for param in layer.params():
             made: ParamState = {}
             complete(made, torch.empty(0, dtype=param.dtype, device="meta"), layer.group)
-            dtypes[id(param)] = {key: part.dtype for key, part in made.items()}
+            dtypes[_place(param)] = {key: part.dtype for key, part in made.items()}
         made = runner.kept(layer)
-        dtypes[id(layer.weight)] |= {k.split(".")[0]: part.dtype for k, part in made.items()}
+        dtypes[_place(layer.weight)] |= {k.split(".")[0]: part.dtype for k, part in made.items()}
     for uncaptured in registry.others:
         like = torch.empty(0, dtype=uncaptured.param.dtype, device="meta")
         made = fallback.init_state(like, uncaptured.group)
-        dtypes[id(uncaptured.param)] = {key: part.dtype for key, part in made.items()}
+        dtypes[id(uncaptured.param), ""] = {key: part.dtype for key, part in made.items()}
     return dtypes
+
+
+def _place(tensor: Tensor) -> tuple[int, str]:
+    part = origin(tensor)
+    return (id(tensor), "") if part is None else (id(part.param), part.label)
 
 
 def complete_derived(layers: Iterable[CapturedLayer], state: State, runner: RuleRunner) -> None:

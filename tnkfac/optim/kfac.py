@@ -197,7 +197,7 @@ class KFAC(CurvatureOptimizer):
         with torch.no_grad():
             trial.moved()
             layers = [layer for layer in self._registry.layers if self._last_update(layer) >= 0]
-            curvature = [(la, *averages(la, self.state[la.weight])) for la in layers]
+            curvature = [(la, *averages(la, self._states[la.weight])) for la in layers]
             predicted = trial.predicted(curvature, adaptive[0]["damping"])
             with self.no_stats():
                 change = trial.evaluate(closure) - float(loss)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from tnkfac.curvature.capture.reading import reader_of
 from tnkfac.curvature.layers import LAYERS, STOCK, layer_type
 from tnkfac.curvature.layers.stock_forward import REPLACED_FORWARD
 
@@ -22,14 +23,18 @@ class Owner:
         name: Qualified name of the module from its root; empty for the root itself.
         module: The module.
         attribute: Name of the parameter in the module.
-        called: Whether the module is ever called as a module.
+        reader: The module around it that reads the parameter without calling the module, if any.
+        enclosing: The innermost module around it that runs, or itself if it does.
+        root: The outermost module around it.
         indices: Whether layers that read integers are supported.
     """
 
     name: str
     module: nn.Module
     attribute: str
-    called: bool = True
+    reader: nn.Module | None = None
+    enclosing: nn.Module | None = None
+    root: nn.Module | None = None
     indices: bool = False
 
     @property
@@ -46,14 +51,14 @@ class Owner:
     @property
     def runs(self) -> bool:
         """Whether the module computes anything, unlike a list of parameters."""
-        return type(self.module).forward is not nn.Module.forward
+        return _runs(self.module)
 
     @property
     def refusal(self) -> str | None:
         """Why the module is not a supported layer, or None if it is one."""
         kind = type(self.module).__name__
-        if not self.called:
-            return "its MultiheadAttention reads it without calling it"
+        if self.reader is not None:
+            return f"its {type(self.reader).__name__} reads it without calling it"
         if layer_type(self.module, self.indices) is not None:
             return None
         known = tuple(kind for kind, layer in LAYERS.items() if not layer.reads_indices)
@@ -110,12 +115,11 @@ def _search(roots: list[nn.Module], wanted: set[int], owners: dict[int, list[Own
     seen = {id(owner.module) for entries in owners.values() for owner in entries}
     prefix = len(roots) > 1
     for root in roots:
-        uncalled = {
-            id(module.out_proj)
-            for module in root.modules()
-            if isinstance(module, nn.MultiheadAttention)
-        }
+        parents: dict[int, tuple[nn.Module, str]] = {}
         for name, module in root.named_modules():
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    parents.setdefault(id(child), (module, child_name))
             if id(module) in seen:
                 continue
             seen.add(id(module))
@@ -123,8 +127,29 @@ def _search(roots: list[nn.Module], wanted: set[int], owners: dict[int, list[Own
                 name = f"{type(root).__name__}.{name}" if name else type(root).__name__
             for attribute, param in module._parameters.items():
                 if param is not None and id(param) in wanted:
-                    owner = Owner(name, module, attribute, id(module) not in uncalled)
+                    around = list(_around(module, parents))
+                    reader = reader_of(attribute, around) if around else None
+                    running = (m for m, _ in [(module, ""), *around] if _runs(m))
+                    owner = Owner(name, module, attribute, reader, next(running, None), root)
                     owners.setdefault(id(param), []).append(owner)
+
+
+def _around(
+    module: nn.Module, parents: dict[int, tuple[nn.Module, str]]
+) -> Iterator[tuple[nn.Module, str]]:
+    """Modules around another one, from the inside out, each with the name of what it holds."""
+    met = {id(module)}
+    while id(module) in parents:
+        module, name = parents[id(module)]
+        if id(module) in met:
+            return
+        met.add(id(module))
+        yield module, name
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a module computes anything, unlike a list."""
+    return getattr(type(module), "forward", None) not in (None, nn.Module.forward)
 
 
 def _living_roots(wanted: set[int]) -> list[nn.Module]:

@@ -124,10 +124,14 @@ class Statistics:
         """Describe a module that measures into these statistics; its shape must be known."""
         layer = replace(describe(module), bias=self._bias)
         if not self.bound:
-            self.layer = layer
-            self._resolve(layer)
-            self.bound = True
+            self.bind_to(layer)
         return layer
+
+    def bind_to(self, layer: Layer) -> None:
+        """Measure a layer of this shape from now on."""
+        self.layer = layer
+        self._resolve(layer)
+        self.bound = True
 
     def _resolve(self, layer: Layer) -> None:
         k, c = self._structures
@@ -314,10 +318,11 @@ class Statistics:
         """How many of the sums belong to the input factor; they are the first."""
         return sum(0 not in shape for shape in self.k.statistic_shapes)
 
-    def add(self, measured: Sequence[Tensor]) -> None:
+    def add(self, measured: Sequence[Tensor | None]) -> None:
         """Collect what a pass has measured that does not reach the leaves."""
         for leaf, part in zip(self._leaves, measured, strict=True):
-            leaf.grad = part if leaf.grad is None else leaf.grad + part
+            if part is not None:
+                leaf.grad = part if leaf.grad is None else leaf.grad + part
 
     def spoil(self, why: str) -> None:
         """Count nothing until :meth:`clear`, since a part of what was to be measured is lost."""

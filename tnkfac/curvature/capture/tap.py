@@ -1,10 +1,4 @@
-"""Seeing layer inputs and output gradients: the only file that registers hooks.
-
-One forward hook per layer, the *tap*, passes the output through an identity
-``autograd.Function``. It keeps the input, and its backward returns the layer's statistics as the
-gradients of hidden leaves. Unlike tensor hooks it survives in-place operations on the output,
-checkpointing and compilation, and leaves no tensor behind when no backward follows.
-"""
+"""Seeing layer inputs and output gradients: a forward hook for each layer, the *tap*."""
 
 from __future__ import annotations
 
@@ -15,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.parameter import is_lazy
 
-from tnkfac.curvature.capture.graph import is_compiled, is_product, kept_input, plain
+from tnkfac.curvature.capture.batch import BatchSize, by_sample
+from tnkfac.curvature.capture.calls import EagerCall, Identity, Share, TracedCall, through
+from tnkfac.curvature.capture.graph import is_compiled, is_product
+from tnkfac.curvature.capture.hooks import InertCopy, forget_compiled_frames
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.layers import Layer, is_wrapped, layer_type
 from tnkfac.curvature.layers.stock_forward import (
@@ -30,111 +26,6 @@ from tnkfac.curvature.layers.stock_forward import (
     hashable,
     snapshot,
 )
-from tnkfac.curvature.precision import FullPrecision, without_autocast
-
-
-class _Identity(torch.autograd.Function):
-    """Identity on the output of a layer; statistics flow into the leaves."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, call: Any, inplace: bool, *leaves: Any) -> Any:
-        ctx.save_for_backward(x)
-        ctx.call = call
-        ctx.shapes = [leaf.shape for leaf in leaves]
-        if not inplace:
-            return y.clone()
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (g,) = grads
-        statistics = ctx.call.backward(ctx, g)
-        if statistics is None:
-            return (g, None, None, None, *(None for _ in ctx.shapes))
-        for statistic, shape in zip(statistics, ctx.shapes, strict=True):
-            if statistic.shape != shape:  # autograd would silently sum it to the leaf's shape
-                raise RuntimeError(f"Statistic of shape {statistic.shape} for a leaf {shape}.")
-        return (g, None, None, None, *statistics)
-
-
-class _TracedCall:
-    """One call of a layer inside of a compiled graph."""
-
-    def __init__(
-        self, statistics: Statistics, layer: Layer, shape: torch.Size, terms: float | None
-    ) -> None:
-        self.statistics, self.layer, self.shape, self.terms = statistics, layer, shape, terms
-        self.draws: list[int] | None = None
-
-    def backward(self, ctx: Any, g: Tensor) -> tuple[Tensor, ...] | None:
-        """Statistics of the call, if the pass counts."""
-        if torch.is_grad_enabled():
-            return None
-        with without_autocast(g.device.type):
-            return self.measure(self.layer, ctx.saved_tensors[0].detach(), g.detach())
-
-    def measure(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:
-        g = g.reshape(self.shape)  # it may be of the base
-        return self.statistics.measure(layer, x, g, self.terms, self.draws)
-
-
-class _EagerCall(_TracedCall):
-    """One call of a layer, whose backward pass finds out what it is part of."""
-
-    def __init__(
-        self,
-        tap: Tap,
-        layer: Layer,
-        shape: torch.Size,
-        terms: float | None,
-        weight: Tensor,
-        version: int,
-    ) -> None:
-        self.statistics, self.layer, self.shape, self.terms = tap.statistics, layer, shape, terms
-        self.tap, self.weight, self.version = tap, weight, version
-        self.draws = [0] if tap.statistics.explicit_passes else None
-
-    def backward(self, ctx: Any, g: Tensor) -> tuple[Tensor, ...] | None:
-        statistics = self.statistics
-        if torch.is_grad_enabled():
-            statistics.last_event = DOUBLE_BACKWARD
-            return None
-        retained = self._input(ctx, g)
-        if retained is None:
-            self.tap.copies = True
-            statistics.spoil(CHANGED_INPUT)
-            return None
-        statistics.begins()
-        with without_autocast(g.device.type), FullPrecision(g.device):
-            measured = self.measure(retained[0], plain(retained[1]), plain(g))
-        if measured is None or torch._C._will_engine_execute_node(statistics.sink):
-            return measured
-        if _accumulates(self.weight):  # .backward(inputs=...): the leaves are not among these
-            statistics.add(measured)
-        else:
-            statistics.last_event = FUNCTIONAL_GRADIENT
-        return None
-
-    def _input(self, ctx: Any, g: Tensor) -> tuple[Layer, Tensor] | None:
-        """The input as it was, and the layer that took it."""
-        try:
-            (x,) = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            return kept_input(ctx.next_functions[0][0], self.layer, self.shape)
-        # with hooks of saved tensors, as activation checkpointing has them, torch does not look
-        return None if x._version > self.version else (self.layer, x)
-
-
-def _accumulates(weight: Tensor) -> bool:
-    """Whether the backward pass that is running adds to the ``.grad`` of a weight."""
-    try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
-    except RuntimeError:  # so says torch where torch.autograd.grad returns the gradient instead
-        return False
-
 
 EVALUATION = "called in eval() mode"
 REPLACED_WEIGHT = "called with another tensor in the place of the weight"
@@ -144,15 +35,6 @@ REPLICA = "run as a replica of DataParallel"
 EMPTY = "called with an empty batch, or without outputs"
 UNKNOWN_FORWARD = "run compiled, by a forward or a wrapper that the optimizer cannot look into"
 TAPPED = "called, but no backward pass came through the output"
-DOUBLE_BACKWARD = (
-    "called, but only backward passes with create_graph=True came through the output; what reaches "
-    "a weight by way of the derivative of a derivative has no Kronecker factors"
-)
-FUNCTIONAL_GRADIENT = "called, but differentiated by torch.autograd.grad instead of .backward()"
-CHANGED_INPUT = (
-    "called, but the input was changed in place before the backward pass; from now on a copy of it "
-    "is kept, and the next pass counts"
-)
 """Events of the last call of a layer of which nothing was measured."""
 
 
@@ -161,16 +43,19 @@ def _has_own_dispatch(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def opaque(role: str, tensor: Tensor) -> str | None:
+    """Why a tensor of a call cannot be read, if so."""
+    hidden = tensor.is_nested or (type(tensor) is not Tensor and _has_own_dispatch(tensor))
+    return _opaque(role, tensor) if hidden else None
+
+
 def _opaque(role: str, tensor: Tensor) -> str:
     kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
     return f"called, but the {role} is a {kind}, which only its own operations can read"
 
 
-class Tap:
-    """Forward hook of one module.
-
-    It keeps no reference to the optimizer, and copies and pickles as a hook that does nothing, so
-    a copied model contributes no statistics.
+class Tap(InertCopy):
+    """Forward hook of one module, which keeps no reference to the optimizer.
 
     Attributes:
         statistics: Where it measures.
@@ -178,9 +63,18 @@ class Tap:
         copies: Whether inputs are copied, because they are changed in place after the call.
     """
 
-    def __init__(self, statistics: Statistics, weight: Tensor) -> None:
-        """Measure into ``statistics`` while the module's weight is ``weight``."""
+    def __init__(
+        self, statistics: Statistics, weight: Tensor, batch: BatchSize | None = None
+    ) -> None:
+        """Measure into ``statistics`` while the module's weight is ``weight``.
+
+        Args:
+            statistics: What is measured of it.
+            weight: Its weight.
+            batch: How many samples a pass has, if somebody knows.
+        """
         self.statistics = statistics
+        self._batch = batch or BatchSize()
         self.layer: Layer | None = None
         self.copies = False
         self._weight_id = id(weight)
@@ -224,8 +118,9 @@ class Tap:
         layer = self._called(module, weight)
         if layer is None:
             return None
-        call = _TracedCall(self.statistics, layer, output.shape, self._terms(module, output))
-        return _Identity.apply(output, x, call, False, *self.statistics.graph_leaves(output))
+        shares = (self._share(layer, x),)
+        call = TracedCall(shares, output.shape, self._terms(module, output))
+        return Identity.apply(output, x, call, False, *self.statistics.graph_leaves(output))
 
     def _run(self, module: nn.Module, weight: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap an output, in place."""
@@ -249,17 +144,10 @@ class Tap:
         statistics.last_event = TAPPED
         if self.copies:
             x = x.detach().clone()
-        call = _EagerCall(
-            self, layer, output.shape, self._terms(module, output), weight, x._version
-        )
+        terms, shares = self._terms(module, output), (self._share(layer, x),)
+        call = EagerCall(shares, output.shape, terms, weight, x._version, self)
         statistics.drop_stale()
-        leaves = statistics.leaves(weight)
-        base = output._base
-        if base is None or base.numel() != output.numel():
-            return _Identity.apply(output, x, call, True, *leaves)
-        tapped = _Identity.apply(base, x, call, True, *leaves).view(output.shape)
-        _ = output.grad_fn  # a stale view must be refreshed before anyone hooks it
-        return tapped if type(output) is Tensor else output
+        return through(output, x, call, statistics.leaves(weight))
 
     def _obstacle(self, module: nn.Module, weight: Any, output: Any) -> str | None:
         """Why a call cannot be measured, empty where no gradient of a weight comes from it."""
@@ -328,10 +216,17 @@ class Tap:
             self._geometry = snapshot(module)
         return self.layer
 
+    def _share(self, layer: Layer, x: Tensor) -> Share:
+        """What a call gives to the statistics, with rows of whole samples."""
+        samples = self._batch.size
+        parted = samples and not layer.has_geometry and x.shape[0] != samples
+        rows = by_sample(None, samples) if parted and not layer.reads_indices else None
+        return Share(self.statistics, layer, rows)
+
     def _terms(self, module: nn.Module, output: Tensor) -> float | None:
         average = self.statistics.loss_average
         if not callable(average):
-            return None
+            return self._batch.terms(self.statistics)
         terms = float(average(module, output.shape))
         if not torch.compiler.is_compiling():
             self.statistics.told_terms = terms
@@ -344,34 +239,6 @@ class Tap:
         assert weight is not None
         return weight
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        """A copied model has a hook that does nothing."""
-        return no_tap
-
-    def __reduce__(self) -> Any:
-        """An unpickled model has a hook that does nothing."""
-        return _make_no_tap, ()
-
-
-class _NoTap:
-    """Stand-in for a tap in a copied or unpickled model."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        return None
-
-    def __deepcopy__(self, memo: Any) -> _NoTap:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _make_no_tap, ()
-
-
-no_tap = _NoTap()
-
-
-def _make_no_tap() -> _NoTap:
-    return no_tap
-
 
 def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
     """Register a tap for as long as ``owner`` lives.
@@ -381,18 +248,11 @@ def attach(owner: object, module: nn.Module, tap: Tap) -> Callable[[], Any]:
     """
     handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
     tap.statistics.hooks.append(handle)
-    _forget_compiled_frames()
+    forget_compiled_frames()
     if not any(is_lazy(p) for p in module._parameters.values() if p is not None):
         tap.describe(module)
         tap.statistics.leaves(tap.weight_of(module))  # a compiled graph cannot make them
     return weakref.finalize(owner, handle.remove)
-
-
-def _forget_compiled_frames() -> None:
-    """A model that was compiled and run before would ignore its new hooks without a word."""
-    dynamo = getattr(torch, "_dynamo", None)
-    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
-        dynamo.reset()
 
 
 class FirstForward:

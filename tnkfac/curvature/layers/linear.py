@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,3 +85,9 @@ class Linear(ByPosition):
         if x.shape[1] == 1:
             return g[:, 0].square().T @ x[:, 0].square()
         return None
+
+
+class InputsFirstLinear(Linear):
+    """A linear layer whose weight is ``[C_in, C_out]``, as in ``x @ weight``."""
+
+    inputs_first: ClassVar[bool] = True

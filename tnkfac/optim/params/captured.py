@@ -11,6 +11,7 @@ from torch import Tensor
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.structures import Parts
 from tnkfac.optim.options import Group
+from tnkfac.optim.params.parts import home
 from tnkfac.optim.params.scaling import ElementwisePreconditioner
 
 
@@ -45,6 +46,7 @@ class CapturedLayer:
         group: Parameter group of the weight.
         bias_group: Parameter group of the bias.
         needs: What is to be measured of it.
+        labels: Names of weight and bias in their module.
         statistics: What the taps of its modules measure.
         scaling: Diagonal factors that were read of its state, if any.
         removers: Callables that remove the taps.
@@ -61,6 +63,7 @@ class CapturedLayer:
     bias_group: Group
     needs: Needs
     statistics: Statistics
+    labels: tuple[str, str] = ("weight", "bias")
     scaling: ElementwisePreconditioner | None = None
     removers: list[Callable[[], object]] = field(default_factory=list)
     cached_marks: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
@@ -70,6 +73,10 @@ class CapturedLayer:
         """Weight, and bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def owned(self) -> list[Tensor]:
+        """The parameters that weight and bias are, or are parts of."""
+        return [home(param) for param in self.params()]
+
     def group_of(self, param: Tensor) -> Group:
         """Parameter group of its weight or bias."""
         return self.bias_group if param is self.bias else self.group
@@ -77,9 +84,7 @@ class CapturedLayer:
     def named(self) -> list[tuple[str, Tensor]]:
         """Its parameters with their qualified names."""
         prefix = f"{self.name}." if self.name else ""
-        return [
-            (prefix + name, p) for name, p in zip(("weight", "bias"), self.params(), strict=False)
-        ]
+        return [(prefix + name, p) for name, p in zip(self.labels, self.params(), strict=False)]
 
     def close(self) -> None:
         """Remove the taps and what they have collected."""

@@ -9,12 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnkfac.curvature.capture.owners import find_owners, root_of
+from tnkfac.curvature.capture.batch import BatchSize, hook_batch
+from tnkfac.curvature.capture.owners import Owner, find_owners, root_of
+from tnkfac.curvature.uses.blocks import Span
+from tnkfac.curvature.uses.matching import Declare
+from tnkfac.curvature.uses.slots import Slot, Weight
 from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
+from tnkfac.optim.params.parts import Parts, home, origin
 from tnkfac.optim.params.skipping import Unmatched
 from tnkfac.optim.params.sorting import Sorting
+from tnkfac.optim.params.watching import Watched, Watching, accepts_bias, expected_slots
 
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
@@ -25,6 +31,7 @@ class Registry:
     Attributes:
         layers: Captured layers in module order.
         others: All other parameters in the order of the groups.
+        parts: Weights and biases of layers that are parts of parameters.
     """
 
     def __init__(self, needs: Callable[[Group], Needs]) -> None:
@@ -38,6 +45,11 @@ class Registry:
         self.others: list[Uncaptured] = []
         self._roots: list[weakref.ref[nn.Module]] = []
         self._unmatched = Unmatched()
+        self._group_of: dict[int, Group] = {}
+        self._watching = Watching()
+        self._batch = BatchSize()
+        self._hooked: list[weakref.ref[nn.Module]] = []
+        self.parts = Parts()
         self._sorted: list[Tensor] = []
         self._groups: list[Group] = []
 
@@ -82,17 +94,100 @@ class Registry:
         params = [param for group in groups for param in group["params"]]
         roots = [root for ref in self._roots if (root := ref()) is not None]
         owners = find_owners(params, roots)
-        taken = {id(param) for layer in self.layers for param in layer.params()}
+        taken = {id(param) for layer in self.layers for param in layer.owned()}
         before = {id(uncaptured.param): uncaptured.reason for uncaptured in self.others}
         sorting = Sorting(
-            params, owners, lambda p: group_of[id(p)], state, self._needs, taken, before
+            params,
+            owners,
+            lambda p: group_of[id(p)],
+            state,
+            self._needs,
+            taken,
+            before,
+            self._batch,
         )
         self.layers += sorting.layers(owner)
         self.others = sorting.others()
+        self._group_of = group_of
+        self._hook_roots(owner, owners, roots)
+        self._watching.locate(owners, params)
+        new = [found for found in sorting.watched if found.param not in self._watching]
+        self._watching.watch(owner, new, _asking(owner), self._batch)
+        for found in new:
+            expected = expected_slots(found)
+            if expected and self.declare(found.weight, expected, state):
+                found.weight.add(expected)
         self._sorted, self._groups = [], []
         if owners:
             self._unmatched.check(groups, owners, roots)
         return bool(owners)
+
+    def _hook_roots(
+        self, owner: object, owners: Mapping[int, list[Owner]], roots: list[nn.Module]
+    ) -> None:
+        """Have the outermost modules tell how many samples they get."""
+        found = [o.root for entries in owners.values() for o in entries if o.root is not None]
+        for root in {id(module): module for module in [*roots, *found]}.values():
+            if not any(known() is root for known in self._hooked):
+                self._hooked.append(weakref.ref(root))
+                hook_batch(owner, root, self._batch)
+
+    def declare(
+        self, weight: Weight, slots: list[Slot], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> bool:
+        """Take up layers that calls are seen to use; tell whether they can be trained.
+
+        Args:
+            weight: A weight that is captured by its uses.
+            slots: What calls multiply with; they are given statistics.
+            state: State of the optimizer.
+        """
+        param = self._watching.of(weight).param
+        if begun_by_fallback(state.get(param, {}), self._group_of[id(param)]):
+            weight.refuse("the fallback had begun to train it before its uses were seen")
+            return False
+        kept = {id(slot.statistics) for slot in weight.slots}
+        replaced = [
+            layer
+            for layer in self.layers
+            if home(layer.weight) is param and id(layer.statistics) not in kept
+        ]
+        self.layers = [layer for layer in self.layers if layer not in replaced]
+
+        def joint(param: Tensor, bias: Tensor, span: Span | None) -> bool:
+            taken = _spans([*self.layers, *new])
+            return accepts_bias(param, bias, state, self._group_of.get(id(bias)), taken, span)
+
+        new: list[CapturedLayer] = []
+        for slot in slots:
+            new += self._watching.layers_of(weight, [slot], self._group_of, self._needs, joint)
+        self._place(new)
+        return True
+
+    def _place(self, new: list[CapturedLayer]) -> None:
+        """Take up layers in the order of the parameters, which is the same in all processes."""
+        order = {key: place for place, key in enumerate(self._group_of)}
+        self.layers = [*self.layers, *new]
+        self.layers.sort(key=lambda layer: order[id(home(layer.weight))])
+        captured = {id(param) for layer in self.layers for param in layer.owned()}
+        self.others = [other for other in self.others if id(other.param) not in captured]
+        self.parts.keep(param for layer in self.layers for param in layer.params())
+
+    def settle(self, paused: bool) -> list[Watched]:
+        """See how parameters were used; return those that no call was seen to use.
+
+        Args:
+            paused: Whether the passes were not looked at.
+        """
+        if self._watching.uses is None:
+            return []
+        self._watching.uses.heal()
+        lost = self._watching.settle(self.layers, self.others, paused)
+        return lost
+
+    def is_looked_for(self, param: Tensor) -> bool:
+        """Whether calls may yet be seen to use a parameter."""
+        return param in self._watching
 
     def link(self, groups: list[Group]) -> bool:
         """Tell every parameter its group; tell whether all are still those that were sorted."""
@@ -102,10 +197,11 @@ class Registry:
         group_of = by_parameter(groups)
         if group_of.keys() != {id(param) for param in self.params()}:
             return False
+        self._group_of = group_of
         for layer in self.layers:
-            layer.group = layer.bias_group = group_of[id(layer.weight)]
+            layer.group = layer.bias_group = group_of[id(home(layer.weight))]
             if layer.bias is not None:
-                layer.bias_group = group_of[id(layer.bias)]
+                layer.bias_group = group_of[id(home(layer.bias))]
         for uncaptured in self.others:
             uncaptured.group = group_of[id(uncaptured.param)]
         self._sorted, self._groups = listed, list(groups)
@@ -114,10 +210,12 @@ class Registry:
     def drop_departed(self, groups: list[Group]) -> None:
         """Let go of layers of which a parameter is in no group any more."""
         left = by_parameter(groups)
-        gone = [la for la in self.layers if not all(id(param) in left for param in la.params())]
+        gone = [la for la in self.layers if not all(id(param) in left for param in la.owned())]
         for layer in gone:
             layer.close()
         self.layers = [layer for layer in self.layers if layer not in gone]
+        self._watching.forget(home(layer.weight) for layer in gone)
+        self.parts.keep(param for layer in self.layers for param in layer.params())
 
     def release(self, released: list[CapturedLayer]) -> None:
         """Leave layers to the fallback from now on.
@@ -127,12 +225,19 @@ class Registry:
         """
         gone = {id(layer) for layer in released}
         self.layers = [layer for layer in self.layers if id(layer) not in gone]
+        others = {id(uncaptured.param) for uncaptured in self.others}
         for layer in released:
             layer.close()
-            self.others += [
-                Uncaptured(name, layer.kind, param, layer.group_of(param), layer.statistics.refused)
-                for name, param in layer.named()
-            ]
+            for name, param in layer.named():
+                part, owned = origin(param), home(param)
+                if id(owned) in others:
+                    continue
+                others.add(id(owned))
+                name = name if part is None else name.removesuffix(part.label)
+                group, why = layer.group_of(param), layer.statistics.refused
+                self.others.append(Uncaptured(name, layer.kind, owned, group, why))
+        self._watching.forget(home(layer.weight) for layer in released)
+        self.parts.keep(param for layer in self.layers for param in layer.params())
 
     def clear(self) -> None:
         """Drop pending statistics."""
@@ -154,31 +259,70 @@ class Registry:
             groups: Its parameter groups.
         """
         group_of = by_parameter(groups)
-        others = ((state.get(uncaptured.param, {}), uncaptured.param) for uncaptured in self.others)
+        others = (
+            (state.get(uncaptured.param, {}), uncaptured.param)
+            for uncaptured in self.others
+            if not self.is_looked_for(uncaptured.param)
+        )
         return any(
             begun_in_layer(param_state, group_of[id(param)]) for param_state, param in others
-        ) or any(_is_of_another(layer, state, group_of[id(layer.weight)]) for layer in self.layers)
+        ) or any(_is_of_another(layer, state, layer.group) for layer in self.layers)
 
     def close(self) -> None:
         """Remove all taps."""
         for layer in self.layers:
             layer.close()
+        self._watching.close()
 
     def params(self) -> Iterator[Tensor]:
         """All parameters."""
+        seen: set[int] = set()
         for layer in self.layers:
-            yield layer.weight
-            if layer.bias is not None:
-                yield layer.bias
+            for param in layer.owned():
+                if id(param) not in seen:
+                    seen.add(id(param))
+                    yield param
         for uncaptured in self.others:
             yield uncaptured.param
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters with their qualified names."""
+        seen: set[int] = set()
         for layer in self.layers:
-            yield from layer.named()
+            for name, param in layer.named():
+                part = origin(param)
+                if part is None:
+                    yield name, param
+                elif id(part.param) not in seen:
+                    seen.add(id(part.param))
+                    yield name.removesuffix(part.label), part.param
         for uncaptured in self.others:
             yield uncaptured.name, uncaptured.param
+
+
+def _asking(owner: object) -> Declare:
+    """Ask an optimizer to take up slots, as long as it lives."""
+    reference = weakref.ref(owner)
+
+    def declare(weight: Weight, slots: list[Slot]) -> bool:
+        alive: Any = reference()
+        return alive is not None and alive._declare(weight, slots)
+
+    return declare
+
+
+def _spans(layers: list[CapturedLayer]) -> dict[int, list[Span]]:
+    """Which numbers of which biases layers have, by ``id``; an empty list for all of them."""
+    spans: dict[int, list[Span]] = {}
+    for layer in layers:
+        if layer.bias is None:
+            continue
+        part = origin(layer.bias)
+        if part is None:
+            spans[id(layer.bias)] = []
+        elif isinstance(part.block, Span):
+            spans.setdefault(id(part.param), []).append(part.block)
+    return spans
 
 
 def _are(these: Sequence[object], those: Sequence[object]) -> bool:

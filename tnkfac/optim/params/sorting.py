@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -10,15 +11,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tnkfac.curvature.callers import warn
+from tnkfac.curvature.capture.batch import BatchSize
 from tnkfac.curvature.capture.owners import Owner
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import Tap, attach
 from tnkfac.curvature.layers import describe
+from tnkfac.curvature.uses.slots import Weight
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
 from tnkfac.optim.params.sharding import fully_sharded, is_distributed
 from tnkfac.optim.params.skipping import skipped
+from tnkfac.optim.params.watching import Watched, is_watchable
 
 
 class Sorting:
@@ -33,6 +37,7 @@ class Sorting:
         needs: Callable[[Group], Needs],
         known: Iterable[int] = (),
         before: Mapping[int, str] = MappingProxyType({}),
+        batch: BatchSize | None = None,
     ) -> None:
         """Nothing is sorted yet.
 
@@ -44,14 +49,17 @@ class Sorting:
             needs: What is to be measured of the layers of a group.
             known: ``id`` of parameters of layers that were captured before.
             before: Reasons that all other parameters had before, by ``id``.
+            batch: How many samples a pass has.
         """
         self._params, self._owners, self._group_of = params, owners, group_of
         self._state, self._needs, self._before = state, needs, before
+        self._batch = batch or BatchSize()
         self._by_id = {id(param): param for param in params}
         self._captured_before = set(known)
         self._done = set(known)
         self._reasons: dict[int, str] = {}
         self._sharded = fully_sharded(params)
+        self.watched: list[Watched] = []
 
     def layers(self, owner: object) -> list[CapturedLayer]:
         """Find layers in module order, and put taps on their modules.
@@ -67,21 +75,69 @@ class Sorting:
             group = self._group_of(weight)
             if group["capture_embeddings"]:
                 entries = _with_embeddings(entries)
-            reason = _refusal(weight, entries, self._sharded, group) or skipped(entries, group)
+            refusal = _refusal(weight, entries, self._sharded, group)
+            reason = skipped(entries, group)
             if reason is None and begun_by_fallback(self._state.get(weight, {}), group):
                 reason = _BEGUN
-            if reason is not None:
-                self._reasons[key] = reason
+            if refusal is not None or reason is not None:
+                self._reasons[key] = refusal or reason or ""
+                if reason is None and self._may_be_used(weight, entries):
+                    self._watch(weight, entries)
                 continue
             bias, why = self._joint_bias(weight, entries)
             groups = group, group if bias is None else self._group_of(bias)
-            layers.append(_capture(owner, weight, bias, entries, groups, self._needs(group)))
+            layers.append(self._capture(owner, weight, bias, entries, groups))
             self._done |= {id(param) for param in layers[-1].params()}
             for entry in entries:
                 other_bias = entry.module._parameters.get("bias")
                 if other_bias is not None and other_bias is not bias:
                     self._reasons[id(other_bias)] = why
         return layers
+
+    def _capture(
+        self,
+        owner: object,
+        weight: Tensor,
+        bias: Tensor | None,
+        entries: list[Owner],
+        groups: tuple[Group, Group],
+    ) -> CapturedLayer:
+        """The layer of a weight, with taps on its modules."""
+        group, needs = groups[0], self._needs(groups[0])
+        statistics = Statistics(
+            group["kfac_approx"],
+            group["structures"],
+            bias is not None,
+            group["loss_average"],
+            outputs=needs.outputs,
+            squares=needs.squares,
+            explicit_passes=needs.explicit_passes,
+            params=[weight] if bias is None else [weight, bias],
+        )
+        first = next(entry for entry in entries if entry.refusal is None)
+        kind = type(first.module).__name__
+        layer = CapturedLayer(first.name, kind, weight, bias, *groups, needs, statistics)
+        for entry in entries:
+            if entry.attribute == "weight" and entry.refusal is None:
+                layer.removers.append(
+                    attach(owner, entry.module, Tap(statistics, weight, self._batch))
+                )
+        return layer
+
+    def _may_be_used(self, weight: Tensor, entries: list[Owner]) -> bool:
+        """Whether calls may use a weight that is that of no supported layer."""
+        if is_distributed(weight) and id(weight) not in self._sharded:
+            return False
+        supported = [owner for owner in entries if owner.refusal is None]
+        return len(supported) < len(entries) and is_watchable(weight, entries)
+
+    def _watch(self, weight: Tensor, entries: list[Owner]) -> None:
+        first = next((owner for owner in entries if owner.runs), entries[0])
+        owners = [(weakref.ref(owner.module), owner.attribute) for owner in entries]
+        found = Weight(first.parameter_name, tuple(weight.shape), owners)
+        self.watched.append(Watched(found, weight, first, entries))
+        where = first.reader if first.reader is not None else first.enclosing
+        self._reasons[id(weight)] = f"{LOOKED_FOR} {type(where).__name__}"
 
     def others(self) -> list[Uncaptured]:
         """All other parameters in the order of the groups, once layers were found."""
@@ -141,35 +197,9 @@ class Sorting:
         return (bias, "") if why is None else (None, why)
 
 
+LOOKED_FOR = "looked for in the calls of"
+"""How the reason begins of a parameter whose uses are not known yet."""
 _BEGUN = "the fallback had begun to train it before its layer was found"
-
-
-def _capture(
-    owner: object,
-    weight: Tensor,
-    bias: Tensor | None,
-    entries: list[Owner],
-    groups: tuple[Group, Group],
-    needs: Needs,
-) -> CapturedLayer:
-    group = groups[0]
-    statistics = Statistics(
-        group["kfac_approx"],
-        group["structures"],
-        bias is not None,
-        group["loss_average"],
-        outputs=needs.outputs,
-        squares=needs.squares,
-        explicit_passes=needs.explicit_passes,
-        params=[weight] if bias is None else [weight, bias],
-    )
-    first = next(entry for entry in entries if entry.refusal is None)
-    kind = type(first.module).__name__
-    layer = CapturedLayer(first.name, kind, weight, bias, *groups, needs, statistics)
-    for entry in entries:
-        if entry.attribute == "weight" and entry.refusal is None:
-            layer.removers.append(attach(owner, entry.module, Tap(statistics, weight)))
-    return layer
 
 
 def _row_for_bias(

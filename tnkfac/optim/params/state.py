@@ -20,7 +20,7 @@ from tnkfac.optim.params.captured import CapturedLayer, update_dtype
 
 ParamState = dict[str, Tensor]
 """State of one parameter, by name."""
-State = dict[Tensor, ParamState]
+State = Mapping[Tensor, ParamState]
 """State of an optimizer, by parameter."""
 Initializer = Callable[[CapturedLayer], Mapping[str, Parts]]
 """Makes the matrices that a rule keeps of a layer, before any statistics."""

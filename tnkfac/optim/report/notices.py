@@ -11,7 +11,10 @@ from tnkfac.optim.params.captured import CapturedLayer
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.sharding import is_distributed
 from tnkfac.optim.params.state import State, mark
+from tnkfac.optim.params.watching import Watched
 
+WEIGHTY = 0.01
+"""Share of all numbers from which on a parameter without curvature is worth a warning."""
 PATIENCE = 3
 """Updates in a row that a layer may miss."""
 
@@ -23,7 +26,7 @@ class Notices:
         """Nothing was said yet."""
         self._gradients = False
         self._silent: set[int] = set()
-        self._processes = self._stale = False
+        self._processes = self._stale = self._lost = False
         self._missed: dict[int, tuple[int, int]] = {}
 
     def check_processes(
@@ -109,6 +112,26 @@ class Notices:
         warn(
             f"The fallback trains layers whose curvature cannot be measured any more. {listed}.",
         )
+
+    def tell_lost(self, lost: Sequence[Watched], registry: Registry) -> None:
+        """Warn, once, of parameters that no call was seen to use and that weigh something.
+
+        Args:
+            lost: These parameters.
+            registry: All parameters.
+        """
+        if not lost or self._lost:
+            return
+        total = sum(param.numel() for param in registry.params())
+        heavy = [found for found in lost if found.param.numel() > WEIGHTY * total]
+        if heavy:
+            self._lost = True
+            share = sum(found.param.numel() for found in lost) / total
+            listed = "; ".join(f"{f.weight.name}: {f.weight.refused}" for f in heavy[:5])
+            warn(
+                f"The fallback trains {len(lost)} matrices ({share:.1%} of all numbers), whose "
+                f"curvature cannot be measured. {listed}. report() lists all.",
+            )
 
     def tell_skipped(self, names: set[str]) -> None:
         """Warn of layers whose update was not finite, and forget them.

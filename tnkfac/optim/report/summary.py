@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.parts import flat, home
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.state import ParamState, State, mark
 from tnkfac.optim.report.diagnostics import Diagnostics
@@ -159,7 +160,7 @@ def _layer_rows(layer: CapturedLayer, state: State) -> Iterator[Row]:
             dims,
             _bytes(state.get(param, {})),
             last_update if updated else None,
-            waits if param.requires_grad else FROZEN,
+            waits if home(param).requires_grad else FROZEN,
             int(state.get(layer.weight, {}).get("failures", 0)),
         )
 
@@ -171,7 +172,8 @@ def _waits(statistics: Statistics) -> str:
 
 
 def _bytes(state: ParamState) -> int:
-    numbers = (value for name, value in state.items() if name != "structures")  # these are names
+    items = flat(state).items()
+    numbers = (value for name, value in items if name.split(".")[-1] != "structures")  # names
     tensors = [value for value in numbers if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

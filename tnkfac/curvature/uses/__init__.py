@@ -1,0 +1,1 @@
+"""Weights that models use without calling a supported module, seen at the calls that use them."""

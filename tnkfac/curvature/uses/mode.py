@@ -1,0 +1,404 @@
+"""Weights that a model uses without calling a supported module: seen at the calls that use them.
+
+Most models have some: attention reads ``qkv.weight`` and calls ``F.linear``, experts are entries of
+one parameter, a subclass pads before it convolves. Inside of the modules that use such weights, a
+mode of torch's functions looks at every call of those that are products.
+Where an argument is a weight, or a view of one, the output goes through the same identity as that
+of a supported module. What the call multiplies with is a *slot*: a weight, or a block of one,
+with factors of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tnkfac.curvature.capture.batch import BatchSize, by_sample, sequence_first
+from tnkfac.curvature.capture.calls import EagerCall, Identity, Rows, Share, TracedCall, through
+from tnkfac.curvature.capture.statistics import Statistics
+from tnkfac.curvature.capture.tap import EMPTY, FORWARD_MODE, TAPPED, TRANSFORMED, opaque
+from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.uses.blocks import Span
+from tnkfac.curvature.uses.matching import Declare, Matching, Place
+from tnkfac.curvature.uses.products import CASTS, PRODUCTS, Product
+from tnkfac.curvature.uses.slots import CHECKPOINTED, BiasSlot, Weight
+
+
+class _Frame:
+    """What a scope that runs knows of the weights in it."""
+
+    def __init__(self, scope: object, outer: _Frame | None) -> None:
+        self.scope = scope
+        self.known: dict[int, tuple[Weight, Tensor, Any]] = {} if outer is None else {**outer.known}
+        self.copies: dict[int, tuple[Tensor, Place]] = {} if outer is None else outer.copies
+        self.biases: list[tuple[Tensor, weakref.ref[nn.Module], str]] = (
+            [] if outer is None else [*outer.biases]
+        )
+        self.sequence_first: int = 0 if outer is None else outer.sequence_first
+
+
+class Uses(TorchFunctionMode):
+    """The mode in which calls are looked at, of one optimizer."""
+
+    def __init__(self, declare: Declare, batch: BatchSize) -> None:
+        """No module runs.
+
+        Args:
+            declare: Takes up slots that calls are seen to use.
+            batch: How many samples a pass has.
+        """
+        super().__init__()
+        self._matching = Matching(declare, self._bias)
+        self._batch = batch
+        self._local = threading.local()
+        self._traced: list[tuple[Tensor, Weight]] = []
+        self._traced_scopes: list[object] = []
+        self._traced_views: list[tuple[Tensor, int]] = []
+
+    # ---------------------------------------------------------------- scopes
+
+    @property
+    def _frames(self) -> list[_Frame]:
+        frames: list[_Frame] | None = getattr(self._local, "frames", None)
+        if frames is None:
+            frames = self._local.frames = []
+        return frames
+
+    def enter(self, scope: object, weights: Sequence[Weight]) -> None:
+        """A module begins to run that uses some weights.
+
+        Args:
+            scope: Who says so.
+            weights: The weights.
+        """
+        if torch.compiler.is_compiling():
+            self._enter_traced(scope, weights)
+            return
+        frames = self._frames
+        if frames and any(frame.scope is scope for frame in frames):
+            self.heal()  # an interrupt has skipped the end of a scope
+            frames = self._frames
+        frame = _Frame(scope, frames[-1] if frames else None)
+        hooks = _saved_tensor_hooks()
+        for weight in weights:
+            for reference, attribute in weight.owners:
+                if (module := reference()) is None:
+                    continue
+                param = module._parameters.get(attribute)  # under fully_shard another at each pass
+                if isinstance(param, nn.Parameter) and param.requires_grad:
+                    frame.known[id(param)] = weight, param, hooks
+                frame.biases += [
+                    (bias, reference, name)
+                    for name, bias in module._parameters.items()
+                    if bias is not None and bias.ndim == 1 and bias.requires_grad
+                ]
+        frames.append(frame)
+        if len(frames) == 1:
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self, scope: object) -> None:
+        """The module has run, or has raised an error."""
+        if torch.compiler.is_compiling():
+            self._leave_traced(scope)
+            return
+        frames = self._frames
+        if frames and frames[-1].scope is scope:
+            frames.pop()
+            if not frames:
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def heal(self) -> None:
+        """Take the mode from torch's stack where an interrupt has left it there."""
+        if not self._frames:
+            return
+        self._frames.clear()
+        others = []
+        while torch._C._len_torch_function_stack():
+            top = torch._C._pop_torch_function_stack()
+            if top is self:
+                break
+            others.append(top)
+        for other in reversed(others):
+            torch._C._push_on_torch_function_stack(other)
+
+    def _enter_traced(self, scope: object, weights: Sequence[Weight]) -> None:
+        for weight in weights:
+            for reference, attribute in weight.owners:
+                module = reference()
+                param = None if module is None else module._parameters.get(attribute)
+                if isinstance(param, nn.Parameter) and param.requires_grad:
+                    self._traced.append((param, weight))
+        self._traced_scopes.append(scope)
+        if len(self._traced_scopes) == 1:
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave_traced(self, scope: object) -> None:
+        if not self._traced_scopes or self._traced_scopes[-1] is not scope:
+            return
+        self._traced_scopes.pop()
+        if not self._traced_scopes:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._traced = []
+            self._traced_views = []
+
+    # ---------------------------------------------------------------- calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch, and look at it if it may multiply with a weight."""
+        kwargs = kwargs or {}
+        parse = PRODUCTS.get(func)
+        if parse is None:
+            if func is F.multi_head_attention_forward:
+                return self._attend(args, kwargs)
+            out = func(*args, **kwargs)
+            if func in CASTS:
+                self._note_cast(args[0], out)
+            elif func in _SPLITS or func is Tensor.__getitem__:
+                self._note_part(func, args, out)
+            return out
+        product = parse(args, kwargs, self._is_known)
+        out = func(*args, **kwargs)
+        return out if product is None else self._tapped(product, out)
+
+    def _attend(self, args: Any, kwargs: Any) -> Any:
+        """Run the stock attention with its linear maps, splits and chunks visible."""
+        query = args[0] if args else kwargs["query"]
+        samples = query.shape[1] if query.ndim == 3 else 0  # [L, N, C], also with batch_first
+        if torch.compiler.is_compiling():
+            with self:
+                return _attention(*args, **kwargs)
+        frame = self._frames[-1]
+        before, frame.sequence_first = frame.sequence_first, samples
+        try:
+            with self:
+                return _attention(*args, **kwargs)
+        finally:
+            frame.sequence_first = before
+
+    def _note_cast(self, source: Any, copy: Any) -> None:
+        """Remember a copy in another dtype or order for the time of the outermost scope."""
+        if copy is source or torch.compiler.is_compiling() or not isinstance(copy, Tensor):
+            return
+        place = self._place(source)
+        if place is not None and copy.stride() == source.stride():
+            self._frames[-1].copies[id(copy)] = copy, place
+
+    def _note_part(self, func: Any, args: Any, out: Any) -> None:
+        """Remember what an index vector has copied, and where parts start that are traced."""
+        source = args[0]
+        if torch.compiler.is_compiling():
+            self._note_traced(func, args, out)
+        elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].ndim == 1:
+            index = args[1]
+            place = None
+            if index.dtype in (torch.int64, torch.int32) and source.ndim == 3:
+                place = self._place(source)
+            if place is not None and place.entries is None:
+                entries = place._replace(entries=index.detach())
+                self._frames[-1].copies[id(out)] = out, entries
+
+    def _note_traced(self, func: Any, args: Any, out: Any) -> None:
+        """A compiler does not tell where a view starts."""
+        source = args[0]
+        param = next((p for p, _ in self._traced if source is p), None)
+        if param is None:
+            return
+        if func is Tensor.__getitem__:
+            if isinstance(args[1], int):
+                self._traced_views.append((out, args[1] % source.shape[0] * out.numel()))
+            return
+        start = 0
+        for part in out:
+            if part.shape[1:] != source.shape[1:]:
+                return
+            self._traced_views.append((part, start))
+            start += part.numel()
+
+    # ---------------------------------------------------------------- whose numbers these are
+
+    def _is_known(self, argument: Any) -> bool:
+        if not isinstance(argument, Tensor):
+            return False
+        if torch.compiler.is_compiling():
+            return any(argument is p or argument._base is p for p, _ in self._traced)
+        frame, base = self._frames[-1], argument._base
+        keys = (id(argument),) if base is None else (id(argument), id(base))
+        return any(key in frame.known or key in frame.copies for key in keys)
+
+    def _place(self, argument: Tensor) -> Place | None:
+        """Which numbers of which weight an argument is, or None."""
+        frame = self._frames[-1]
+        for root in (argument, argument._base):
+            if root is None:
+                continue
+            shape, strides = tuple(argument.shape), argument.stride()
+            if (known := frame.known.get(id(root))) is not None:
+                weight, param, hooks = known
+                if hooks is not _saved_tensor_hooks():
+                    weight.event = CHECKPOINTED  # what recomputes it runs without the scope
+                    return None
+                offset = int(argument.storage_offset() - param.storage_offset())
+                return Place(weight, param, shape, strides, offset)
+            if (noted := frame.copies.get(id(root))) is not None:
+                copy, place = noted
+                offset = int(argument.storage_offset() - copy.storage_offset())
+                if place.entries is not None:
+                    same = offset == 0 and argument.numel() == copy.numel()
+                    return place._replace(shape=shape, strides=strides) if same else None
+                return place._replace(shape=shape, strides=strides, offset=place.offset + offset)
+        return None
+
+    def _traced_place(self, argument: Tensor) -> Place | None:
+        param, weight = next(
+            (p, w) for p, w in self._traced if argument is p or argument._base is p
+        )
+        offset = 0
+        if argument.numel() != param.numel():
+            noted = [start for view, start in self._traced_views if view is argument]
+            if not noted:
+                return None
+            offset = noted[0]
+        return Place(weight, param, tuple(argument.shape), argument.stride(), offset)
+
+    def _bias(self, argument: Any, size: int) -> BiasSlot | None:
+        """The trained bias that an argument is: a parameter of the same modules, or a slice."""
+        if not isinstance(argument, Tensor) or argument.ndim != 1 or argument.numel() != size:
+            return None
+        for param, module, name in self._frames[-1].biases:
+            if argument is param:
+                return BiasSlot(module, name, None)
+            if argument._base is param and (size < 2 or argument.stride(0) == 1):
+                offset = int(argument.storage_offset() - param.storage_offset())
+                return BiasSlot(module, name, Span(offset, size))
+        return None
+
+    # ---------------------------------------------------------------- measuring
+
+    def _tapped(self, product: Product, out: Any) -> Any:
+        """Pass the output of a product through the identity, if it is to be measured."""
+        if not torch.is_grad_enabled() or not isinstance(out, Tensor) or not out.requires_grad:
+            return out
+        if torch.compiler.is_compiling():
+            return self._trace(product, out)
+        place = self._place(product.weight)
+        if place is None or place.weight.refused:
+            return out
+        weight = place.weight
+        weight.seen = True
+        obstacle = _obstacle(product.x, out)
+        if obstacle:
+            self._tell(weight, obstacle)
+        if obstacle is not None:
+            return out
+        found = self._matching.shares(product, place)
+        if isinstance(found, str):
+            weight.event = found
+            return out
+        shares = [
+            Share(slot.statistics, layer, self._rows(rows, layer, product))
+            for slot, layer, rows in found
+            if slot.statistics.enabled
+        ]
+        if not shares:
+            return out
+        self._tell(weight, TAPPED)
+        x = product.x.detach().clone() if weight.copies else product.x
+        leaves: list[Tensor] = []
+        for share in shares:
+            share.statistics.drop_stale()
+            leaves += share.statistics.leaves(place.param)
+        terms = self._terms(weight, shares[0].statistics, out)
+        call = EagerCall(shares, out.shape, terms, place.param, x._version, weight)
+        return through(out, x, call, leaves)
+
+    def _trace(self, product: Product, out: Tensor) -> Tensor:
+        """Tap an output inside of a graph that is being compiled."""
+        if torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active():
+            return out
+        place = self._traced_place(product.weight)
+        if place is None or place.weight.refused:
+            return out
+        found = self._matching.shares(product, place)
+        if isinstance(found, str):
+            place.weight.event = found
+            return out
+        shares = [
+            Share(slot.statistics, layer, self._rows(rows, layer, product))
+            for slot, layer, rows in found
+            if slot.statistics.enabled
+        ]
+        if not shares:
+            return out
+        leaves: list[Tensor] = []
+        for share in shares:
+            leaves += share.statistics.graph_leaves(place.param)
+        terms = self._terms(place.weight, shares[0].statistics, out)
+        call = TracedCall(shares, out.shape, terms)
+        tapped: Tensor = Identity.apply(out, product.x, call, False, *leaves)
+        return tapped
+
+    def _rows(self, rows: Rows | None, layer: Layer, product: Product) -> Rows | None:
+        """Rows as those of samples, where a call has them in another order or number."""
+        if layer.kernel_size or len(product.weight.shape) != 2:
+            return rows
+        if not torch.compiler.is_compiling() and self._frames[-1].sequence_first:
+            return sequence_first(rows, self._frames[-1].sequence_first)
+        return by_sample(rows, self._batch.size)
+
+    def _terms(self, weight: Weight, statistics: Statistics, out: Tensor) -> float | None:
+        average = statistics.loss_average
+        if not callable(average):
+            return self._batch.terms(statistics)
+        terms = float(average(weight.owners[0][0](), out.shape))
+        if not torch.compiler.is_compiling():
+            statistics.told_terms = terms
+        return terms
+
+    def _tell(self, weight: Weight, event: str) -> None:
+        weight.event = event
+        for slot in weight.slots:
+            slot.statistics.last_event = event
+
+
+def _obstacle(x: Any, out: Tensor) -> str | None:
+    """Why a call cannot be measured, empty where there is nothing to tell; else None."""
+    if out.is_meta:
+        return ""
+    if torch._C._are_functorch_transforms_active():
+        return TRANSFORMED
+    if torch.autograd.forward_ad._current_level >= 0:
+        return FORWARD_MODE
+    for role, tensor in (("output", out), ("input", x)):
+        why = opaque(role, tensor)
+        if why:
+            return why
+    return EMPTY if not (x.numel() and out.numel()) else None
+
+
+def _saved_tensor_hooks() -> Any:
+    """Hooks of saved tensors that are on top: those of a checkpoint, inside of one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+_SPLITS = {Tensor.split, Tensor.chunk, torch.split, torch.chunk, Tensor.split_with_sizes}
+
+
+def _stock_attention() -> Any:
+    """The stock attention, which asks nobody whether its functions are overridden."""
+    stock = F.multi_head_attention_forward
+    names = {**F.__dict__, "has_torch_function": lambda *_: False}
+    copy = FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__)
+    copy.__kwdefaults__ = stock.__kwdefaults__
+    return copy
+
+
+_attention = _stock_attention()

@@ -1,0 +1,75 @@
+"""Scopes: the modules inside of which calls are looked at, since they use weights by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnkfac.curvature.capture.hooks import InertCopy, hook_around
+from tnkfac.curvature.uses.mode import Uses
+from tnkfac.curvature.uses.slots import Weight
+
+
+class Scope:
+    """One module in which calls are looked at.
+
+    Attributes:
+        weights: The weights that it may use.
+        entered: Whether it has run.
+    """
+
+    def __init__(self, uses: Uses, weights: Sequence[Weight]) -> None:
+        """Nothing is hooked yet.
+
+        Args:
+            uses: Who looks at the calls.
+            weights: The weights.
+        """
+        self.uses, self.weights = uses, list(weights)
+        self.entered = False
+        self._removers: list[Callable[[], object]] = []
+
+    def hook(self, owner: object, module: nn.Module) -> None:
+        """Register the hooks for as long as ``owner`` lives."""
+        self._removers = hook_around(owner, module, _Before(self), _After(self))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for remove in self._removers:
+            remove()
+
+    def begin(self, module: nn.Module) -> None:
+        """The module is about to run."""
+        if not (module.training and torch.is_grad_enabled()) or "_is_replica" in module.__dict__:
+            return
+        if torch._C._are_functorch_transforms_active():
+            return
+        if torch.compiler.is_compiling():
+            if not torch.compiler._is_exporting_flag:
+                self.uses.enter(self, [weight for weight in self.weights if weight.waits])
+            return
+        if torch._C._is_tracing():
+            return
+        self.entered = True
+        waiting = [weight for weight in self.weights if weight.waits]
+        if waiting:
+            self.uses.enter(self, waiting)
+
+
+class _Before(InertCopy):
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.scope.begin(module)
+
+
+class _After(InertCopy):
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.scope.uses.leave(self.scope)

@@ -1,0 +1,113 @@
+"""Slots: the matrices, with factors of their own, that calls use of a parameter."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from tnkfac.curvature.capture.statistics import Statistics
+from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.uses.blocks import Block, Span
+
+OVERLAPPING = "used in parts that overlap"
+BOTH_WAYS = "used as W and as its transpose, whose sums would mix inputs with output gradients"
+OTHER_SHAPES = "used by calls of other shapes"
+NO_BLOCK = "used through a view that is no block of it"
+NOT_CONTIGUOUS = "used in parts, but its numbers do not lie in order"
+PART_OF_CONVOLUTION = "a convolution uses a part of it"
+CHECKPOINTED = "used inside of a checkpoint of a part of its module"
+COMPILED = "first used inside of a compiled graph: run one pass before compiling"
+COMPILED_GROUPS = "how many rows each matrix gets is known only when a compiled graph runs"
+ANOTHER_BIAS = "called with another bias than before"
+UNUSED = "no known call used it"
+"""Why a parameter, or a call of it, has no curvature."""
+
+
+class BiasSlot(NamedTuple):
+    """The bias of a slot.
+
+    Attributes:
+        module: The module that owns it, held weakly.
+        attribute: Its name there.
+        span: Which numbers of it, or None for all.
+    """
+
+    module: weakref.ref[nn.Module]
+    attribute: str
+    span: Span | None
+
+
+@dataclass
+class Slot:
+    """A matrix with factors of its own.
+
+    Attributes:
+        block: Which part of the weight it is, or None for all of it.
+        outputs_first: Whether its rows, as they lie in memory, are outputs.
+        layer: What it is a layer of.
+        bias: The bias that is trained with it.
+        statistics: What is measured of it; set by who declares it.
+        measured: Whether a step has taken what was measured of it.
+    """
+
+    block: Block | None
+    outputs_first: bool
+    layer: Layer
+    bias: BiasSlot | None = None
+    statistics: Statistics = field(init=False)
+    measured: bool = False
+
+
+@dataclass(eq=False)
+class Weight:
+    """A parameter that is captured by its uses.
+
+    Attributes:
+        name: Its qualified name.
+        shape: Its shape.
+        owners: Modules that hold it, held weakly, and under which names.
+        slots: What calls were seen to multiply with.
+        refused: Why it has no curvature, or empty.
+        event: Why the last call of it could not be taken, or empty.
+        seen: Whether a known call has used it.
+        copies: Whether inputs are copied, because they are changed in place after the call.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    owners: list[tuple[weakref.ref[nn.Module], str]]
+    slots: list[Slot] = field(default_factory=list)
+    refused: str = ""
+    event: str = ""
+    seen: bool = False
+    copies: bool = False
+
+    def add(self, new: list[Slot]) -> None:
+        """Take up slots, in the order of their numbers."""
+        self.slots = sorted(
+            [*self.slots, *new], key=lambda slot: 0 if slot.block is None else slot.block.offset
+        )
+
+    def drop_expected(self) -> bool:
+        """Drop slots that no call was seen to use yet; False if some were."""
+        if any(slot.statistics.pending or slot.measured for slot in self.slots):
+            return False
+        self.slots = []
+        return True
+
+    def refuse(self, why: str) -> str:
+        """Measure nothing of it from now on; returns why."""
+        self.refused = self.event = why
+        for slot in self.slots:
+            slot.statistics.refuse(why)
+        return why
+
+    @property
+    def waits(self) -> bool:
+        """Whether calls are to be looked at: of what is not known yet, or is to be measured."""
+        if self.refused:
+            return False
+        return not self.slots or any(slot.statistics.enabled for slot in self.slots)
