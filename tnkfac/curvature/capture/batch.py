@@ -7,7 +7,7 @@ of samples. The outermost module knows how many these are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """Tensors with an axis of samples; a vector of numbers may be one sample."""
     for value in values:
         if isinstance(value, Tensor):
+            if value.is_nested:
+                continue
             if value.ndim > 1 or (value.ndim == 1 and not value.is_floating_point()):
                 yield value
         elif isinstance(value, dict):
@@ -96,7 +98,11 @@ def sequence_first(rows: Rows | None, samples: int) -> Rows:
     return grouped
 
 
-def hook_batch(owner: object, root: nn.Module, batch: BatchSize) -> None:
-    """Have an outermost module tell how many samples it gets, for as long as ``owner`` lives."""
+def hook_batch(owner: object, root: nn.Module, batch: BatchSize) -> Callable[[], object]:
+    """Have an outermost module tell how many samples it gets, for as long as ``owner`` lives.
+
+    Returns:
+        A callable that removes the hook.
+    """
     handle = root.register_forward_pre_hook(BatchHook(batch), with_kwargs=True)
-    weakref.finalize(owner, handle.remove)
+    return weakref.finalize(owner, handle.remove)

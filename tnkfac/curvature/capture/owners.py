@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tnkfac.curvature.capture.reading import reader_of
 from tnkfac.curvature.layers import LAYERS, STOCK, layer_type
@@ -57,6 +58,8 @@ class Owner:
     def refusal(self) -> str | None:
         """Why the module is not a supported layer, or None if it is one."""
         kind = type(self.module).__name__
+        if isinstance(self.module, ParametrizationList):
+            return "the weight that its layer uses is computed of it (a parametrization)"
         if self.reader is not None:
             return f"its {type(self.reader).__name__} reads it without calling it"
         if layer_type(self.module, self.indices) is not None:

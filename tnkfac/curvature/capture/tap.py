@@ -144,7 +144,7 @@ class Tap(InertCopy):
         statistics.last_event = TAPPED
         if self.copies:
             x = x.detach().clone()
-        terms, shares = self._terms(module, output), (self._share(layer, x),)
+        shares, terms = (self._share(layer, x),), self._terms(module, output)
         call = EagerCall(shares, output.shape, terms, weight, x._version, self)
         statistics.drop_stale()
         return through(output, x, call, statistics.leaves(weight))
@@ -218,6 +218,8 @@ class Tap(InertCopy):
 
     def _share(self, layer: Layer, x: Tensor) -> Share:
         """What a call gives to the statistics, with rows of whole samples."""
+        if layer.has_geometry and x.ndim == layer.dims + 1:
+            self._batch.size = 0  # one image: the model's first axis is not that of samples
         samples = self._batch.size
         parted = samples and not layer.has_geometry and x.shape[0] != samples
         rows = by_sample(None, samples) if parted and not layer.reads_indices else None

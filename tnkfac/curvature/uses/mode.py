@@ -42,6 +42,7 @@ class _Frame:
         self.biases: list[tuple[Tensor, weakref.ref[nn.Module], str]] = (
             [] if outer is None else [*outer.biases]
         )
+        self.curious: bool = outer is not None and outer.curious
         self.sequence_first: int = 0 if outer is None else outer.sequence_first
 
 
@@ -87,6 +88,7 @@ class Uses(TorchFunctionMode):
             self.heal()  # an interrupt has skipped the end of a scope
             frames = self._frames
         frame = _Frame(scope, frames[-1] if frames else None)
+        frame.curious = frame.curious or any(not weight.seen for weight in weights)
         hooks = _saved_tensor_hooks()
         for weight in weights:
             for reference, attribute in weight.owners:
@@ -159,6 +161,8 @@ class Uses(TorchFunctionMode):
             if func is F.multi_head_attention_forward:
                 return self._attend(args, kwargs)
             out = func(*args, **kwargs)
+            if not torch.compiler.is_compiling() and self._frames[-1].curious:
+                self._note_function(func, args)
             if func in CASTS:
                 self._note_cast(args[0], out)
             elif func in _SPLITS or func is Tensor.__getitem__:
@@ -182,6 +186,21 @@ class Uses(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         finally:
             frame.sequence_first = before
+
+    def _note_function(self, func: Any, args: Any) -> None:
+        """Remember which functions take weights that no product has taken yet."""
+        frame = self._frames[-1]
+        first = args[0] if args and isinstance(args[0], list | tuple) else ()
+        for argument in (*args, *first):
+            if isinstance(argument, Tensor):
+                for root in (argument, argument._base):
+                    known = None if root is None else frame.known.get(id(root))
+                    if (
+                        known is not None
+                        and hasattr(func, "__name__")
+                        and func.__name__ != "__get__"
+                    ):
+                        known[0].functions.add(func.__name__)
 
     def _note_cast(self, source: Any, copy: Any) -> None:
         """Remember a copy in another dtype or order for the time of the outermost scope."""

@@ -47,13 +47,13 @@ class Scope:
             return
         if torch._C._are_functorch_transforms_active():
             return
+        self.entered = True
         if torch.compiler.is_compiling():
             if not torch.compiler._is_exporting_flag:
                 self.uses.enter(self, [weight for weight in self.weights if weight.waits])
             return
         if torch._C._is_tracing():
             return
-        self.entered = True
         waiting = [weight for weight in self.weights if weight.waits]
         if waiting:
             self.uses.enter(self, waiting)

@@ -22,8 +22,16 @@ CHECKPOINTED = "used inside of a checkpoint of a part of its module"
 COMPILED = "first used inside of a compiled graph: run one pass before compiling"
 COMPILED_GROUPS = "how many rows each matrix gets is known only when a compiled graph runs"
 ANOTHER_BIAS = "called with another bias than before"
-UNUSED = "no known call used it"
+UNUSED = "no product takes it"
 """Why a parameter, or a call of it, has no curvature."""
+
+
+LOOKED_UP = frozenset(
+    ("add", "__add__", "__radd__", "__iadd__", "add_", "embedding", "index_select", "__getitem__")
+    + ("cat", "interpolate", "expand", "expand_as", "repeat", "to", "type_as")
+    + ("permute", "view", "reshape", "flatten", "squeeze", "unsqueeze")
+)
+"""Functions that look up or add rows of a table, and views of it."""
 
 
 class BiasSlot(NamedTuple):
@@ -74,6 +82,7 @@ class Weight:
         event: Why the last call of it could not be taken, or empty.
         seen: Whether a known call has used it.
         copies: Whether inputs are copied, because they are changed in place after the call.
+        functions: Names of functions that took it and are no products.
     """
 
     name: str
@@ -84,6 +93,17 @@ class Weight:
     event: str = ""
     seen: bool = False
     copies: bool = False
+    functions: set[str] = field(default_factory=set)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it was only looked up, or added to something: no matrix is multiplied with it."""
+        return not self.seen and bool(self.functions) and self.functions <= LOOKED_UP
+
+    def unused(self) -> str:
+        """Why it has no slots."""
+        names = ", ".join(sorted(self.functions))
+        return f"{UNUSED}, but {names}" if names else UNUSED
 
     def add(self, new: list[Slot]) -> None:
         """Take up slots, in the order of their numbers."""

@@ -49,6 +49,7 @@ class Registry:
         self._watching = Watching()
         self._batch = BatchSize()
         self._hooked: list[weakref.ref[nn.Module]] = []
+        self._unhook: list[Callable[[], object]] = []
         self.parts = Parts()
         self._sorted: list[Tensor] = []
         self._groups: list[Group] = []
@@ -81,7 +82,7 @@ class Registry:
         self._roots.append(weakref.ref(root))
 
     def sort(
-        self, owner: object, groups: list[Group], state: Mapping[Tensor, Mapping[str, Tensor]]
+        self, owner: object, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]
     ) -> bool:
         """Find the layers of all groups; tell whether any parameter's module was found.
 
@@ -130,10 +131,10 @@ class Registry:
         for root in {id(module): module for module in [*roots, *found]}.values():
             if not any(known() is root for known in self._hooked):
                 self._hooked.append(weakref.ref(root))
-                hook_batch(owner, root, self._batch)
+                self._unhook.append(hook_batch(owner, root, self._batch))
 
     def declare(
-        self, weight: Weight, slots: list[Slot], state: Mapping[Tensor, Mapping[str, Any]]
+        self, weight: Weight, slots: list[Slot], state: Mapping[Tensor, dict[str, Any]]
     ) -> bool:
         """Take up layers that calls are seen to use; tell whether they can be trained.
 
@@ -143,7 +144,10 @@ class Registry:
             state: State of the optimizer.
         """
         param = self._watching.of(weight).param
-        if begun_by_fallback(state.get(param, {}), self._group_of[id(param)]):
+        begun = state.get(param, {})
+        if "exp_avg" in begun and not begun["step"]:  # a template of a state, or skipped steps
+            begun.clear()
+        if begun_by_fallback(begun, self._group_of[id(param)]):
             weight.refuse("the fallback had begun to train it before its uses were seen")
             return False
         kept = {id(slot.statistics) for slot in weight.slots}
@@ -273,6 +277,9 @@ class Registry:
         for layer in self.layers:
             layer.close()
         self._watching.close()
+        for remove in self._unhook:
+            remove()
+        self._hooked, self._unhook = [], []
 
     def params(self) -> Iterator[Tensor]:
         """All parameters."""

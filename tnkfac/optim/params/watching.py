@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tnkfac.curvature.capture.batch import BatchSize
 from tnkfac.curvature.capture.owners import Owner
@@ -19,14 +20,14 @@ from tnkfac.curvature.uses.blocks import Block, Span, covers
 from tnkfac.curvature.uses.matching import Declare
 from tnkfac.curvature.uses.mode import Uses
 from tnkfac.curvature.uses.scopes import Scope
-from tnkfac.curvature.uses.slots import UNUSED, BiasSlot, Slot, Weight
+from tnkfac.curvature.uses.slots import BiasSlot, Slot, Weight
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback
 from tnkfac.optim.params.parts import home, origin, part_of
 
-_UNWATCHED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase)
-"""Modules whose weights are looked up, or multiplied inside of fused kernels."""
+_UNWATCHED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, ParametrizationList)
+"""Modules whose weights are looked up, multiplied inside of fused kernels, or not as they are."""
 NOT_COVERED = "used in parts that are not all of it"
 
 
@@ -246,14 +247,15 @@ class Watching:
         Returns:
             Those that no call was seen to use; they are looked for no more.
         """
+        ran = {id(w) for scope in self._scopes if scope.entered for w in scope.weights}
         lost = []
         for watched in [*self._watched.values()]:
             weight, param = watched.weight, watched.param
-            if watched.settled or param.grad is None or paused:
+            if watched.settled or param.grad is None or paused or id(weight) not in ran:
                 continue
             seen = weight.seen or any(slot.statistics.pending for slot in weight.slots)
             if not weight.slots or not seen:
-                weight.refuse(weight.refused or weight.event or UNUSED)
+                weight.refuse(weight.refused or weight.event or weight.unused())
                 lost.append(watched)
                 continue
             watched.settled = True

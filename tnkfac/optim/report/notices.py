@@ -123,13 +123,14 @@ class Notices:
         if not lost or self._lost:
             return
         total = sum(param.numel() for param in registry.params())
-        heavy = [found for found in lost if found.param.numel() > WEIGHTY * total]
+        matrices = [found for found in lost if not found.weight.is_table]
+        heavy = [found for found in matrices if found.param.numel() > WEIGHTY * total]
         if heavy:
             self._lost = True
-            share = sum(found.param.numel() for found in lost) / total
+            share = sum(found.param.numel() for found in matrices) / total
             listed = "; ".join(f"{f.weight.name}: {f.weight.refused}" for f in heavy[:5])
             warn(
-                f"The fallback trains {len(lost)} matrices ({share:.1%} of all numbers), whose "
+                f"The fallback trains {len(matrices)} matrices ({share:.1%} of all numbers), whose "
                 f"curvature cannot be measured. {listed}. report() lists all.",
             )
 
