@@ -128,7 +128,14 @@ def test_spellings_capture_alike() -> None:
     assert all(report == reports["parameters()"] for report in reports.values())
     model = Mixed()
     captured = [row.name for row in Optimizer(model.named_parameters()).report() if row.structure]
-    assert captured == ["conv.weight", "conv.bias", "head.weight", "head.bias"]
+    attention = [
+        f"attention.in_proj_{kind}[{first}:{first + 4}]"
+        for first in (0, 4, 8)
+        for kind in ("weight", "bias")
+    ]
+    attention += ["attention.out_proj.weight", "attention.out_proj.bias"]
+    called = ["conv.weight", "conv.bias", "head.weight", "head.bias"]
+    assert sorted(captured) == sorted([*called, *attention])
 
 
 def test_named_parameters_keep_their_names() -> None:
@@ -363,6 +370,12 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
 
 
+def attention(prefix: str) -> set[str]:
+    """What is captured of a stock attention with 4 features."""
+    parts = {f"in_proj_{p}[{a}:{a + 4}]" for a in (0, 4, 8) for p in ("weight", "bias")}
+    return {prefix + name for name in {*parts, "out_proj.weight", "out_proj.bias"}}
+
+
 Build = Callable[[], nn.Module]
 # network, batches, names of the captured parameters
 MODULES: dict[str, tuple[Build, Callable[[int], Any], set[str]]] = {
@@ -394,20 +407,23 @@ MODULES: dict[str, tuple[Build, Callable[[int], Any], set[str]]] = {
     "GPT-2's Conv1D": (
         lambda: nn.Sequential(Conv1D(4, 4), nn.Linear(4, 4)),
         vectors,
-        {"1.weight", "1.bias"},
+        {"0.weight", "0.bias", "1.weight", "1.bias"},
     ),
-    "attention": (SelfAttention, sequences, set()),
+    "attention": (SelfAttention, sequences, attention("attention.")),
     "transformer": (
         lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True),
         sequences,
-        {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"},
+        {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
+        | attention("self_attn."),
     ),
     "encoder": (
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True), 2
         ),
         sequences,
-        {f"layers.{i}.linear{j}.{p}" for i in (0, 1) for j in (1, 2) for p in ("weight", "bias")},
+        {f"layers.{i}.linear{j}.{p}" for i in (0, 1) for j in (1, 2) for p in ("weight", "bias")}
+        | attention("layers.0.self_attn.")
+        | attention("layers.1.self_attn."),
     ),
     "non-dynamically quantizable linear": (
         lambda: nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)),
@@ -431,10 +447,10 @@ def test_kinds_of_modules(name: str, fallback: str) -> None:
     build, batch, captured = MODULES[name]
     model = build()
     optimizer = Optimizer(model.parameters(), lr=0.01, fallback=fallback)
-    found = {row.name for row in optimizer.report() if row.structure}
-    assert found == captured
     before = weights(model)
     fit(model, optimizer, [batch(0)])
+    found = {row.name for row in optimizer.report() if row.structure}
+    assert found == captured
     for key, p in model.named_parameters():
         if p.grad is not None:
             assert torch.equal(p, before[key]) == (not p.grad.any()), key
@@ -464,7 +480,7 @@ def test_reasons_are_reported() -> None:
     assert "LayerNorm" in rows["norm.weight"]
     assert "Mixed" in rows["position"]
     doubled = {row.name: row.reason for row in Optimizer(overridden).report()}
-    assert "forward" in doubled["0.weight"]
+    assert "Doubled" in doubled["0.weight"]
 
 
 def test_fallback_is_torch_adamw() -> None:

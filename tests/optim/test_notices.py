@@ -39,9 +39,36 @@ def steps(optimizer: Any, loss: Callable[[], Tensor], count: int = 3) -> list[st
     return [str(w.message) for w in caught if "No statistics" in str(w.message)]
 
 
-def test_weight_used_directly_is_named_once() -> None:
-    """It moves all the same, and the report says why it has no curvature."""
+def test_weight_used_directly_is_captured_at_its_call() -> None:
     model = Direct()
+    optimizer = Optimizer(model.parameters(), T=1)
+    before = weights(model)
+    assert not steps(optimizer, lambda: model(torch.ones(2, 4)).square().sum())
+    assert all(not torch.equal(p, before[name]) for name, p in weights(model).items())
+    reasons = {row.name: row.reason for row in optimizer.report()}
+    assert reasons["used.weight"] == reasons["called.weight"] == ""
+
+
+def double(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A function far from the model, which no method of it tells of."""
+    return functional.linear(x, layer.weight, layer.bias)
+
+
+class Handed(nn.Module):
+    """Hands a layer to a function that uses its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.used = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, 4]`` to ``[N, 4]``."""
+        return double(self.used, self.called(x))
+
+
+def test_weight_used_elsewhere_is_named_once() -> None:
+    """It moves all the same, and the report says why it has no curvature."""
+    model = Handed()
     optimizer = Optimizer(model.parameters(), T=1)
     before = weights(model)
     found = steps(optimizer, lambda: model(torch.ones(2, 4)).square().sum())

@@ -27,7 +27,7 @@ STOCK = (
 
 
 def called_layers(model: nn.Module, case: RealModel) -> set[str]:
-    """Names of the parameters of all stock layers that a forward pass calls as modules."""
+    """Names of the parameters of all stock layers that a forward pass calls, and of attention."""
     called: set[nn.Module] = set()
     stock = [m for m in model.modules() if any(type(m).forward is kind.forward for kind in STOCK)]
     handles = [m.register_forward_hook(lambda m, _, __: called.add(m)) for m in stock]
@@ -36,7 +36,14 @@ def called_layers(model: nn.Module, case: RealModel) -> set[str]:
     for handle in handles:
         handle.remove()
     own = {p for m in called for p in m._parameters.values() if "weight" in m._parameters}
-    return {name for name, p in model.named_parameters() if p in own}
+    names = {name for name, p in model.named_parameters() if p in own}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):  # as the matrices that it multiplies with
+            size = module.embed_dim
+            spans = [f"[{i * size}:{(i + 1) * size}]" for i in range(3)]
+            names |= {f"{name}.in_proj_{p}{s}" for p in ("weight", "bias") for s in spans}
+            names |= {f"{name}.out_proj.{p}" for p in ("weight", "bias")}
+    return names
 
 
 @pytest.mark.parametrize(

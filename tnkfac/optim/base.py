@@ -165,12 +165,12 @@ class CurvatureOptimizer(Optimizer):
             self._search = FirstForward(self, "_search_module")
         for uncaptured in self._registry.others:
             group = uncaptured.group
-            if group["fallback"] == "error" and uncaptured.param.requires_grad:
+            param = uncaptured.param
+            if group["fallback"] != "error" or self._registry.is_looked_for(param):
+                continue
+            if param.requires_grad:
                 self.close()
-                raise ValueError(
-                    f"params: {uncaptured.name} is not in a supported layer ({uncaptured.reason}) "
-                    "and fallback is 'error'. Supported: fallback='adamw', fallback='sgd'."
-                )
+                raise ValueError(_not_captured(uncaptured.name, uncaptured.reason))
 
     @property
     def state(self) -> defaultdict[Tensor, ParamState]:
@@ -318,6 +318,9 @@ class CurvatureOptimizer(Optimizer):
     def _take_up_uses(self) -> None:
         """See how parameters were used that no supported module multiplies with."""
         lost = self._registry.settle(self._paused or self._excluded)
+        for found in lost:
+            if self._registry.group_of(found.param)["fallback"] == "error":
+                raise ValueError(_not_captured(found.weight.name, found.weight.refused))
         gone = [found for found in lost if "exp_avg" not in self.state.get(found.param, {})]
         for found in gone:  # the fallback starts with a state of its own
             self.state.pop(found.param, None)
@@ -705,3 +708,10 @@ class CurvatureOptimizer(Optimizer):
         self._registry.close()
         if self._search is not None:
             self._search.remove()
+
+
+def _not_captured(name: str, reason: str) -> str:
+    return (
+        f"params: {name} is not in a supported layer ({reason}) and fallback is 'error'. "
+        "Supported: fallback='adamw', fallback='sgd'."
+    )

@@ -68,6 +68,7 @@ class _Rewriter(KFAC):
             for param, new in parts:
                 assert param.grad is not None
                 local_shard(param.grad).copy_(shard_like(torch.where(good, new, 0.0), param))
+        self._registry.parts.write_gradients()
 
 
 def _current(name: str, what: str) -> property:

@@ -88,7 +88,7 @@ class Uses(TorchFunctionMode):
             self.heal()  # an interrupt has skipped the end of a scope
             frames = self._frames
         frame = _Frame(scope, frames[-1] if frames else None)
-        frame.curious = frame.curious or any(not weight.seen for weight in weights)
+        frame.curious = frame.curious or any(not weight.settled for weight in weights)
         hooks = _saved_tensor_hooks()
         for weight in weights:
             for reference, attribute in weight.owners:
@@ -161,16 +161,17 @@ class Uses(TorchFunctionMode):
             if func is F.multi_head_attention_forward:
                 return self._attend(args, kwargs)
             out = func(*args, **kwargs)
-            if not torch.compiler.is_compiling() and self._frames[-1].curious:
-                self._note_function(func, args)
             if func in CASTS:
                 self._note_cast(args[0], out)
-            elif func in _SPLITS or func is Tensor.__getitem__:
-                self._note_part(func, args, out)
+            elif not self._note_part(func, args, out):
+                self._note_function(func, args, out)
             return out
         product = parse(args, kwargs, self._is_known)
         out = func(*args, **kwargs)
-        return out if product is None else self._tapped(product, out)
+        if product is None:
+            self._note_function(func, args, out)
+            return out
+        return self._tapped(product, out)
 
     def _attend(self, args: Any, kwargs: Any) -> Any:
         """Run the stock attention with its linear maps, splits and chunks visible."""
@@ -187,20 +188,21 @@ class Uses(TorchFunctionMode):
         finally:
             frame.sequence_first = before
 
-    def _note_function(self, func: Any, args: Any) -> None:
-        """Remember which functions take weights that no product has taken yet."""
-        frame = self._frames[-1]
+    def _note_function(self, func: Any, args: Any, out: Any) -> None:
+        """Remember, in first passes, which functions make something else of a weight."""
+        if torch.compiler.is_compiling() or not self._frames[-1].curious:
+            return
+        made = out[0] if isinstance(out, list | tuple) and out else out
+        if not (isinstance(made, Tensor) and made.requires_grad):
+            return
         first = args[0] if args and isinstance(args[0], list | tuple) else ()
+        known = self._frames[-1].known
         for argument in (*args, *first):
-            if isinstance(argument, Tensor):
-                for root in (argument, argument._base):
-                    known = None if root is None else frame.known.get(id(root))
-                    if (
-                        known is not None
-                        and hasattr(func, "__name__")
-                        and func.__name__ != "__get__"
-                    ):
-                        known[0].functions.add(func.__name__)
+            if not isinstance(argument, Tensor):
+                continue
+            root = argument if argument._base is None else argument._base
+            if id(root) in known and made is not argument and made._base is not root:
+                known[id(root)][0].functions.add(getattr(func, "__name__", str(func)))
 
     def _note_cast(self, source: Any, copy: Any) -> None:
         """Remember a copy in another dtype or order for the time of the outermost scope."""
@@ -210,19 +212,22 @@ class Uses(TorchFunctionMode):
         if place is not None and copy.stride() == source.stride():
             self._frames[-1].copies[id(copy)] = copy, place
 
-    def _note_part(self, func: Any, args: Any, out: Any) -> None:
+    def _note_part(self, func: Any, args: Any, out: Any) -> bool:
         """Remember what an index vector has copied, and where parts start that are traced."""
-        source = args[0]
         if torch.compiler.is_compiling():
-            self._note_traced(func, args, out)
-        elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].ndim == 1:
-            index = args[1]
-            place = None
-            if index.dtype in (torch.int64, torch.int32) and source.ndim == 3:
-                place = self._place(source)
-            if place is not None and place.entries is None:
-                entries = place._replace(entries=index.detach())
-                self._frames[-1].copies[id(out)] = out, entries
+            if func in _SPLITS or func is Tensor.__getitem__:
+                self._note_traced(func, args, out)
+            return True
+        if func is not Tensor.__getitem__ or not isinstance(args[1], Tensor):
+            return False
+        source, index = args
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or source.ndim != 3:
+            return False
+        place = self._place(source)
+        if place is None or place.entries is not None:
+            return False
+        self._frames[-1].copies[id(out)] = out, place._replace(entries=index.detach())
+        return True
 
     def _note_traced(self, func: Any, args: Any, out: Any) -> None:
         """A compiler does not tell where a view starts."""

@@ -27,11 +27,9 @@ UNUSED = "no product takes it"
 
 
 LOOKED_UP = frozenset(
-    ("add", "__add__", "__radd__", "__iadd__", "add_", "embedding", "index_select", "__getitem__")
-    + ("cat", "interpolate", "expand", "expand_as", "repeat", "to", "type_as")
-    + ("permute", "view", "reshape", "flatten", "squeeze", "unsqueeze")
+    {"add", "__add__", "__radd__", "__iadd__", "embedding", "index_select", "__getitem__", "cat"}
 )
-"""Functions that look up or add rows of a table, and views of it."""
+"""Functions that look up or add rows of a table."""
 
 
 class BiasSlot(NamedTuple):
@@ -82,7 +80,8 @@ class Weight:
         event: Why the last call of it could not be taken, or empty.
         seen: Whether a known call has used it.
         copies: Whether inputs are copied, because they are changed in place after the call.
-        functions: Names of functions that took it and are no products.
+        functions: Names of functions that made something else of it than a product.
+        settled: Whether a step has seen how it is used.
     """
 
     name: str
@@ -94,6 +93,7 @@ class Weight:
     seen: bool = False
     copies: bool = False
     functions: set[str] = field(default_factory=set)
+    settled: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -102,8 +102,14 @@ class Weight:
 
     def unused(self) -> str:
         """Why it has no slots."""
-        names = ", ".join(sorted(self.functions))
-        return f"{UNUSED}, but {names}" if names else UNUSED
+        return f"{UNUSED}, but {self._named_functions()}" if self.functions else UNUSED
+
+    def used_otherwise(self) -> str:
+        """Why its factors would not be those of all its uses."""
+        return f"taken by products and by {self._named_functions()} (capture_tied is False)"
+
+    def _named_functions(self) -> str:
+        return ", ".join(sorted(self.functions))
 
     def add(self, new: list[Slot]) -> None:
         """Take up slots, in the order of their numbers."""

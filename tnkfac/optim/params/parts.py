@@ -128,6 +128,7 @@ class Parts:
         self._of: dict[int, list[Tensor]] = {}
         self._params: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -158,6 +159,8 @@ class Parts:
             if is_distributed(param):
                 values = self._whole[key] = whole(values)
                 grad = None if grad is None else whole(grad)
+            if grad is not None:
+                grad = self._gradients[key] = grad.contiguous()
             for tensor in tensors:
                 part = origin(tensor)
                 assert part is not None
@@ -180,8 +183,22 @@ class Parts:
             if not was_used:
                 tensor.grad = None
 
+    def write_gradients(self) -> None:
+        """Write the gradients of parts into those of the parameters, where they are copies."""
+        for key, tensors in self._of.items():
+            grad = self._params[key].grad
+            if grad is None or (not is_distributed(grad) and grad.is_contiguous()):
+                continue
+            whole = self._gradients[key]
+            for tensor in tensors:
+                part = origin(tensor)
+                if part is not None and tensor.grad is not None:
+                    part.block.of(whole).copy_(tensor.grad)
+            local_shard(grad).copy_(shard_like(whole, self._params[key]))
+
     def end(self) -> None:
         """Let go of the gradients, and write what was put together back into the parameters."""
+        self._gradients.clear()
         for key, tensors in self._of.items():
             param = self._params[key]
             if key in self._whole:

@@ -186,8 +186,17 @@ class Registry:
         if self._watching.uses is None:
             return []
         self._watching.uses.heal()
-        lost = self._watching.settle(self.layers, self.others, paused)
-        return lost
+        if paused:
+            return []
+
+        def tied(param: Tensor) -> bool:
+            return bool(self._group_of[id(param)].get("capture_tied", False))
+
+        return self._watching.settle(self.layers, self.others, tied)
+
+    def group_of(self, param: Tensor) -> Group:
+        """The group of a parameter."""
+        return self._group_of[id(param)]
 
     def is_looked_for(self, param: Tensor) -> bool:
         """Whether calls may yet be seen to use a parameter."""

@@ -135,9 +135,9 @@ class Sorting:
         first = next((owner for owner in entries if owner.runs), entries[0])
         owners = [(weakref.ref(owner.module), owner.attribute) for owner in entries]
         found = Weight(first.parameter_name, tuple(weight.shape), owners)
-        self.watched.append(Watched(found, weight, first, entries))
-        where = first.reader if first.reader is not None else first.enclosing
-        self._reasons[id(weight)] = f"{LOOKED_FOR} {type(where).__name__}"
+        watched = Watched(found, weight, first, entries)
+        self.watched.append(watched)
+        self._reasons[id(weight)] = watched.looked_for
 
     def others(self) -> list[Uncaptured]:
         """All other parameters in the order of the groups, once layers were found."""
@@ -197,8 +197,6 @@ class Sorting:
         return (bias, "") if why is None else (None, why)
 
 
-LOOKED_FOR = "looked for in the calls of"
-"""How the reason begins of a parameter whose uses are not known yet."""
 _BEGUN = "the fallback had begun to train it before its layer was found"
 
 

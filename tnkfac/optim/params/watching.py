@@ -28,6 +28,8 @@ from tnkfac.optim.params.parts import home, origin, part_of
 
 _UNWATCHED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, ParametrizationList)
 """Modules whose weights are looked up, multiplied inside of fused kernels, or not as they are."""
+LOOKED_FOR = "looked for in the calls of"
+"""How the reason begins of a parameter whose uses are not known yet."""
 NOT_COVERED = "used in parts that are not all of it"
 
 
@@ -40,14 +42,19 @@ class Watched:
         param: The parameter.
         owner: The first module that holds it.
         entries: All of them.
-        settled: Whether a step has seen how it is used.
     """
 
     weight: Weight
     param: Tensor
     owner: Owner
     entries: list[Owner]
-    settled: bool = False
+
+    @property
+    def looked_for(self) -> str:
+        """Where calls are looked at that may use it."""
+        owner = self.owner
+        where = owner.enclosing if owner.reader is None else owner.reader
+        return f"{LOOKED_FOR} {type(where).__name__}"
 
 
 def is_watchable(param: Tensor, entries: Sequence[Owner]) -> bool:
@@ -221,6 +228,7 @@ class Watching:
             explicit_passes=measured.explicit_passes,
             params=[param] if bias is None else [param, home(bias)],
         )
+        statistics.last_event = watched.looked_for
         statistics.bind_to(slot.layer)
         statistics.leaves(param)
         slot.statistics = statistics
@@ -235,14 +243,17 @@ class Watching:
     # ---------------------------------------------------------------- after passes
 
     def settle(
-        self, layers: Sequence[CapturedLayer], others: Iterable[Uncaptured], paused: bool
+        self,
+        layers: Sequence[CapturedLayer],
+        others: Iterable[Uncaptured],
+        tied: Callable[[Tensor], bool],
     ) -> list[Watched]:
         """See how the parameters were used that passes have given a gradient.
 
         Args:
             layers: All layers.
             others: Parameters that the fallback trains.
-            paused: Whether passes were not looked at.
+            tied: Whether a parameter is captured that is used in other ways, too.
 
         Returns:
             Those that no call was seen to use; they are looked for no more.
@@ -251,16 +262,18 @@ class Watching:
         lost = []
         for watched in [*self._watched.values()]:
             weight, param = watched.weight, watched.param
-            if watched.settled or param.grad is None or paused or id(weight) not in ran:
+            if weight.settled or param.grad is None or id(weight) not in ran:
                 continue
             seen = weight.seen or any(slot.statistics.pending for slot in weight.slots)
             if not weight.slots or not seen:
                 weight.refuse(weight.refused or weight.event or weight.unused())
                 lost.append(watched)
                 continue
-            watched.settled = True
+            weight.settled = True
             for slot in weight.slots:
                 slot.measured = True
+            if weight.functions and not tied(param):
+                weight.refuse(weight.used_otherwise())
             self._check_cover(watched, layers)
         if lost:
             gone = {id(watched.weight) for watched in lost}
