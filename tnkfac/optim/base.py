@@ -187,7 +187,7 @@ class CurvatureOptimizer(Optimizer):
     @property
     def _states(self) -> State:
         """The state, in which parts of parameters are found as well."""
-        return PartStates(self.state) if self._registry.parts else self.state
+        return PartStates(self.state) if self._registry.has_parts else self.state
 
     def _declare(self, weight: Weight, slots: list[Slot]) -> bool:
         """Take up layers that the calls of a pass are seen to use."""
@@ -271,6 +271,9 @@ class CurvatureOptimizer(Optimizer):
         """Take what the passes have left into the state and the parameters."""
         self._regroup()  # an emptied state is taken up in the end
         self._take_up_uses()
+        if not self._registry.has_parts:
+            self._step_whole()
+            return
         parts = self._registry.parts
         parts.begin(full_tensor)
         try:
@@ -318,6 +321,8 @@ class CurvatureOptimizer(Optimizer):
     def _take_up_uses(self) -> None:
         """See how parameters were used that no supported module multiplies with."""
         lost = self._registry.settle(self._paused or self._excluded)
+        if not lost:
+            return
         for found in lost:
             if self._registry.group_of(found.param)["fallback"] == "error":
                 raise ValueError(_not_captured(found.weight.name, found.weight.refused))

@@ -82,6 +82,7 @@ class Tap(InertCopy):
         self._wrapped = False
         self._known = True
         self._geometry: Geometry = ()
+        self._unbatched = 0  # axes of one sample
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Tap the output, or leave it alone where nothing may be measured."""
@@ -214,16 +215,18 @@ class Tap(InertCopy):
         self._look(module)
         if self.layer.has_geometry:
             self._geometry = snapshot(module)
+            self._unbatched = self.layer.dims + 1
         return self.layer
 
     def _share(self, layer: Layer, x: Tensor) -> Share:
         """What a call gives to the statistics, with rows of whole samples."""
-        if layer.has_geometry and x.ndim == layer.dims + 1:
-            self._batch.size = 0  # one image: the model's first axis is not that of samples
+        if layer.has_geometry:
+            if x.ndim == self._unbatched:
+                self._batch.size = 0  # one image: the model's first axis is not that of samples
+            return Share(self.statistics, layer)
         samples = self._batch.size
-        parted = samples and not layer.has_geometry and x.shape[0] != samples
-        rows = by_sample(None, samples) if parted and not layer.reads_indices else None
-        return Share(self.statistics, layer, rows)
+        parted = samples and x.shape[0] != samples and not layer.reads_indices
+        return Share(self.statistics, layer, by_sample(None, samples) if parted else None)
 
     def _terms(self, module: nn.Module, output: Tensor) -> float | None:
         average = self.statistics.loss_average

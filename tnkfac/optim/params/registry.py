@@ -32,6 +32,7 @@ class Registry:
         layers: Captured layers in module order.
         others: All other parameters in the order of the groups.
         parts: Weights and biases of layers that are parts of parameters.
+        has_parts: Whether there are any.
     """
 
     def __init__(self, needs: Callable[[Group], Needs]) -> None:
@@ -50,7 +51,7 @@ class Registry:
         self._batch = BatchSize()
         self._hooked: list[weakref.ref[nn.Module]] = []
         self._unhook: list[Callable[[], object]] = []
-        self.parts = Parts()
+        self.parts, self.has_parts = Parts(), False
         self._sorted: list[Tensor] = []
         self._groups: list[Group] = []
 
@@ -175,7 +176,11 @@ class Registry:
         self.layers.sort(key=lambda layer: order[id(home(layer.weight))])
         captured = {id(param) for layer in self.layers for param in layer.owned()}
         self.others = [other for other in self.others if id(other.param) not in captured]
+        self._keep_parts()
+
+    def _keep_parts(self) -> None:
         self.parts.keep(param for layer in self.layers for param in layer.params())
+        self.has_parts = bool(self.parts)
 
     def settle(self, paused: bool) -> list[Watched]:
         """See how parameters were used; return those that no call was seen to use.
@@ -228,7 +233,7 @@ class Registry:
             layer.close()
         self.layers = [layer for layer in self.layers if layer not in gone]
         self._watching.forget(home(layer.weight) for layer in gone)
-        self.parts.keep(param for layer in self.layers for param in layer.params())
+        self._keep_parts()
 
     def release(self, released: list[CapturedLayer]) -> None:
         """Leave layers to the fallback from now on.
@@ -250,7 +255,7 @@ class Registry:
                 group, why = layer.group_of(param), layer.statistics.refused
                 self.others.append(Uncaptured(name, layer.kind, owned, group, why))
         self._watching.forget(home(layer.weight) for layer in released)
-        self.parts.keep(param for layer in self.layers for param in layer.params())
+        self._keep_parts()
 
     def clear(self) -> None:
         """Drop pending statistics."""
