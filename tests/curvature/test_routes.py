@@ -17,8 +17,8 @@ from tnkfac.curvature.moments.contraction import fill_from_network
 from tnkfac.curvature.moments.lags.autocorrelation import symmetric_lags
 from tnkfac.curvature.moments.lags.borders import Lags
 from tnkfac.curvature.moments.lags.gather import fill_from_lags
+from tnkfac.curvature.moments.products.syrk import FEW, fill_product
 from tnkfac.curvature.moments.second_moment import SecondMoment
-from tnkfac.curvature.moments.syrk import FEW, fill_product
 from tnkfac.curvature.moments.unfolding import Unfolding, tap_classes
 from tnkfac.curvature.moments.windows import fill_from_windows
 

@@ -137,13 +137,13 @@ MOMENTS: tuple[Fault, ...] = (
         "a single tap never meets the last pixel",
     ),
     Fault(
-        "curvature/moments/syrk.py",
+        "curvature/moments/products/syrk.py",
         "            mirror(out[:, part, part], halved)",
         "            pass",
         "quarters of symmetric products stay empty",
     ),
     Fault(
-        "curvature/moments/syrk.py",
+        "curvature/moments/products/syrk.py",
         "part.copy_(block[first : first + len(part)])",
         "part.copy_(block[: len(part)])",
         "every strip is the first when blocks are transposed",

@@ -11,10 +11,13 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
+from tnkfac.curvature.moments.blocks.lines import TOGETHER as LINES
+from tnkfac.curvature.moments.blocks.lines import applies, lines_of_blocks
 from tnkfac.curvature.moments.contraction import groups_together, planned_moment
 from tnkfac.curvature.moments.lags.autocorrelation import BLOCK
 from tnkfac.curvature.moments.lags.borders import axis_lags, tap_pairs
-from tnkfac.curvature.moments.syrk import triangle
+from tnkfac.curvature.moments.products.convolved import FEW, LEAST
+from tnkfac.curvature.moments.products.syrk import triangle
 from tnkfac.curvature.moments.tap_classes import TapClasses
 from tnkfac.curvature.moments.unfolding import Unfolding, tap_classes
 from tnkfac.curvature.moments.windows import CHUNK
@@ -25,6 +28,9 @@ MOSTLY_PADDING = 0.75
 FEW_PIXELS = 100
 """Up to so many pixels of channels on their own, products of all pixels are cheap."""
 
+
+SMALL = 16
+"""Rows of one of many groups up to which convolutions multiply them at a fair rate."""
 
 WHOLE = 256
 """Rows of matrices that may be formed as a whole where blocks on the diagonal are asked for."""
@@ -105,7 +111,7 @@ def _network_algorithm(
 ) -> Algorithm:
     """A network never multiplies with padding."""
     plan = planned_moment(unfolding, shape, output_size)
-    cost = plan.flops / 25 + 1.5 * plan.peak_memory + 5e4
+    cost = plan.flops / 36 + plan.peak_memory + 5e4
     held = plan.peak_memory * groups_together(unfolding, shape, output_size) // unfolding.groups
     return Algorithm("network", plan.flops, held, cost)
 
@@ -127,22 +133,53 @@ def block_algorithms(
     windows = _windows_algorithm(unfolding, shape, classes)
     operations = windows.operations * size // features
     numbers = operations // size
-    cost = operations / (80 * min(1.0, size / 48)) + numbers + 3e4 * (1 + numbers / CHUNK)
+    rows = shape[0] * prod(output_size)
+    fast = rows >= FEW and rows * features * size >= LEAST
+    cost = operations / ((75 if fast else 45) * min(1.0, size / 48)) + _copied(numbers, output_size)
     algorithms = [Algorithm("im2col", operations, windows.numbers, cost)]
-    channels = (
-        min(unfolding.channels // unfolding.groups, (size - 1) // taps + 2) * unfolding.groups
-    )
+    step, count = slabs_together(unfolding, shape, size), unfolding.slabs(size).count
+    groups = unfolding.groups * min(step, count)
+    channels = groups * unfolding.slabs(size).width
     part = (shape[0], channels, *shape[2:])
-    slab = dense_algorithms(replace(unfolding, channels=channels), part, output_size)[0]
-    count = -(-features // size)
-    cost = (slab.cost + 3e5) * count
-    algorithms.append(Algorithm("slabs", slab.operations * count, slab.numbers, cost))
+    slab = dense_algorithms(
+        replace(unfolding, channels=channels, groups=groups), part, output_size
+    )[0]
+    calls = count / min(step, count)
+    moments = groups * (channels // groups * taps) ** 2
+    cost = (slab.cost + moments + prod(part)) * calls + 5e4
+    held = slab.numbers + moments + prod(part)
+    algorithms.append(Algorithm("slabs", int(slab.operations * calls), held, cost))
     result = unfolding.groups * features**2
     if features <= WHOLE:
         dense = dense_algorithms(unfolding, shape, output_size)[0]
         cost = dense.cost + 2 * result
         algorithms.append(Algorithm("whole", dense.operations, dense.numbers + result, cost))
+    if unfolding.groups == unfolding.channels and applies(classes):
+        algorithms.append(_lines_algorithm(shape, classes, size))
     return tuple(sorted(algorithms, key=lambda algorithm: algorithm.cost))
+
+
+def _lines_algorithm(shape: tuple[int, ...], classes: TapClasses, size: int) -> Algorithm:
+    """Products of lines of single channels, and which of them are met."""
+    batch, channels, height, width = shape
+    taps = tuple(axis[0] for axis in classes)
+    lines = lines_of_blocks(taps, size)
+    pairs, across = sum(map(len, lines.values())), taps[1].count ** 2
+    batches = channels * height * len(lines)
+    products = batches * width**2
+    met = channels * width**2 * pairs * (height + across)
+    cost = 100 * batches + products * (batch / min(25.0, width) + 0.25) + met / 50
+    cost += 4 * channels * pairs * across + 1e5
+    held = min(channels * height * width**2, max(height * width**2, LINES)) * (1 + len(lines))
+    return Algorithm("lines", products * batch + met, held, cost)
+
+
+def slabs_together(unfolding: Unfolding, shape: tuple[int, ...], size: int) -> int:
+    """How many slabs are formed at once: inputs and moments of so many stay bounded."""
+    slabs = unfolding.slabs(size)
+    pixels = shape[0] * slabs.width * prod(shape[2:])
+    moments = (slabs.width * slabs.taps) ** 2
+    return max(1, CHUNK // max(1, unfolding.groups * max(pixels, moments)))
 
 
 def _windows_algorithm(
@@ -166,8 +203,8 @@ def _windows_algorithm(
         for t in axis
     )
     halves = triangle(features, unfolding.groups, most)
-    cost = operations * halves / _rate(features, unfolding.groups)
-    cost += numbers * 0.6 + 3e4 * (1 + numbers / CHUNK)
+    cost = operations * halves / _rate(features, unfolding.groups, most)
+    cost += _copied(numbers, tuple(axis[0].positions for axis in classes))
     cost += unfolding.groups * features**2 * (2.0 if len(classes[0]) == 1 else 5.0)
     return Algorithm("view" if once else "im2col", operations, held, cost)
 
@@ -189,10 +226,10 @@ def _lags_algorithm(unfolding: Unfolding, shape: tuple[int, ...], classes: TapCl
     else:
         pixels = batch * prod(axis[0].pixels for axis in classes)
         operations = channels * each * phases * half * pixels
-        cost = operations / (70 * min(1.0, each * phases / 24))
+        cost = operations / (150 * min(1.0, each * phases / 24))
     numbers = batch * channels * phases * padded + 2 * channels * each * phases**2 * prod(counts)
     cost += (
-        3 * channels * each * phases**2 * prod(counts) + 0.5 * batch * channels * phases * padded
+        2 * channels * each * phases**2 * prod(counts) + 0.5 * batch * channels * phases * padded
     )
     width = 0
     for taps in product(*classes):
@@ -209,19 +246,29 @@ def _lags_algorithm(unfolding: Unfolding, shape: tuple[int, ...], classes: TapCl
                 pieces = channels * each * met**2 * prod(n.count for n in outer)
                 work = pieces * batch * prod(sizes) / prod(n.stride for n in outer) / 1.6
                 operations += int(work)
-                cost += work / (70 * min(1.0, each * met / 24)) + 10 * pieces + 3.5e5
+                rate = 70 if each * phases == 1 else 150
+                cost += work / (rate * min(1.0, each * met / 24)) + 4 * pieces + 1e5
                 numbers += pieces
-    cost += 3 * channels * each * width + 6e5
-    cost *= 1.25 if phases == 1 else 2.0 if groups == 1 else 4.0
+    cost += 1.5 * channels * each * width + 3e5
+    cost *= 1.25 if phases == 1 else 1.7 if groups == 1 else 4.0
     many = prod(map(len, classes)) > 4  # most of what is looked up is zero then
-    cost += (8 if many else 2) * channels * each * prod(unfolding.kernel_size) ** 2
+    cost += (8 if many else 1) * channels * each * prod(unfolding.kernel_size) ** 2
     name = "lags" if phases == 1 else "polyphase lags"
     name = name if all(len(axis) == 1 for axis in classes) else "tap classes"
     return Algorithm(name, operations, numbers, cost)
 
 
-def _rate(features: int, groups: int) -> float:
+def _copied(numbers: int, output_size: tuple[int, ...]) -> float:
+    """Nanoseconds that unfolding takes: short lines of an image take longer."""
+    return numbers * (0.35 + 4 / max(1, output_size[-1])) + 3e4 * (1 + numbers / CHUNK)
+
+
+def _rate(features: int, groups: int, rows: int) -> float:
     """Multiply-adds per nanosecond of the product of unfolded rows with themselves."""
+    if rows >= FEW and rows * groups * features**2 >= LEAST:  # by convolutions
+        if groups == 1:
+            return 120.0 * min(1.0, features / 144)
+        return 100.0 if features <= SMALL else max(20.0, 60.0 * min(1.0, features / 144))
     if groups > 1:
-        return max(20.0, 70.0 * min(1.0, features / 144))
-    return 70.0 * min(1.0, features / 96)
+        return max(20.0, 55.0 * min(1.0, features / 144))
+    return 57.0 * min(1.0, features / 96)

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.moments.algorithms import Algorithm, block_algorithms, dense_algorithms
+from tnkfac.curvature.moments.algorithms import (
+    Algorithm,
+    block_algorithms,
+    dense_algorithms,
+    slabs_together,
+)
+from tnkfac.curvature.moments.blocks.lines import fill_from_lines
 from tnkfac.curvature.moments.contraction import fill_from_network
 from tnkfac.curvature.moments.lags.gather import fill_from_lags
 from tnkfac.curvature.moments.matrices import to_matrix, to_weight
@@ -20,11 +26,12 @@ from tnkfac.curvature.moments.position_sums import (
     sum_of_squares,
     sum_over_positions,
 )
-from tnkfac.curvature.moments.rows import Rows, TracedRows
+from tnkfac.curvature.moments.rows import Pixels, Rows, TracedRows
 from tnkfac.curvature.moments.unfolding import Unfolding, tap_classes
 from tnkfac.curvature.moments.windows import (
     CHUNK,
     chunks,
+    fill_blocks_from_windows,
     fill_from_pixels,
     fill_from_windows,
     window_rows,
@@ -82,37 +89,57 @@ class Patches(Rows):
         return sum_over_positions(x, self.classes).reshape(self.groups, self.dim)
 
     def blocks(self, blocks: Tensor, last: Tensor) -> None:
-        """Unfold, form the whole matrix, or form a small one for every block."""
-        size, end = blocks.shape[2], blocks.shape[1] * blocks.shape[2]
+        """Unfold, form the whole matrix, or a small one for every block."""
+        pixels = self.unfolding.single_pixels(self.x)
+        if pixels is not None:
+            Pixels(pixels, self.dtype, self.groups).blocks(blocks, last)
+            return
+        size = blocks.shape[2]
         shape = tuple(self.raw.shape)
         name = block_algorithms(self.unfolding, shape, self.sizes, size)[0].name
         if name == "im2col":
-            super().blocks(blocks, last)
-            return
-        read = self._slab
-        if name == "whole":
-            whole = blocks.new_empty(self.groups, self.dim, self.dim)
-            self.dense(whole)
+            if not fill_blocks_from_windows(blocks, last, self.x, self.classes):
+                super().blocks(blocks, last)
+        elif name == "slabs":
+            self._by_slabs(blocks, last)
+        elif name == "lines":
+            fill_from_lines(blocks, last, self.x, self.classes)
+        else:
+            self._from_whole(blocks, last)
 
-            def read(first: int, end: int) -> Tensor:
-                return whole[:, first:end, first:end]
+    def _from_whole(self, blocks: Tensor, last: Tensor) -> None:
+        """Parts of the dense matrix."""
+        whole = blocks.new_empty(self.groups, self.dim, self.dim)
+        self.dense(whole)
+        size, end = blocks.shape[2], blocks.shape[1] * blocks.shape[2]
+        for index, first in enumerate(range(0, end, size)):
+            blocks[:, index] = whole[:, first : first + size, first : first + size]
+        last.copy_(whole[:, end:, end:])
 
-        for index in range(blocks.shape[1]):
-            blocks[:, index] = read(index * size, (index + 1) * size)
-        if last.shape[1]:
-            last.copy_(read(end, end + last.shape[1]))
-
-    def _slab(self, first: int, end: int) -> Tensor:
-        """Rows and columns ``first`` to ``end``: the channels they touch are unfolded alone."""
-        taps = prod(self.unfolding.kernel_size)
-        low, high = first // taps, -(-end // taps)
-        x = self.x.reshape(self.samples, self.groups, -1, *self.x.shape[2:])
-        x = x[:, :, low:high].flatten(1, 2)
-        part = Patches(x, x.dtype, replace(self.unfolding, channels=x.shape[1]), self.sizes)
-        out = x.new_empty(self.groups, part.dim, part.dim)
-        part.dense(out)
-        inside = slice(first - low * taps, end - low * taps)
-        return out[:, inside, inside]
+    def _by_slabs(self, blocks: Tensor, last: Tensor) -> None:
+        """The channels that blocks touch become groups, as many at once as memory bears."""
+        slabs = self.unfolding.slabs(blocks.shape[2])
+        step = slabs_together(self.unfolding, tuple(self.raw.shape), blocks.shape[2])
+        for start in range(0, slabs.count, step):
+            some = range(start, min(start + step, slabs.count))
+            part = Patches(
+                slabs.taken(self.x, self.groups, some),
+                self.dtype,
+                replace(
+                    self.unfolding,
+                    channels=self.groups * len(some) * slabs.width,
+                    groups=self.groups * len(some),
+                ),
+                self.sizes,
+            )
+            moments = blocks.new_empty(part.groups, part.dim, part.dim)
+            part.dense(moments)
+            moments = moments.view(self.groups, len(some), part.dim, part.dim)
+            for members, found in slabs.cut(moments, some):
+                if members[0] < blocks.shape[1]:
+                    blocks[:, members.start : members.stop : members.step] = found
+                else:
+                    last.copy_(found[:, 0])
 
     def times(self, V: Tensor) -> Tensor:
         """Convolve with ``V`` as weight, then take the weight gradient, a few samples at a time."""

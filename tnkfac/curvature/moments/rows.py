@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tnkfac.curvature.moments.algorithms import Algorithm
 from tnkfac.curvature.moments.position_sums import fused_squared_sums, sum_of_squares
-from tnkfac.curvature.moments.syrk import fill_product
+from tnkfac.curvature.moments.products import convolved
+from tnkfac.curvature.moments.products.syrk import fill_product
 from tnkfac.curvature.moments.windows import CHUNK, fill_from_pixels, pixel_rows
 
 
@@ -180,7 +181,18 @@ class Vectors(Rows):
 
     def dense(self, out: Tensor) -> None:
         """One product."""
-        fill_product(out, (self._columns,), self.x.shape[0])
+        if convolved.pays(self.raw, self.dtype, self.count, out.numel()):
+            convolved.fill_products(out, convolved.wide_images(self.x.flatten(1)))
+        else:
+            fill_product(out, (self._columns,), self.x.shape[0])
+
+    def blocks(self, blocks: Tensor, last: Tensor) -> None:
+        """As pixels of images, where that is faster."""
+        whole = not last.numel()  # a part of the rows would be copied
+        if whole and convolved.pays(self.raw, self.dtype, self.count, blocks.numel()):
+            convolved.fill_blocks(blocks, last, convolved.images_of(self.x))
+        else:
+            super().blocks(blocks, last)
 
     def diagonal(self) -> Tensor:
         """Column by column."""
@@ -253,6 +265,13 @@ class Pixels(Rows):
     def dense(self, out: Tensor) -> None:
         """Sample by sample, or a few of them at once."""
         fill_from_pixels(out, self._pixels)
+
+    def blocks(self, blocks: Tensor, last: Tensor) -> None:
+        """Products of channels, where that is faster."""
+        if convolved.pays(self.raw, self.dtype, self.count, blocks.numel()):
+            convolved.fill_blocks(blocks, last, convolved.in_cache(self._pixels))
+        else:
+            super().blocks(blocks, last)
 
     def diagonal(self) -> Tensor:
         """Squares of norms, or of pixels, in the order in which they lie in memory."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnkfac.curvature.moments.blocks.slabs import Slabs
 from tnkfac.curvature.moments.tap_classes import (
     TapClass,
     TapClasses,
@@ -63,6 +64,10 @@ class Unfolding:
     def is_pointwise(self) -> bool:
         """Whether every position meets one pixel, and no padding."""
         return set(self.kernel_size) == {1} and not any(map(any, self.padding))
+
+    def slabs(self, size: int) -> Slabs:
+        """The channels that diagonal blocks of so many rows touch."""
+        return Slabs(self.channels // self.groups, prod(self.kernel_size), size)
 
     def single_pixels(self, x: Tensor) -> Tensor | None:
         """The pixels of ``x`` that are met, where every position meets one; else None."""

@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnkfac.curvature.moments.syrk import fill_product, fill_sample_products
+from tnkfac.curvature.moments.products import convolved
+from tnkfac.curvature.moments.products.syrk import HALVED, fill_product, fill_sample_products
 from tnkfac.curvature.moments.tap_classes import TapClass, TapClasses
 
 CHUNK = 2**21
 """Most numbers that are unfolded at one time: they stay in the cache, and memory is bounded."""
 
+
+LEAST = 2**18
+"""Numbers that may always be unfolded."""
 
 NARROW = 128
 """Up to so many channels, one product per sample beats a copy of them all."""
@@ -84,7 +88,7 @@ def chunks(x: Tensor, classes: TapClasses, result: int = 0) -> list[Tensor]:
     if not x.shape[0]:
         return []
     each = max(_unfolded(taps, x.shape[1]) for taps in product(*classes))
-    most = min(max(CHUNK, result // 2), max((each * x.shape[0] + result) // 8, 2**16))
+    most = min(max(CHUNK, result // 2), max((each * x.shape[0] + result) // 8, LEAST))
     return list(torch.split(x, max(1, most // max(each, 1))))
 
 
@@ -147,11 +151,43 @@ def _fill_class(out: Tensor, x: Tensor, taps: Sequence[TapClass]) -> None:
     parts = chunks(x, tuple((axis,) for axis in taps), out.numel()) if all(ranges) else []
     positions = prod(map(len, ranges))
     groups, size = out.shape[:2]
-    if groups == 1 and size <= min(NARROW, positions):
+    narrow = groups > 1 or size < HALVED
+    columns = len(parts[0]) * positions if parts else 0
+    if narrow and convolved.pays(x, x.dtype, columns, out.numel()):
+        seen = (windows(part, taps, ranges) for part in parts)
+        convolved.fill_products(out, (u.reshape(len(u), -1, positions) for u in seen))
+    elif groups == 1 and size <= min(NARROW, positions):
         fill_sample_products(out, (_aligned(windows(part, taps, ranges), size) for part in parts))
     else:
         columns = x.shape[0] * positions
         fill_product(out, (rows(part, groups, taps, ranges) for part in parts), columns)
+
+
+def fill_blocks_from_windows(blocks: Tensor, last: Tensor, x: Tensor, classes: TapClasses) -> bool:
+    """Fill blocks on the diagonal, where convolutions are fast at that.
+
+    Args:
+        blocks: ``[G, B, k, k]``, overwritten.
+        last: The last one ``[G, r, r]``, overwritten, too.
+        x: ``[N, C, I1, ..]``.
+        classes: Classes of taps per axis.
+
+    Returns:
+        Whether that is so.
+    """
+    if any(len(axis) > 1 for axis in classes):
+        return False
+    taps = [axis[0] for axis in classes]
+    ranges = [range(axis.positions) for axis in taps]
+    positions, parts = prod(map(len, ranges)), chunks(x, classes)
+    columns = len(parts[0]) * positions if parts else 0
+    if not convolved.pays(x, x.dtype, columns, blocks.numel()):
+        return False
+    seen = (windows(part, taps, ranges) for part in parts)
+    groups = len(blocks)
+    unfolded = (u.reshape(len(u), groups, -1, positions) for u in seen)
+    convolved.fill_blocks(blocks, last, unfolded)
+    return True
 
 
 def _aligned(seen: Tensor, size: int) -> Tensor:
@@ -170,6 +206,10 @@ def fill_from_pixels(out: Tensor, pixels: Tensor) -> None:
         pixels: ``[N, G, D, P]``.
     """
     groups, size = out.shape[:2]
+    narrow = groups > 1 or size < HALVED
+    if narrow and convolved.pays(pixels, pixels.dtype, pixels[:, 0, 0].numel(), out.numel()):
+        convolved.fill_products(out, convolved.in_cache(pixels.flatten(1, 2)))
+        return
     if size <= min(NARROW, pixels.shape[3]):
         together = max(1, CHUNK // (groups * size**2))
         fill_sample_products(out, torch.split(pixels, together))

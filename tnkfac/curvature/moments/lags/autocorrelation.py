@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 
@@ -15,8 +15,14 @@ from tnkfac.curvature.moments.lags.borders import Lags
 BLOCK = 16
 """Neighbouring pixels per row of the products that correlate single channels."""
 
-TOGETHER = 2**21
-"""Numbers that are correlated at one time, unless there are more lags."""
+LONGEST = 2**13
+"""Pixels that are summed at one time: rounding errors of long sums in float32 add up."""
+
+TOGETHER = 2**19
+"""Numbers that are correlated at one time on the CPU, unless there are more lags."""
+
+LAUNCHED = 2**21
+"""The same on other devices."""
 
 
 def correlate(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
@@ -87,26 +93,43 @@ def _convolved_lags(x: Tensor, groups: int, most: Sequence[int], steps: Sequence
     A few samples at a time: the copies that are made of them stay in the cache.
     """
     size = (x.shape[1], x.shape[1] // groups, most[0] + 1, *(2 * m + 1 for m in most[1:]))
-    numbers = max(TOGETHER, prod(size))
-    parts = torch.split(x, max(1, numbers // max(1, x[0].numel())))
-    total = _convolved(parts[0], groups, size, most, steps)
-    for part in parts[1:]:
-        total += _convolved(part, groups, size, most, steps)
+    on_cpu = x.device.type == "cpu"
+    numbers = max(TOGETHER if on_cpu else LAUNCHED, prod(size))
+    longest = LONGEST if on_cpu else x.numel()
+    together = min(numbers // max(1, x[0].numel()), longest // max(1, prod(x.shape[2:])))
+    total = None
+    for part in torch.split(x, max(1, together)):
+        for products in _convolved(part, groups, size, most, steps, longest):
+            total = products if total is None else total.add_(products)
+    assert total is not None
     return total
 
 
 def _convolved(
-    x: Tensor, groups: int, size: Sequence[int], most: Sequence[int], steps: Sequence[int]
-) -> Tensor:
-    """The weight gradient of a convolution of ``x`` with itself, of shape ``size``."""
+    x: Tensor,
+    groups: int,
+    size: Sequence[int],
+    most: Sequence[int],
+    steps: Sequence[int],
+    longest: int,
+) -> Iterator[Tensor]:
+    """Weight gradients of a convolution of ``x`` with itself, of shape ``size``.
+
+    They are of a few lines of pixels each, and sum to that of all.
+    """
     dims = len(most)
+    if dims == 2 and size[1] % 8 and x.device.type == "cpu":  # odd groups are slow otherwise
+        x = x.contiguous(memory_format=torch.channels_last)
     ahead = F.pad(x, [0, 0] * (dims - 1) + [0, most[0] * steps[0]]) if most[0] else x
     weight = x.new_empty(1).expand(size)
     padding = [0, *(m * s for m, s in zip(most[1:], steps[1:], strict=True))]
     ones, zeros = [1] * dims, [0] * dims
     args = (None, ones, padding, list(steps), False, zeros, groups, (False, True, False))
-    weight_grad: Tensor = torch.ops.aten.convolution_backward(x, ahead, weight, *args)[1]
-    return weight_grad
+    lines = max(1, longest * x.shape[2] // max(1, x[:, 0].numel()))
+    for first in range(0, x.shape[2], lines):
+        left = x[:, :, first : first + lines]
+        right = ahead[:, :, first : first + left.shape[2] + most[0] * steps[0]]
+        yield torch.ops.aten.convolution_backward(left, right, weight, *args)[1]
 
 
 def _block_lags(x: Tensor, most: Sequence[int], steps: Sequence[int]) -> Tensor:

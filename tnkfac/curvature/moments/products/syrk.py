@@ -8,11 +8,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from tnkfac.curvature.moments.products.convolved import pays, row_products
+
 HALVED = 256
 """From this size on, a symmetric product on the CPU is computed in halves."""
 
 FEW = 96
 """With fewer columns, copying the other half costs more than computing it."""
+
+COMPUTED = 2**18
+"""Numbers of a large product that are computed at one time."""
 
 STRIP = 128
 """Rows that are transposed at one time."""
@@ -26,6 +31,9 @@ def fill_product(out: Tensor, parts: Iterable[Tensor], columns: int) -> None:
         parts: ``[G, D, M]`` each.
         columns: Sum of all ``M``.
     """
+    if out.shape[0] == 1 and out.shape[1] >= HALVED and pays(out, out.dtype, columns, out.numel()):
+        _fill_strips(out[0], parts)
+        return
     halved, beta = halved_from(out, columns), 0.0
     for u in parts:
         add_product(out, u, beta, halved)
@@ -34,6 +42,23 @@ def fill_product(out: Tensor, parts: Iterable[Tensor], columns: int) -> None:
     if beta == 0.0:
         out.zero_()
     mirror(out, halved)
+
+
+def _fill_strips(out: Tensor, parts: Iterable[Tensor]) -> None:
+    """``out = sum u u^T`` of ``u [1, D, M]``, strip by strip of columns down to the diagonal."""
+    size, first = len(out), True
+    width = -(-size // max(2, size**2 // COMPUTED))
+    strips = [slice(start, min(start + width, size)) for start in range(0, size, width)]
+    for u in parts:
+        for strip in strips:
+            part, found = out[: strip.stop, strip], row_products(u[0, : strip.stop], u[0, strip])
+            part.copy_(found) if first else part.add_(found)
+        first = False
+        del u, found  # before the next one is formed
+    if first:
+        out.zero_()
+    for strip in strips[1:]:
+        transpose(out[: strip.start, strip], out[strip, : strip.start])
 
 
 def fill_sample_products(out: Tensor, parts: Iterable[Tensor]) -> None:
@@ -83,12 +108,12 @@ def mirror(out: Tensor, halved: int) -> None:
     """Fill the lower blocks of halves."""
     if out.shape[1] >= halved:
         half = out.shape[1] // 2
-        _transpose(out[0, :half, half:], out[0, half:, :half])
+        transpose(out[0, :half, half:], out[0, half:, :half])
         for part in (slice(0, half), slice(half, None)):
             mirror(out[:, part, part], halved)
 
 
-def _transpose(block: Tensor, out: Tensor) -> None:
+def transpose(block: Tensor, out: Tensor) -> None:
     """``out = block^T``, through strips: columns a power of two apart fall on one cache line."""
     rows, columns = block.shape
     strip = block.new_empty(min(STRIP, rows), columns + 16)[:, :columns]

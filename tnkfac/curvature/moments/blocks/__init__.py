@@ -1,0 +1,1 @@
+"""Diagonal blocks of the second moments of unfolded inputs."""
