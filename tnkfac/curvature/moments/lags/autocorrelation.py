@@ -37,8 +37,9 @@ def correlate(x: Tensor, groups: int, lags: Sequence[Lags]) -> Tensor:
         ``[C, C / G, M1, .., Md]`` with ``M`` lags per axis, ordered as :meth:`Lags.index` says.
     """
     if not lags:
-        rows = x.view(x.shape[0], groups, -1).permute(1, 2, 0)
-        products = torch.bmm(rows, rows.mT)  # of which libraries may round both halves differently
+        # Copied, as torch would go through views of groups one by one.
+        rows = x.view(x.shape[0], groups, -1).transpose(0, 1).contiguous()
+        products = torch.bmm(rows.mT, rows)  # of which libraries may round both halves differently
         return ((products + products.mT) / 2).flatten(0, 1)
     strides = [axis.stride for axis in lags]
     if max(strides) == 1:
@@ -98,7 +99,7 @@ def _convolved_lags(x: Tensor, groups: int, most: Sequence[int], steps: Sequence
     longest = LONGEST if on_cpu else x.numel()
     together = min(numbers // max(1, x[0].numel()), longest // max(1, prod(x.shape[2:])))
     total = None
-    for part in torch.split(x, max(1, together)):
+    for part in torch.tensor_split(x, -(-len(x) // max(1, together))):
         for products in _convolved(part, groups, size, most, steps, longest):
             total = products if total is None else total.add_(products)
     assert total is not None
