@@ -73,7 +73,7 @@ def explain(
         Conv2d, input (8, 64, 56, 56), expand, dense
           route                multiply-adds   extra memory      cost
           lags                 1,564,426,240       7.73 MiB      1.0x  <- chosen
-          im2col               8,323,596,288       7.05 MiB      2.3x
+          im2col               8,323,596,288       7.05 MiB      3.0x
         >>> explanation.chosen
         'lags'
     """
