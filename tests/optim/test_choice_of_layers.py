@@ -537,7 +537,7 @@ REASONS: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
                 "out_proj.bias",
                 *(f"in_proj_{p}[{a}:{a + 4}]" for a in (0, 4, 8) for p in ("weight", "bias")),
             ],
-            "no statistics yet: looked for in the calls of MultiheadAttention",
+            "no statistics yet: promised by its MultiheadAttention",
         ),
     ),
     "weight norm": (
@@ -569,7 +569,7 @@ REASONS: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
     ),
     "forward of its own": (
         lambda: Doubled(3, 3),
-        dict.fromkeys(("weight", "bias"), "no statistics yet: looked for in the calls of Doubled"),
+        dict.fromkeys(("weight", "bias"), "no statistics yet: promised by its Doubled"),
     ),
     "foreign, of the same name": (
         Linear,
@@ -709,3 +709,58 @@ def test_reasons_outlast_another_group(name: str) -> None:
     assert {
         n.removeprefix("Sequential."): after[n] for n in after if "Linear." not in n
     }.items() >= (before.items())
+
+
+class AddedLater(nn.Linear):
+    """A layer that adds its bias to the product, as Falcon does."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) + self.bias
+
+
+class Helped(nn.Module):
+    """A model that hands a module to a function."""
+
+    def __init__(self, help_):
+        super().__init__()
+        self.inner, self.help = nn.Linear(4, 5), help_
+
+    def forward(self, x):
+        return self.help(self.inner, x)
+
+
+def with_bias(module, x):
+    return nn.functional.linear(x, module.weight, module.bias)
+
+
+def bias_later(module, x):
+    return x @ module.weight.T + module.bias
+
+
+@pytest.mark.parametrize(
+    ("first", "joint"),
+    [
+        (lambda: AddedLater(4, 5), False),
+        (lambda: Helped(with_bias), True),
+        (lambda: Helped(bias_later), False),
+    ],
+    ids=["bias added later", "a function takes the layer", "a function that adds the bias"],
+)
+@pytest.mark.filterwarnings("ignore:No statistics reached")
+def test_all_parameters_are_trained_however_layers_are_used(first, joint):
+    torch.manual_seed(0)
+    model = nn.Sequential(first(), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = SINGD(model.parameters(), lr=0.01, T=1)
+    for _ in range(3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        model(torch.randn(6, 4)).square().sum().backward()
+        optimizer.step()
+    rows = {row.name: row for row in optimizer.report()}
+    assert rows.keys() == before.keys()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    weight, bias = (
+        next(n for n in rows if n.startswith("0.") and n.endswith(e)) for e in ("weight", "bias")
+    )
+    assert rows[weight].last_update == 2
+    assert (rows[bias].last_update == 2) is joint

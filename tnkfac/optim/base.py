@@ -32,6 +32,7 @@ from tnkfac.optim.finite import (
 from tnkfac.optim.options import Group, Params
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.captured import CapturedLayer
+from tnkfac.optim.params.history import begun_in_layer
 from tnkfac.optim.params.parts import PartStates
 from tnkfac.optim.params.registry import Registry, by_parameter
 from tnkfac.optim.params.state import ParamState, State, has_curvature, mark, set_mark
@@ -194,6 +195,9 @@ class CurvatureOptimizer(Optimizer):
         known = {id(layer) for layer in self._registry.layers}
         if not self._registry.declare(weight, slots, self.state):
             return False
+        for other in self._registry.others:
+            if begun_in_layer(self.state.get(other.param, {}), other.group):
+                del self.state[other.param]
         state = self._states
         new = [layer for layer in self._registry.layers if id(layer) not in known]
         for layer in new:
@@ -307,7 +311,9 @@ class CurvatureOptimizer(Optimizer):
         if not pending and self._all_lrs_zero(due):
             return
         if due and not self._excluded:
-            self._notices.check_statistics(due, self._states)
+            unseen = self._notices.check_statistics(due, self._states)
+            if unseen:
+                self._registry.look_everywhere(self, unseen)
             self._notices.check_stale(due, self._states)
         found_inf = self._step_if_finite(pending, bad_gradients)
         self._skipped.add(found_inf)

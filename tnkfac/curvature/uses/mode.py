@@ -196,13 +196,17 @@ class Uses(TorchFunctionMode):
         if not (isinstance(made, Tensor) and made.requires_grad):
             return
         first = args[0] if args and isinstance(args[0], list | tuple) else ()
-        known = self._frames[-1].known
         for argument in (*args, *first):
-            if not isinstance(argument, Tensor):
-                continue
-            root = argument if argument._base is None else argument._base
-            if id(root) in known and made is not argument and made._base is not root:
-                known[id(root)][0].functions.add(getattr(func, "__name__", str(func)))
+            self._note_taken(argument, made, getattr(func, "__name__", str(func)))
+
+    def _note_taken(self, argument: Any, made: Tensor, name: str) -> None:
+        """Remember that a function has taken a weight, unless what it made is a view of it."""
+        if not isinstance(argument, Tensor):
+            return
+        known = self._frames[-1].known
+        root = argument if argument._base is None else argument._base
+        if id(root) in known and made is not argument and made._base is not root:
+            known[id(root)][0].functions.add(name)
 
     def _note_cast(self, source: Any, copy: Any) -> None:
         """Remember a copy in another dtype or order for the time of the outermost scope."""
@@ -317,6 +321,8 @@ class Uses(TorchFunctionMode):
             return out
         weight = place.weight
         weight.seen = True
+        if self._frames[-1].curious:
+            self._note_taken(product.bias, out, "add")
         obstacle = _obstacle(product.x, out)
         if obstacle:
             self._tell(weight, obstacle)

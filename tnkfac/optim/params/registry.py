@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -20,7 +21,13 @@ from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_r
 from tnkfac.optim.params.parts import Parts, home, origin
 from tnkfac.optim.params.skipping import Unmatched
 from tnkfac.optim.params.sorting import Sorting
-from tnkfac.optim.params.watching import Watched, Watching, accepts_bias, expected_slots
+from tnkfac.optim.params.watching import (
+    Watched,
+    Watching,
+    accepts_bias,
+    expected_slots,
+    is_watchable,
+)
 
 _SPELLINGS = "an iterable of parameters, named parameters or parameter groups, a torch.nn.Module"
 
@@ -158,6 +165,8 @@ class Registry:
             if home(layer.weight) is param and id(layer.statistics) not in kept
         ]
         self.layers = [layer for layer in self.layers if layer not in replaced]
+        for layer in replaced:
+            layer.close()
 
         def joint(param: Tensor, bias: Tensor, span: Span | None) -> bool:
             taken = _spans([*self.layers, *new])
@@ -166,6 +175,7 @@ class Registry:
         new: list[CapturedLayer] = []
         for slot in slots:
             new += self._watching.layers_of(weight, [slot], self._group_of, self._needs, joint)
+        self._leave_to_fallback(replaced, "it is not added where its weight is used")
         self._place(new)
         return True
 
@@ -197,7 +207,9 @@ class Registry:
         def tied(param: Tensor) -> bool:
             return bool(self._group_of[id(param)].get("capture_tied", False))
 
-        return self._watching.settle(self.layers, self.others, tied)
+        lost = self._watching.settle(self.layers, self.others, tied)
+        called = {id(layer.weight) for layer in self.layers if layer.removers}
+        return [found for found in lost if id(found.param) not in called]
 
     def group_of(self, param: Tensor) -> Group:
         """The group of a parameter."""
@@ -243,19 +255,49 @@ class Registry:
         """
         gone = {id(layer) for layer in released}
         self.layers = [layer for layer in self.layers if id(layer) not in gone]
-        others = {id(uncaptured.param) for uncaptured in self.others}
         for layer in released:
             layer.close()
+        self._leave_to_fallback(released)
+        self._watching.forget(home(layer.weight) for layer in released)
+        self._keep_parts()
+
+    def _leave_to_fallback(self, layers: list[CapturedLayer], why: str = "") -> None:
+        """Add the parameters of layers to the others.
+
+        Args:
+            layers: Layers that are captured no more.
+            why: Why not; what their statistics say if empty.
+        """
+        others = {id(uncaptured.param) for uncaptured in self.others}
+        for layer in layers:
             for name, param in layer.named():
                 part, owned = origin(param), home(param)
                 if id(owned) in others:
                     continue
                 others.add(id(owned))
                 name = name if part is None else name.removesuffix(part.label)
-                group, why = layer.group_of(param), layer.statistics.refused
-                self.others.append(Uncaptured(name, layer.kind, owned, group, why))
-        self._watching.forget(home(layer.weight) for layer in released)
-        self._keep_parts()
+                group, reason = layer.group_of(param), why or layer.statistics.refused
+                self.others.append(Uncaptured(name, layer.kind, owned, group, reason))
+
+    def look_everywhere(self, owner: object, layers: list[CapturedLayer]) -> None:
+        """Look at all calls of the model for the weights of layers that were not called.
+
+        Functions that take a module may use its weight, which no code of another module shows.
+
+        Args:
+            owner: The optimizer.
+            layers: Layers with taps.
+        """
+        weights = [layer.weight for layer in layers if not self.is_looked_for(layer.weight)]
+        roots = [root for ref in self._hooked if (root := ref()) is not None]
+        owners = find_owners(weights, roots)
+        found = []
+        for weight in weights:
+            entries = [replace(entry, reader=entry.root) for entry in owners.get(id(weight), ())]
+            if entries and is_watchable(weight, entries):
+                found.append(Watched.by(weight, entries))
+        self._watching.locate(owners, [p for layer in layers for p in layer.params()])
+        self._watching.watch(owner, found, _asking(owner), self._batch)
 
     def clear(self) -> None:
         """Drop pending statistics."""

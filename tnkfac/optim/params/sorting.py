@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -16,7 +15,6 @@ from tnkfac.curvature.capture.owners import Owner
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import Tap, attach
 from tnkfac.curvature.layers import describe
-from tnkfac.curvature.uses.slots import Weight
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
 from tnkfac.optim.params.history import begun_by_fallback, begun_in_layer, has_row_for_bias
@@ -132,10 +130,7 @@ class Sorting:
         return len(supported) < len(entries) and is_watchable(weight, entries)
 
     def _watch(self, weight: Tensor, entries: list[Owner]) -> None:
-        first = next((owner for owner in entries if owner.runs), entries[0])
-        owners = [(weakref.ref(owner.module), owner.attribute) for owner in entries]
-        found = Weight(first.parameter_name, tuple(weight.shape), owners)
-        watched = Watched(found, weight, first, entries)
+        watched = Watched.by(weight, entries)
         self.watched.append(watched)
         self._reasons[id(weight)] = watched.looked_for
 

@@ -30,6 +30,8 @@ _UNWATCHED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, Paramet
 """Modules whose weights are looked up, multiplied inside of fused kernels, or not as they are."""
 LOOKED_FOR = "looked for in the calls of"
 """How the reason begins of a parameter whose uses are not known yet."""
+PROMISED = "promised by its"
+"""How the reason begins of a parameter of a module whose type tells how it is used."""
 NOT_COVERED = "used in parts that are not all of it"
 
 
@@ -49,12 +51,28 @@ class Watched:
     owner: Owner
     entries: list[Owner]
 
+    @classmethod
+    def by(cls, param: Tensor, entries: list[Owner]) -> Watched:
+        """A parameter, and the modules that hold it."""
+        first = next((owner for owner in entries if owner.runs), entries[0])
+        owners = [(weakref.ref(owner.module), owner.attribute) for owner in entries]
+        weight = Weight(first.parameter_name, tuple(param.shape), owners)
+        return cls(weight, param, first, entries)
+
     @property
     def looked_for(self) -> str:
         """Where calls are looked at that may use it."""
+        return f"{LOOKED_FOR} {self._user}"
+
+    @property
+    def promised(self) -> str:
+        """Which module says how it will be used."""
+        return f"{PROMISED} {self._user}"
+
+    @property
+    def _user(self) -> str:
         owner = self.owner
-        where = owner.enclosing if owner.reader is None else owner.reader
-        return f"{LOOKED_FOR} {type(where).__name__}"
+        return type(owner.enclosing if owner.reader is None else owner.reader).__name__
 
 
 def is_watchable(param: Tensor, entries: Sequence[Owner]) -> bool:
@@ -228,7 +246,7 @@ class Watching:
             explicit_passes=measured.explicit_passes,
             params=[param] if bias is None else [param, home(bias)],
         )
-        statistics.last_event = watched.looked_for
+        statistics.last_event = watched.promised
         statistics.bind_to(slot.layer)
         statistics.leaves(param)
         slot.statistics = statistics

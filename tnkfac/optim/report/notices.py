@@ -79,14 +79,18 @@ class Notices:
                 "normal for a part of the model that did not run.",
             )
 
-    def check_statistics(self, due: Sequence[CapturedLayer], state: State) -> None:
+    def check_statistics(self, due: Sequence[CapturedLayer], state: State) -> list[CapturedLayer]:
         """Warn of layers that have a gradient, but never had statistics; of each once.
 
         Args:
             due: Layers whose taps were on during the passes of this step.
             state: State of the optimizer.
+
+        Returns:
+            Those of which no call was seen.
         """
         causes: dict[str, list[str]] = {}
+        unseen = []
         for layer in due:
             if (
                 not layer.statistics.pending
@@ -95,7 +99,10 @@ class Notices:
                 and id(layer.weight) not in self._silent
             ):
                 self._silent.add(id(layer.weight))
-                cause = layer.statistics.refused or layer.statistics.last_event or _unseen()
+                cause = layer.statistics.refused or layer.statistics.last_event
+                if not cause:
+                    cause = _unseen()
+                    unseen.append(layer)
                 causes.setdefault(cause, []).append(layer.named()[0][0])
         if causes:
             listed = "; ".join(f"{_some(names)} ({cause})" for cause, names in causes.items())
@@ -103,6 +110,7 @@ class Notices:
                 f"No statistics reached {listed}, which have gradients. Until that changes they "
                 "are trained without curvature; see report().",
             )
+        return unseen
 
     def tell_released(self, released: Sequence[CapturedLayer]) -> None:
         """Warn of layers that the fallback trains from now on."""

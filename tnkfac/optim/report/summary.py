@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,25 +13,30 @@ from torch import Tensor
 
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.optim.params.captured import CapturedLayer
-from tnkfac.optim.params.parts import flat, home
+from tnkfac.optim.params.parts import flat, home, origin
 from tnkfac.optim.params.registry import Registry
 from tnkfac.optim.params.state import ParamState, State, mark
+from tnkfac.optim.params.watching import LOOKED_FOR, PROMISED
 from tnkfac.optim.report.diagnostics import Diagnostics
 from tnkfac.optim.report.plots import draw_report
 from tnkfac.optim.report.table import aligned
 
 FROZEN = "frozen"
 """Reason of a parameter that requires no gradient."""
+WAITS = "no statistics yet"
+"""How the reason begins of a layer whose factors wait; more follows where calls were seen."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Treatment of one parameter.
+    """Treatment of one parameter, or of a part of one that has factors of its own.
 
     Attributes:
-        name: Qualified name of the parameter, or ``param_<i>``.
+        name: Qualified name of the parameter, or ``param_<i>``; a part is written as an index,
+            ``attention.in_proj_weight[0:768]``. The matrices of a stack, such as those of experts,
+            share a row.
         module: Type of the module that owns it; empty if none was found.
-        shape: Shape of the parameter.
+        shape: Its shape.
         approximation: ``expand`` or ``reduce``; empty for the fallback.
         structure: Structures of input and output factor; empty for the fallback.
         factor_dims: Groups and rows of both factors, as ``(G, D, C_out / G)``; empty likewise.
@@ -52,6 +57,21 @@ class Row:
     last_update: int | None
     reason: str
     failures: int = 0
+
+    @property
+    def state(self) -> str:
+        """``"measured"``, ``"promised"``, ``"looked for"``, or the reason.
+
+        What a supported module promises was not measured yet; whether anything multiplies with
+        what is looked for is seen in the first passes.
+        """
+        if self.last_update is not None:
+            return "measured"
+        if LOOKED_FOR in self.reason:
+            return "looked for"
+        if self.reason == WAITS or PROMISED in self.reason:
+            return "promised"
+        return self.reason
 
 
 class Report(list[Row]):
@@ -130,14 +150,46 @@ def summarize(registry: Registry, state: State) -> Report:
         registry: The parameters.
         state: State of the optimizer.
     """
-    rows = Report()
-    for layer in registry.layers:
-        rows += _layer_rows(layer, state)
+    rows = Report(_with_stacks_summed(registry.layers, state))
     for uncaptured in registry.others:
         size, shape = _bytes(state.get(uncaptured.param, {})), _shape(uncaptured.param)
         reason = uncaptured.reason if uncaptured.param.requires_grad else FROZEN
         rows.append(Row(uncaptured.name, uncaptured.kind, shape, "", "", (), size, None, reason))
     return rows
+
+
+def _with_stacks_summed(layers: Sequence[CapturedLayer], state: State) -> Iterator[Row]:
+    """Rows of layers, of which one stands for all matrices of a stack."""
+    stacks: dict[int, list[Row]] = {}
+    for layer in layers:
+        part = origin(layer.weight)
+        if part is None or not part.idle:
+            yield from _layer_rows(layer, state)
+            continue
+        for row, param in zip(_layer_rows(layer, state), layer.params(), strict=True):
+            own = origin(param)
+            assert own is not None
+            name = row.name.removesuffix(own.label)
+            row = replace(row, name=name, shape=_shape(own.param))
+            stacks.setdefault(id(own.param), []).append(row)
+    for rows in stacks.values():
+        yield _summed(rows)
+
+
+def _summed(rows: list[Row]) -> Row:
+    """One row for those of all matrices of a stack."""
+    updates = [row.last_update for row in rows if row.last_update is not None]
+    seen = f"{len(updates)} of {len(rows)} matrices were used so far"
+    groups, *dims = rows[0].factor_dims
+    return replace(
+        rows[0],
+        structure="; ".join(dict.fromkeys(row.structure for row in rows)),
+        factor_dims=(groups * len(rows), *dims),
+        state_bytes=sum(row.state_bytes for row in rows),
+        last_update=max(updates, default=None),
+        reason=seen if 0 < len(updates) < len(rows) else rows[0].reason,
+        failures=max(row.failures for row in rows),
+    )
 
 
 def _layer_rows(layer: CapturedLayer, state: State) -> Iterator[Row]:
@@ -168,7 +220,7 @@ def _layer_rows(layer: CapturedLayer, state: State) -> Iterator[Row]:
 def _waits(statistics: Statistics) -> str:
     """Why the factors of a layer wait."""
     why = statistics.refused or statistics.last_event
-    return f"no statistics yet: {why}" if why else "no statistics yet"
+    return f"{WAITS}: {why}" if why else WAITS
 
 
 def _bytes(state: ParamState) -> int:
