@@ -333,7 +333,11 @@ class Uses(TorchFunctionMode):
             weight.event = found
             return out
         shares = [
-            Share(slot.statistics, layer, self._rows(rows, layer, product))
+            Share(
+                slot.statistics,
+                layer,
+                self._rows(rows, layer, product, slot.is_entry(place.weight)),
+            )
             for slot, layer, rows in found
             if slot.statistics.enabled
         ]
@@ -361,7 +365,11 @@ class Uses(TorchFunctionMode):
             place.weight.event = found
             return out
         shares = [
-            Share(slot.statistics, layer, self._rows(rows, layer, product))
+            Share(
+                slot.statistics,
+                layer,
+                self._rows(rows, layer, product, slot.is_entry(place.weight)),
+            )
             for slot, layer, rows in found
             if slot.statistics.enabled
         ]
@@ -375,9 +383,18 @@ class Uses(TorchFunctionMode):
         tapped: Tensor = Identity.apply(out, product.x, call, False, *leaves)
         return tapped
 
-    def _rows(self, rows: Rows | None, layer: Layer, product: Product) -> Rows | None:
-        """Rows as those of samples, where a call has them in another order or number."""
-        if layer.kernel_size or len(product.weight.shape) != 2:
+    def _rows(
+        self, rows: Rows | None, layer: Layer, product: Product, stacked: bool
+    ) -> Rows | None:
+        """Rows as those of samples, where a call has them in another order or number.
+
+        Args:
+            rows: Rows of the call; None if they are those of its arguments.
+            layer: What it is a call of.
+            product: The call.
+            stacked: Whether it takes one matrix of a stack, to which rows come in no order.
+        """
+        if layer.kernel_size or len(product.weight.shape) != 2 or stacked:
             return rows
         if not torch.compiler.is_compiling() and self._frames[-1].sequence_first:
             return sequence_first(rows, self._frames[-1].sequence_first)

@@ -75,7 +75,9 @@ def _inner(args: Any, kwargs: Any, known: Known) -> Product | None:
 def _tensordot(args: Any, kwargs: Any, known: Known) -> Product | None:
     """As an einsum."""
     left, right, dims = _arguments(args, kwargs, "a", "b", "dims")
-    if "out" in kwargs or not (known(left) or known(right)) or isinstance(dims, Tensor):
+    if kwargs.get("out") is not None or isinstance(dims, Tensor):
+        return None
+    if not (known(left) or known(right)):
         return None
     if dims is None or isinstance(dims, int):
         count = 2 if dims is None else dims
@@ -94,13 +96,13 @@ def _tensordot(args: Any, kwargs: Any, known: Known) -> Product | None:
 def _addmm(args: Any, kwargs: Any, known: Known) -> Product | None:
     bias, left, right = _arguments(args, kwargs, "input", "mat1", "mat2")
     scales = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    if len(args) > 3 or scales != (1, 1) or "out" in kwargs or not known(right):
+    if len(args) > 3 or scales != (1, 1) or kwargs.get("out") is not None or not known(right):
         return None
     return Product(left, right, False, bias)
 
 
 def _matmul(args: Any, kwargs: Any, known: Known, swapped: bool = False) -> Product | None:
-    if "out" in kwargs or len(args) + len(kwargs) != 2:
+    if kwargs.get("out") is not None or len(args) + len(kwargs) != 2:
         return None
     factors: list[Any] = [*args, *kwargs.values()]
     left, right = reversed(factors) if swapped else factors

@@ -66,6 +66,10 @@ class Slot:
     statistics: Statistics = field(init=False)
     measured: bool = False
 
+    def is_entry(self, weight: Weight) -> bool:
+        """Whether it is one matrix of a stack, such as that of an expert."""
+        return self.block is not None and self.block.is_entry(weight.shape)
+
 
 @dataclass(eq=False)
 class Weight:

@@ -234,7 +234,7 @@ class Watching:
                 bias = part_of(bias, span)
         tensor = param
         if slot.block is not None:
-            tensor = part_of(param, slot.block, idle=param.ndim > 2)
+            tensor = part_of(param, slot.block, idle=slot.is_entry(watched.weight))
         measured = needs(group)
         statistics = Statistics(
             group["kfac_approx"],
