@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
@@ -60,7 +61,7 @@ class Coverage:
         name: What it is called there.
         parameters: Numbers of all parameters.
         matrices: Numbers of the parameters that calls multiply with as they are.
-        stock: Of these, numbers of those that belong to supported modules and their taps.
+        stock: Of these, numbers of those whose layers of ``torch.nn`` were called.
         measured: Of these, numbers whose curvature was measured within two steps.
         aside: Numbers of other parameters with two axes or more.
         note: Why nothing was measured, or the largest matrix without curvature.
@@ -136,6 +137,29 @@ def _operands(node: Any) -> Iterator[Tensor]:
             yield from _operands(following)
 
 
+LAYERS = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+
+@contextmanager
+def called_layers(model: nn.Module) -> Iterator[set[int]]:
+    """``id`` of the weights of layers of ``torch.nn`` that are called inside."""
+    found: set[int] = set()
+    handles = [
+        module.register_forward_hook(lambda m, *_: found.add(id(m.weight)))
+        for module in model.modules()
+        if type(module).forward in {kind.forward for kind in LAYERS}
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def first_pass(model: nn.Module, network: Network) -> tuple[Any, set[int], set[int]]:
     """Inputs that a network bears, and what it multiplies with and looks up."""
     error: Exception | None = None
@@ -154,10 +178,9 @@ def first_pass(model: nn.Module, network: Network) -> tuple[Any, set[int], set[i
     raise RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def two_steps(model: nn.Module, inputs: Any) -> tuple[list[Any], set[str]]:
-    """What an optimizer reports after two steps, and parameters of supported modules."""
+def two_steps(model: nn.Module, inputs: Any) -> list[Any]:
+    """What an optimizer reports after two steps."""
     optimizer = tnkfac.SINGD(model.parameters(), lr=1e-5, structures="diagonal")
-    own = {r.name for r in optimizer.report() if r.approximation and "calls of" not in r.reason}
     try:
         for _ in range(2):
             optimizer.zero_grad()
@@ -165,18 +188,19 @@ def two_steps(model: nn.Module, inputs: Any) -> tuple[list[Any], set[str]]:
             optimizer.step()
     except Exception as error:
         raise OptimizerFailedError(f"{type(error).__name__}: {error}") from error
-    return optimizer.report(), own
+    return optimizer.report()
 
 
 def cover(network: Network) -> Coverage:
     """Build a network, train it for two steps, and see what was measured."""
     torch.manual_seed(0)
     model = network.build().train()
-    inputs, products, lookups = first_pass(model, network)
+    with called_layers(model) as stock:
+        inputs, products, lookups = first_pass(model, network)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in named.items() if sum(size > 1 for size in p.shape) > 1}
     counted = {n: p for n, p in matrices.items() if id(p) in products and id(p) not in lookups}
-    rows, own = two_steps(model, inputs)
+    rows = two_steps(model, inputs)
     measured: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     for row in rows:
@@ -191,7 +215,7 @@ def cover(network: Network) -> Coverage:
         network.name,
         sum(p.numel() for p in named.values()),
         sum(p.numel() for p in counted.values()),
-        sum(p.numel() for n, p in counted.items() if n in own),
+        sum(p.numel() for p in counted.values() if id(p) in stock),
         sum(p.numel() for p in counted.values()) - sum(lost.values()),
         sum(p.numel() for n, p in matrices.items() if n not in counted),
         f"{worst} ({lost[worst] / sum(lost.values()):.0%} of what is lost): {reasons.get(worst)}"
