@@ -35,6 +35,32 @@ def test_report_costs_more_for_more_structure(capsys: pytest.CaptureFixture[str]
     assert float(ratios["block32diagonal"]) < float(ratios["auto"]) < float(ratios["dense"])
 
 
+@pytest.mark.parametrize(
+    ("model", "share", "left"),
+    [
+        ("resnet18", 100.0, []),
+        ("vit_b_16", 99.8, ["encoder.pos_embedding"]),
+        ("swin_t", 99.9, ["relative_position_bias_table"]),
+        ("gpt2", 68.3, ["transformer.wte.weight, 38,597,376: it is shared by", "wpe"]),
+        ("mixtral", 99.7, ["model.embed_tokens.weight"]),
+        ("timm/nothing", None, []),
+    ],
+)
+def test_report_tells_the_share_of_the_matrices(
+    model: str, share: float | None, left: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As counted by hand: what is left is looked up, added, or shared with what is."""
+    if model in ("gpt2", "mixtral"):
+        pytest.importorskip("transformers")
+    arguments = ["report", model, "--structures", "diagonal", "--batch", "2", "--tokens", "16"]
+    if share is None:
+        assert command_line.main(arguments) == 2
+        return
+    text = ran(capsys, *arguments)
+    assert f" in matrices: {share}% of these are preconditioned (as" in text
+    assert all(words in text for words in left)
+
+
 def test_explain_takes_a_layer_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     text = ran(capsys, "explain", "nn.Conv2d(64, 64, 3, padding=1)", "8x64x56x56")
     assert "lags" in text
@@ -95,7 +121,7 @@ def test_the_examples_of_the_help_run(
     monkeypatch.chdir(tmp_path)
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^ *python -m tnkfac (.*)", command_line.EXAMPLES + readme, re.M)
-    assert len(lines) == 9
+    assert len(lines) == 10
     for line in lines:
         words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
         if words[0] == "bench":

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from tnkfac import SINGD, __version__
 from tnkfac.curvature import explain
 from tnkfac.einsum import networks
-from tnkfac.optim.report.cost import estimated
+from tnkfac.optim.params.parts import home
+from tnkfac.optim.report.cost import estimated, rows_of_layers
+from tnkfac.optim.report.named_models import NamedModel, Sizes, find_model
 
 EXAMPLES = """\
 examples:
   python -m tnkfac report resnet18
+  python -m tnkfac report gpt2 --tokens 512 --batch 4
   python -m tnkfac report vit_b_16 --structures diagonal block32diagonal --batch 64
   python -m tnkfac explain "Conv2d(64, 64, 3, padding=1)" 8,64,56,56
   python -m tnkfac draw kfac_reduce_factor x=8,16,32,32 kernel_size=3 padding=1 --out factor.svg
@@ -47,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"tnkfac {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="layers of a network, treatment, state, cost")
-    report.add_argument("model", help="a network of torchvision, or timm")
+    report.add_argument("model", help="a network of torchvision, timm or transformers")
     report.add_argument("--structures", nargs="+", default=list(STRUCTURES), metavar="NAME")
     report.add_argument("--kfac-approx", choices=("expand", "reduce"), default="reduce")
     report.add_argument("--interval", type=int, default=10, help="steps between updates")
@@ -58,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=5)
     bench.add_argument("--device", default="cpu")
     for command, batch, size in ((report, 32, 224), (bench, 8, 64)):
+        command.add_argument("--tokens", type=int, default=128, help="of a sentence")
         command.add_argument("--batch", type=int, default=batch)
         command.add_argument("--size", type=int, default=size, help="pixels")
     routes = commands.add_parser("explain", help="how the input factor of a layer is computed")
@@ -77,31 +81,26 @@ def parser() -> argparse.ArgumentParser:
 
 def report(args: argparse.Namespace) -> None:
     """Layers and their treatment; for every structure bytes of the state and cost of a step."""
-    build = _model(args.model)
-    shape = (args.batch, 3, args.size, args.size)
-    print(f"{args.model}, input {shape}, kfac_approx={args.kfac_approx}, T={args.interval}\n")
+    named = _model(args.model)
     with torch.device("meta"):
-        model = build()
+        model = named.build().train()
+        inputs = named.inputs(model, Sizes(args.batch, args.size, args.tokens, "meta"))
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs.values())
+    print(f"{args.model}, input {shapes}, kfac_approx={args.kfac_approx}, T={args.interval}\n")
     rows: list[tuple[str, float, float]] = []
     for name in args.structures:
+        optimizer = _optimizer(model, name, args)
         try:
-            optimizer = SINGD(
-                model.parameters(),
-                structures=name,
-                kfac_approx=args.kfac_approx,
-                T=args.interval,
-            )
-        except (TypeError, ValueError) as error:
-            raise UsageError(str(error)) from error
+            seen = rows_of_layers(optimizer, model, lambda: named.run(model, inputs))
+        except Exception as error:  # whatever a network raises that needs numbers
+            seen = {}
+            if not rows:
+                print(f"Without numbers it does not run, so that costs are unknown: {error}\n")
         if not rows:
-            listed = optimizer.report()
-            captured = [row for row in listed if row.approximation]
-            numbers = sum(p.numel() for p in model.parameters())
-            print(f"{numbers:,} parameters in {len(listed)} tensors, of which {len(captured)}")
-            print(f"are preconditioned and {len(listed) - len(captured)} trained by AdamW.\n")
+            print(_share(optimizer, model, seen), "\n")
             if args.layers:
-                print(listed, "\n")
-        estimate = estimated(optimizer, model, shape, args.interval)
+                print(optimizer.report(), "\n")
+        estimate = estimated(optimizer, seen, args.interval)
         rows.append((name, estimate.state_bytes / 2**20, estimate.ratio))
         optimizer.close()
     print(f"{'structures':<20}{'state, MiB':>12}{'step over SGD, estimated':>28}")
@@ -112,23 +111,67 @@ def report(args: argparse.Namespace) -> None:
     print("\nEstimates count multiply-adds; `python -m tnkfac bench` measures.")
 
 
+def _optimizer(model: nn.Module, structures: str, args: argparse.Namespace) -> SINGD:
+    try:
+        return SINGD(
+            model.parameters(),
+            structures=structures,
+            kfac_approx=args.kfac_approx,
+            T=args.interval,
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _share(optimizer: SINGD, model: nn.Module, seen: dict[int, int]) -> str:
+    """Which share of the matrices of a network is preconditioned, and what is not."""
+    registry = optimizer._registry
+    used = [la.weight for la in registry.layers if not seen or id(la.statistics) in seen]
+    matrices = sum(p.numel() for p in model.parameters() if _is_matrix(p))
+    numbers = sum(p.numel() for p in model.parameters())
+    share = sum(weight.numel() for weight in used) / max(1, matrices)
+    listed = optimizer.report()
+    captured = sum(bool(row.approximation) for row in listed)
+    others = sorted(
+        ((p.numel(), n) for n, p in registry.named() if _is_matrix(p) and _is_left(p, used)),
+        reverse=True,
+    )
+    lines = [
+        f"{numbers:,} parameters in {sum(1 for _ in model.parameters())} tensors, of which",
+        f"{matrices:,} in matrices: {share:.1%} of these are preconditioned"
+        + (f" (as {captured} tensors)." if seen else ", if all are used as their modules promise."),
+    ]
+    reasons = {row.name: row.reason for row in listed}
+    lines += [f"  not {name}, {size:,}: {reasons.get(name, '')}" for size, name in others[:5]]
+    return "\n".join(lines)
+
+
+def _is_matrix(param: Tensor) -> bool:
+    return sum(size > 1 for size in param.shape) > 1
+
+
+def _is_left(param: Tensor, used: Sequence[Tensor]) -> bool:
+    return all(home(weight) is not param for weight in used)
+
+
 def bench(args: argparse.Namespace) -> None:
     """Steps of SGD and of SINGD in turns; the median of the ratios."""
     if args.rounds < 1:
         raise UsageError("--rounds: at least 1")
-    build = _model(args.model)
+    named = _model(args.model)
 
     def prepared(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Callable[[], float]:
         torch.manual_seed(0)
-        model = build().to(args.device)
+        model = named.build().to(args.device)
         optimizer = make(model)
-        x = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+        sizes = Sizes(args.batch, args.size, args.tokens, args.device)
+        inputs = named.inputs(model, sizes)
         y = torch.arange(args.batch, device=args.device) % 10
 
         def step() -> float:
             start = _now(args.device)
             optimizer.zero_grad()
-            F.cross_entropy(_logits(model(x)), y).backward()  # type: ignore[no-untyped-call]
+            _loss(named.run(model, inputs), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             return _now(args.device) - start
 
@@ -195,21 +238,15 @@ def draw(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------- arguments
 
 
-def _model(name: str) -> Callable[[], nn.Module]:
-    """Builds a network of torchvision, or of timm."""
-    import torchvision
-
-    if name in torchvision.models.list_models():
-        return lambda: torchvision.models.get_model(name)
-    try:
-        import timm
-    except ImportError as error:
+def _model(name: str) -> NamedModel:
+    """A network of torchvision, timm or transformers."""
+    found = find_model(name)
+    if found is None:
         raise UsageError(
-            f"model: got {name!r}. Supported: networks of torchvision (timm is not installed)."
-        ) from error
-    if not timm.is_model(name):
-        raise UsageError(f"model: got {name!r}. Supported: networks of torchvision and timm.")
-    return lambda: timm.create_model(name)
+            f"model: got {name!r}. Supported: networks of torchvision, timm and transformers, as "
+            "far as these are installed."
+        )
+    return found
 
 
 def _layer(text: str) -> nn.Module:
@@ -246,10 +283,11 @@ def _shape(text: str) -> tuple[int, ...]:
         raise ValueError(f"shape: got {text!r}. Supported: numbers, as in 8,64,56,56.") from error
 
 
-def _logits(output: Any) -> Tensor:
+def _loss(output: Any, y: Tensor) -> Tensor:
     logits = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(logits, Tensor)
-    return logits
+    if logits.ndim > 2:  # of every token
+        logits, y = logits.flatten(0, -2), y.repeat_interleave(logits.shape[1])
+    return F.cross_entropy(logits, y)
 
 
 def _now(device: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,24 +129,24 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Cal
             handle.remove()
 
 
-def output_shapes(model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[int, ...]]:
-    """Shape of the output of every module that returns a tensor, in a pass without gradients.
+def output_sizes(modules: Iterable[nn.Module], run: Callable[[], Any]) -> dict[int, int]:
+    """Numbers in the outputs of layers in a pass, by ``id`` of their weights.
 
     Args:
-        model: The network.
-        x: Its input; on the meta device nothing is computed.
+        modules: The layers.
+        run: The pass.
     """
-    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    sizes: dict[int, int] = {}
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            shapes[module] = tuple(output.shape)
+            key = id(module._parameters.get("weight"))
+            sizes[key] = sizes.get(key, 0) + output.numel()
 
-    handles = [module.register_forward_hook(note) for module in model.modules()]
+    handles = [module.register_forward_hook(note) for module in modules]
     try:
-        with torch.no_grad():
-            model(x)
+        run()
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return sizes

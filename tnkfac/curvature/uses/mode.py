@@ -323,10 +323,12 @@ class Uses(TorchFunctionMode):
         weight.seen = True
         if self._frames[-1].curious:
             self._note_taken(product.bias, out, "add")
+        if out.is_meta:
+            self._count_rows(product, place, out)
+            return out
         obstacle = _obstacle(product.x, out)
-        if obstacle:
-            self._tell(weight, obstacle)
         if obstacle is not None:
+            self._tell(weight, obstacle)
             return out
         found = self._matching.shares(product, place)
         if isinstance(found, str):
@@ -352,6 +354,16 @@ class Uses(TorchFunctionMode):
         terms = self._terms(weight, shares[0].statistics, out)
         call = EagerCall(shares, out.shape, terms, place.param, x._version, weight)
         return through(out, x, call, leaves)
+
+    def _count_rows(self, product: Product, place: Place, out: Tensor) -> None:
+        """See which slots a call without numbers has a share in, and with how many rows."""
+        found = self._matching.shares(product, place)
+        if isinstance(found, str):
+            place.weight.event = found
+            return
+        outputs = sum(layer.out_channels for _, layer, _ in found)
+        for slot, _, _ in found:
+            slot.rows += out.numel() // outputs
 
     def _trace(self, product: Product, out: Tensor) -> Tensor:
         """Tap an output inside of a graph that is being compiled."""
@@ -416,9 +428,7 @@ class Uses(TorchFunctionMode):
 
 
 def _obstacle(x: Any, out: Tensor) -> str | None:
-    """Why a call cannot be measured, empty where there is nothing to tell; else None."""
-    if out.is_meta:
-        return ""
+    """Why a call cannot be measured; None if it can."""
     if torch._C._are_functorch_transforms_active():
         return TRANSFORMED
     if torch.autograd.forward_ad._current_level >= 0:

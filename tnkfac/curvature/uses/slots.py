@@ -57,6 +57,7 @@ class Slot:
         bias: The bias that is trained with it.
         statistics: What is measured of it; set by who declares it.
         measured: Whether a step has taken what was measured of it.
+        rows: Rows of calls on the meta device, where nothing can be measured.
     """
 
     block: Block | None
@@ -65,6 +66,7 @@ class Slot:
     bias: BiasSlot | None = None
     statistics: Statistics = field(init=False)
     measured: bool = False
+    rows: int = 0
 
     def is_entry(self, weight: Weight) -> bool:
         """Whether it is one matrix of a stack, such as that of an expert."""

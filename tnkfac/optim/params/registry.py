@@ -215,6 +215,10 @@ class Registry:
         """The group of a parameter."""
         return self._group_of[id(param)]
 
+    def slots(self) -> Iterator[Slot]:
+        """Slots of the weights that are captured by their uses."""
+        return self._watching.slots()
+
     def is_looked_for(self, param: Tensor) -> bool:
         """Whether calls may yet be seen to use a parameter."""
         return param in self._watching

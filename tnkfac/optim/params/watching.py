@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,6 +154,11 @@ class Watching:
     def of(self, weight: Weight) -> Watched:
         """The parameter that a weight is."""
         return next(w for w in self._watched.values() if w.weight is weight)
+
+    def slots(self) -> Iterator[Slot]:
+        """Slots of all of them."""
+        for watched in self._watched.values():
+            yield from watched.weight.slots
 
     def locate(self, owners: Mapping[int, Iterable[Owner]], params: Iterable[Tensor]) -> None:
         """Remember which module holds which parameter, also where passes replace it.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from tnkfac.curvature.capture.recording import output_shapes
+from tnkfac.curvature.capture.recording import output_sizes
 from tnkfac.optim.params import state as states
 from tnkfac.optim.params.auto_structure import StructurePair, base_work
 
@@ -27,30 +27,49 @@ class Estimate:
     ratio: float
 
 
-def estimated(optimizer: Any, model: nn.Module, shape: tuple[int, ...], every: int) -> Estimate:
-    """Estimate the cost of a step.
+def rows_of_layers(optimizer: Any, model: nn.Module, run: Callable[[], Any]) -> dict[int, int]:
+    """Samples times positions of the layers that a pass on the meta device goes through.
 
     Args:
         optimizer: :class:`~tnkfac.SINGD` of the parameters of the network.
         model: The network, on the meta device.
-        shape: Shape of its input.
+        run: Calls it.
+
+    Returns:
+        Rows by ``id`` of the statistics of a layer; those that are not there were not called.
+    """
+    layers = optimizer._registry.layers
+    own = {id(layer.weight) for layer in layers if layer.removers}
+    called = [module for module in model.modules() if id(module._parameters.get("weight")) in own]
+    with torch.device("meta"):
+        sizes = output_sizes(called, run)
+    found = {id(slot.statistics): slot.rows for slot in optimizer._registry.slots() if slot.rows}
+    for layer in layers:
+        if layer.removers and id(layer.weight) in sizes:
+            outputs = layer.statistics.layer.out_channels
+            found[id(layer.statistics)] = sizes[id(layer.weight)] // outputs
+    return found
+
+
+def estimated(optimizer: Any, rows: dict[int, int], every: int) -> Estimate:
+    """Estimate the cost of a step.
+
+    Args:
+        optimizer: :class:`~tnkfac.SINGD` of the parameters of the network.
+        rows: What :func:`rows_of_layers` has found.
         every: Steps between updates of the factors.
     """
     layers = optimizer._registry.layers
-    with torch.device("meta"):
-        known = output_shapes(model, torch.empty(shape, device="meta"))
-    outputs = {id(m.weight): dims for m, dims in known.items() if hasattr(m, "weight")}
     work = base = 0.0
     for layer in layers:
-        output = outputs.get(id(layer.weight))
-        if output is None:
-            continue
         statistics = layer.statistics
-        described = statistics.layer
-        rows = prod(output) // (described.groups * described.out_dim)
-        names = statistics.k.name, statistics.c.name
-        base += base_work(described, rows)
-        work += StructurePair(names, statistics.k, statistics.c, described.groups).work(rows, every)
+        count = rows.get(id(statistics), 0)
+        if count:
+            described = statistics.layer
+            names = statistics.k.name, statistics.c.name
+            pair = StructurePair(names, statistics.k, statistics.c, described.groups)
+            base += base_work(described, count)
+            work += pair.work(count, every)
     size = 0
     for layer in layers:
         size += states.size(optimizer._runner.fresh(layer))
