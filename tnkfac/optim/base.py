@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 
+from tnkfac.curvature.capture.rehearsal import rehearse
 from tnkfac.curvature.capture.tap import FirstForward
 from tnkfac.curvature.precision import FullPrecision
 from tnkfac.curvature.uses.slots import Slot, Weight
@@ -674,6 +675,35 @@ class CurvatureOptimizer(Optimizer):
         self._sort()
 
     # ---------------------------------------------------------------- for the user
+
+    @uncompiled
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Call the model once, so that all weights it uses are known before it is compiled.
+
+        Weights that a model uses without calling a layer are found at the calls that use them,
+        which a compiled graph does not show. One eager step of training does the same. Parameters,
+        buffers, modes and random generators are left as they were.
+
+        Args:
+            *args: What the model is called with.
+            **kwargs: The same, by name.
+
+        Raises:
+            RuntimeError: If no model, or more than one, owns the parameters.
+
+        Example:
+            >>> attention = torch.nn.MultiheadAttention(8, 2)
+            >>> optimizer = tnkfac.SINGD(attention.parameters())
+            >>> optimizer.prepare(*[torch.randn(5, 3, 8)] * 3)
+            >>> compiled = torch.compile(attention)
+        """
+        roots = self._registry.roots()
+        if len(roots) != 1:
+            raise RuntimeError(
+                f"prepare: {len(roots)} models own the parameters. Supported: one; of several, run "
+                "one training step each before compiling."
+            )
+        rehearse(roots[0], args, kwargs)
 
     @property
     def skipped_updates(self) -> int:

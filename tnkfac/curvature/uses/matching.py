@@ -296,6 +296,11 @@ class _ByMatrix:
         """Those of one matrix."""
 
         def of_entry(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+            if (
+                torch.compiler.is_compiling()
+            ):  # which remembers nothing, and finds it once by itself
+                x, g = self._moved(x, g)
+                return x[entry], g[entry]
             if self._found is None or self._found[0] is not g:
                 self._found = g, list(zip(*map(self._parted, self._moved(x, g)), strict=True))
             found = self._found[1][entry]

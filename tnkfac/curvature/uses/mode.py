@@ -30,6 +30,7 @@ from tnkfac.curvature.uses.blocks import Span
 from tnkfac.curvature.uses.matching import Declare, Matching, Place
 from tnkfac.curvature.uses.products import CASTS, PRODUCTS, Product
 from tnkfac.curvature.uses.slots import CHECKPOINTED, BiasSlot, Weight
+from tnkfac.curvature.uses.views import STARTS, Starts
 
 
 class _Frame:
@@ -62,7 +63,7 @@ class Uses(TorchFunctionMode):
         self._local = threading.local()
         self._traced: list[tuple[Tensor, Weight]] = []
         self._traced_scopes: list[object] = []
-        self._traced_views: list[tuple[Tensor, int]] = []
+        self._traced_views: list[tuple[Tensor, tuple[Tensor, Weight], int]] = []
 
     # ---------------------------------------------------------------- scopes
 
@@ -156,12 +157,18 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch, and look at it if it may multiply with a weight."""
         kwargs = kwargs or {}
+        if not (torch.compiler.is_compiling() or self._frames):  # what a compiler does by itself
+            return func(*args, **kwargs)
         parse = PRODUCTS.get(func)
         if parse is None:
             if func is F.multi_head_attention_forward:
                 return self._attend(args, kwargs)
             out = func(*args, **kwargs)
-            if func in CASTS:
+            if torch.compiler.is_compiling():
+                starts = STARTS.get(func)
+                if starts is not None:
+                    self._note_traced(starts, args, kwargs, out)
+            elif func in CASTS:
                 self._note_cast(args[0], out)
             elif not self._note_part(func, args, out):
                 self._note_function(func, args, out)
@@ -210,18 +217,14 @@ class Uses(TorchFunctionMode):
 
     def _note_cast(self, source: Any, copy: Any) -> None:
         """Remember a copy in another dtype or order for the time of the outermost scope."""
-        if copy is source or torch.compiler.is_compiling() or not isinstance(copy, Tensor):
+        if copy is source or not isinstance(copy, Tensor):
             return
         place = self._place(source)
         if place is not None and copy.stride() == source.stride():
             self._frames[-1].copies[id(copy)] = copy, place
 
     def _note_part(self, func: Any, args: Any, out: Any) -> bool:
-        """Remember what an index vector has copied, and where parts start that are traced."""
-        if torch.compiler.is_compiling():
-            if func in _SPLITS or func is Tensor.__getitem__:
-                self._note_traced(func, args, out)
-            return True
+        """Remember what an index vector has copied."""
         if func is not Tensor.__getitem__ or not isinstance(args[1], Tensor):
             return False
         source, index = args
@@ -233,22 +236,17 @@ class Uses(TorchFunctionMode):
         self._frames[-1].copies[id(out)] = out, place._replace(entries=index.detach())
         return True
 
-    def _note_traced(self, func: Any, args: Any, out: Any) -> None:
-        """A compiler does not tell where a view starts."""
-        source = args[0]
-        param = next((p for p, _ in self._traced if source is p), None)
-        if param is None:
+    def _note_traced(self, starts: Starts, args: Any, kwargs: Any, out: Any) -> None:
+        """Remember where views of weights start, since a compiler does not tell."""
+        source, others = args[0], args[1:]
+        found = self._traced_weight(source) if isinstance(source, Tensor) else None
+        if found is None:
             return
-        if func is Tensor.__getitem__:
-            if isinstance(args[1], int):
-                self._traced_views.append((out, args[1] % source.shape[0] * out.numel()))
-            return
-        start = 0
-        for part in out:
-            if part.shape[1:] != source.shape[1:]:
-                return
-            self._traced_views.append((part, start))
-            start += part.numel()
+        known, start = found
+        made = out if isinstance(out, list | tuple) else (out,)
+        for view, distance in zip(made, starts(source, others, kwargs, made), strict=False):
+            if distance is not None:
+                self._traced_views.append((view, known, start + distance))
 
     # ---------------------------------------------------------------- whose numbers these are
 
@@ -256,7 +254,7 @@ class Uses(TorchFunctionMode):
         if not isinstance(argument, Tensor):
             return False
         if torch.compiler.is_compiling():
-            return any(argument is p or argument._base is p for p, _ in self._traced)
+            return self._traced_weight(argument) is not None
         frame, base = self._frames[-1], argument._base
         keys = (id(argument),) if base is None else (id(argument), id(base))
         return any(key in frame.known or key in frame.copies for key in keys)
@@ -285,16 +283,25 @@ class Uses(TorchFunctionMode):
         return None
 
     def _traced_place(self, argument: Tensor) -> Place | None:
-        param, weight = next(
-            (p, w) for p, w in self._traced if argument is p or argument._base is p
-        )
-        offset = 0
-        if argument.numel() != param.numel():
-            noted = [start for view, start in self._traced_views if view is argument]
-            if not noted:
-                return None
-            offset = noted[0]
+        """The same in a graph that is being compiled."""
+        found = self._traced_weight(argument)
+        if found is None:
+            return None
+        (param, weight), offset = found
         return Place(weight, param, tuple(argument.shape), argument.stride(), offset)
+
+    def _traced_weight(self, argument: Tensor) -> tuple[tuple[Tensor, Weight], int] | None:
+        """Which weight an argument is (a part of), and where it starts in it."""
+        for known in self._traced:
+            if argument is known[0]:
+                return known, 0
+        for view, known, start in self._traced_views:
+            if argument is view:
+                return known, start
+        for known in self._traced:
+            if argument._base is known[0] and argument.numel() == known[0].numel():
+                return known, 0
+        return None
 
     def _bias(self, argument: Any, size: int) -> BiasSlot | None:
         """The trained bias that an argument is: a parameter of the same modules, or a slice."""
@@ -446,13 +453,19 @@ def _saved_tensor_hooks() -> Any:
     return None if hooks is None else hooks[0]
 
 
-_SPLITS = {Tensor.split, Tensor.chunk, torch.split, torch.chunk, Tensor.split_with_sizes}
+def _check_padding(mask: Tensor, keys: int, samples: int) -> None:
+    """As torch does, whose message compilers cannot trace inside of a mode."""
+    if tuple(mask.shape[:2]) != (samples, keys):
+        raise AssertionError(
+            f"key_padding_mask: got {tuple(mask.shape)}. Supported: {(samples, keys)}."
+        )
 
 
 def _stock_attention() -> Any:
     """The stock attention, which asks nobody whether its functions are overridden."""
     stock = F.multi_head_attention_forward
-    names = {**F.__dict__, "has_torch_function": lambda *_: False}
+    own = {"has_torch_function": lambda *_: False, "_check_key_padding_mask": _check_padding}
+    names = {**F.__dict__, **own}
     copy = FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__)
     copy.__kwdefaults__ = stock.__kwdefaults__
     return copy

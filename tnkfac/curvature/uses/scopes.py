@@ -45,6 +45,8 @@ class Scope:
         """The module is about to run."""
         if not (module.training and torch.is_grad_enabled()) or "_is_replica" in module.__dict__:
             return
+        # A compiler keeps this call. Hooks of the outermost module are a graph of their own: one
+        # without a call would be run as it is, where nobody knows that the model is compiled.
         if torch._C._are_functorch_transforms_active():
             return
         self.entered = True

@@ -215,6 +215,10 @@ class Registry:
         """The group of a parameter."""
         return self._group_of[id(param)]
 
+    def roots(self) -> list[nn.Module]:
+        """The outermost modules."""
+        return [root for ref in self._hooked if (root := ref()) is not None]
+
     def slots(self) -> Iterator[Slot]:
         """Slots of the weights that are captured by their uses."""
         return self._watching.slots()
@@ -293,8 +297,7 @@ class Registry:
             layers: Layers with taps.
         """
         weights = [layer.weight for layer in layers if not self.is_looked_for(layer.weight)]
-        roots = [root for ref in self._hooked if (root := ref()) is not None]
-        owners = find_owners(weights, roots)
+        owners = find_owners(weights, self.roots())
         found = []
         for weight in weights:
             entries = [replace(entry, reader=entry.root) for entry in owners.get(id(weight), ())]
