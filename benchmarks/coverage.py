@@ -38,7 +38,7 @@ from zoo import Network, networks
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 GOOD, PART, LEAST = 0.99, 0.97, 0.9
 """Share that is wanted, of how many networks, and of all others."""
-LARGEST = 40e6
+LARGEST = 100e6
 """Parameters up to which networks are built."""
 PRODUCTS = re.compile(r"^(Addmm|Mm|Bmm|Addmv|Mv|Baddbmm|.*Convolution|GroupedMm)Backward\d*$")
 VIEWS = re.compile(

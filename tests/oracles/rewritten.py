@@ -502,6 +502,49 @@ STACKS: dict[str, Case] = {
 SINGLE: dict[str, Case] = {"grouped_mm": stack(grouped, looped_by_layers, turned=True)}
 """Cases of what torch has in single precision alone."""
 
+
+def added(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    each = x.flatten(0, 1).expand(EXPERTS, -1, -1)
+    return torch.baddbmm(x.new_ones(1, 1, 1), each, w).tanh().sum(0).unflatten(0, x.shape[:2])
+
+
+def added_by_layers(layers: Any, x: Tensor) -> Tensor:
+    each = torch.stack([layer(x.flatten(0, 1)) for layer in layers]) + 1
+    return each.tanh().sum(0).unflatten(0, x.shape[:2])
+
+
+STACKS["baddbmm"] = stack(added, added_by_layers, turned=True)
+
+
+class Grouped(nn.Linear):
+    """A linear layer whose rows of outputs have inputs of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.view(2, -1, self.in_features).transpose(1, 2)
+        y = torch.bmm(x.reshape(-1, 2, self.in_features).transpose(0, 1), w)
+        return y.transpose(0, 1).reshape(*x.shape[:-2], 2, -1)
+
+
+def of_groups() -> Case:
+    def rewritten(layers: Any, x: Tensor) -> Tensor:
+        return torch.stack([layers[0](x[..., 0, :]), layers[1](x[..., 1, :])], -2)
+
+    def rewrite(model: Grouped) -> tuple[nn.Module, Pairs]:
+        layers = [nn.Linear(WIDTH, 3, bias=False) for _ in range(2)]
+        halves = model.weight.detach().chunk(2)
+        return Maps(layers, rewritten), [
+            (half, layer.weight) for half, layer in zip(halves, layers, strict=True)
+        ]
+
+    return Case(
+        lambda: Grouped(WIDTH, 6, bias=False),
+        rewrite,
+        lambda: (torch.randn(SAMPLES, TOKENS, 2, WIDTH),),
+    )
+
+
+STACKS["blocks of a matrix"] = of_groups()
+
 CASES = {
     **WHOLE,
     **BLOCKS,

@@ -78,6 +78,14 @@ class Matching:
         """
         if place.weight.refused:
             return place.weight.refused
+        found = self._found(product, place)
+        if not (isinstance(found, str) or torch.compiler.is_compiling()):
+            for slot, _, _ in found:
+                slot.used = True
+        return found
+
+    def _found(self, product: Product, place: Place) -> list[Share] | str:
+        """The same, before slots know that they are used."""
         if product.convolution is not None:
             return self._convolved(product.convolution, product, place)
         shape, strides = place.shape, place.strides
@@ -125,7 +133,8 @@ class Matching:
         if torch.compiler.is_compiling():
             return COMPILED
         known = [_block_of_slot(slot, place.param) for slot in weight.slots]
-        if any(other is None or other.overlaps(block) for other in known):
+        overlap = any(other is None or other.overlaps(block) for other in known)
+        if overlap and not weight.drop_expected():
             return weight.refuse(OVERLAPPING)
         return self._declared(place, block, outputs_first, bias)
 
@@ -140,11 +149,12 @@ class Matching:
         kind = Linear if outputs_first else InputsFirstLinear
         if block.is_entry(shape):
             layer = kind(inputs, outputs, False, 1)
-            new = [Slot(each, outputs_first, layer) for each in block.entries(shape)]
+            new = [Slot(each, outputs_first, layer, used=True) for each in block.entries(shape)]
         else:
             own = self._find_bias(bias, outputs)
             layer = kind(inputs, outputs, own is not None, 1)
-            new = [Slot(None if block.is_whole(shape) else block, outputs_first, layer, own)]
+            block_or_all = None if block.is_whole(shape) else block
+            new = [Slot(block_or_all, outputs_first, layer, own, used=True)]
         if not self._take_up(weight, new):
             return weight.refused
         return [(next(slot for slot in new if slot.block in (None, block)), 0)]
@@ -171,6 +181,8 @@ class Matching:
     def _stacked(self, product: Product, place: Place) -> list[Share] | str:
         """All matrices of a stack."""
         weight, shape = place.weight, tuple(place.param.shape)
+        if len(shape) == 2:
+            return self._stacked_blocks(product, place)
         if len(shape) != 3 or place.offset or not _has_order_of(place):
             return NO_BLOCK
         outputs_first = product.outputs_first == (place.strides[2] == 1)
@@ -184,6 +196,26 @@ class Matching:
             return NO_BLOCK
         by_matrix = _ByMatrix(product, place.entries, shape[0])
         return [(slot, slot.layer, by_matrix.rows(e)) for e, slot in enumerate(weight.slots)]
+
+    def _stacked_blocks(self, product: Product, place: Place) -> list[Share] | str:
+        """Blocks of one matrix as a stack, each with a part of the inputs."""
+        if place.entries is not None or product.ends is not None:
+            return NO_BLOCK
+        by_matrix = _ByMatrix(product, None, place.shape[0])
+        shares: list[Share] = []
+        for e in range(place.shape[0]):
+            start = place.offset + e * place.strides[0]
+            located = block_of(place.shape[1:], place.strides[1:], start)
+            if located is None:
+                return NO_BLOCK
+            block, transposed = located
+            found = self._slots_of(place, block, product.outputs_first != transposed, None)
+            if isinstance(found, str):
+                return found
+            if len(found) != 1:
+                return place.weight.refuse(OVERLAPPING)
+            shares.append((found[0][0], found[0][0].layer, by_matrix.rows(e)))
+        return shares
 
     def _convolved(
         self, describe: Callable[[bool], Layer], product: Product, place: Place

@@ -101,6 +101,15 @@ def _addmm(args: Any, kwargs: Any, known: Known) -> Product | None:
     return Product(left, right, False, bias)
 
 
+def _baddbmm(args: Any, kwargs: Any, known: Known) -> Product | None:
+    bias, left, right = _arguments(args, kwargs, "input", "batch1", "batch2")
+    scales = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    if len(args) > 3 or scales != (1, 1) or kwargs.get("out") is not None:
+        return None
+    product = _matmul((left, right), {}, known)
+    return None if product is None else product._replace(bias=bias)
+
+
 def _matmul(args: Any, kwargs: Any, known: Known, swapped: bool = False) -> Product | None:
     if kwargs.get("out") is not None or len(args) + len(kwargs) != 2:
         return None
@@ -261,8 +270,8 @@ def _convolution(kind: type[Convolution], args: Any, kwargs: Any, known: Known) 
 def _table() -> dict[Any, Parser]:
     table: dict[Any, Parser] = {F.linear: _linear, torch.einsum: _einsum}
     table |= {torch.inner: _inner, Tensor.inner: _inner, torch.tensordot: _tensordot}
-    for function in (torch.addmm, Tensor.addmm):
-        table[function] = _addmm
+    table |= {torch.addmm: _addmm, Tensor.addmm: _addmm}
+    table |= {torch.baddbmm: _baddbmm, Tensor.baddbmm: _baddbmm}
     for name in ("matmul", "mm", "mv", "bmm"):
         table[getattr(torch, name)] = table[getattr(Tensor, name)] = _matmul
     table[Tensor.__matmul__] = _matmul

@@ -297,7 +297,8 @@ class Watching:
                 slot.measured = True
             if weight.functions and not tied(param):
                 weight.refuse(weight.used_otherwise())
-            self._check_cover(watched, layers)
+            if not weight.refused:
+                self._check_cover(watched, layers)
         if lost:
             gone = {id(watched.weight) for watched in lost}
             self._watched = {
