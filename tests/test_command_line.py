@@ -121,7 +121,7 @@ def test_the_examples_of_the_help_run(
     monkeypatch.chdir(tmp_path)
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^ *python -m tnkfac (.*)", command_line.EXAMPLES + readme, re.M)
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line in lines:
         words = [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', line)]
         if words[0] == "bench":

@@ -26,6 +26,34 @@ class Network(nn.Module):
         return self.head(x.mean(1))
 
 
+class Using(nn.Module):
+    """Weights that are used without calling their layer: attention, parts, a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+        self.packed = nn.Parameter(torch.randn(9, 2))
+        self.bias = nn.Parameter(torch.zeros(9))
+        self.experts = nn.Parameter(torch.randn(2, 3, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 2, 6, 6] -> [N, 3]``."""
+        x = x.flatten(2).mT
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        parts = zip(self.packed.chunk(3), self.bias.chunk(3), strict=True)
+        q, k, v = (nn.functional.linear(x, w, b) for w, b in parts)
+        x = torch.tanh(q * k.sigmoid() + v)
+        halves = torch.tanh(x[:, :18] @ self.experts[0]) + torch.tanh(x[:, 18:] @ self.experts[1])
+        return self.head(halves.mean(1))
+
+
+def using() -> Using:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    return Using().double()
+
+
 def network() -> Network:
     """The same weights in every process."""
     torch.manual_seed(0)

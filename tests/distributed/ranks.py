@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forking import start
-from network import batch, loss, network
+from network import batch, loss, network, using
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -144,6 +144,23 @@ def averaged_by_hand(model: nn.Module, optimizer: Any, name: str, step: int) -> 
         dist.all_reduce(param.grad)
         param.grad /= dist.get_world_size()
     optimizer.step()
+
+
+@scenario
+def weights_that_are_used_equal_one_process() -> None:
+    """Those of attention, packed ones and stacks."""
+    for name in ("SINGD auto", "SINGD diagonal", "KFAC"):
+        cls, options = OPTIMIZERS[name]
+        single, model = using(), DistributedDataParallel(using())
+        reference = cls(single.parameters(), lr=0.01, **options)
+        optimizer = cls(model.parameters(), lr=0.01, **options)
+        for step in range(4):
+            whole(single, reference, name, step, 8)
+            train(model, optimizer, name, step, even(8), 2)
+        for p, q in zip(model.parameters(), single.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=1e-9, atol=1e-9), (name, float((p - q).abs().max()))
+        assert all(row.last_update is not None for row in optimizer.report())
+        optimizer.close()
 
 
 @scenario

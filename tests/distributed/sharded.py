@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from forking import start
-from network import batch, loss, network
+from network import batch, loss, network, using
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -110,6 +110,28 @@ def shards_equal_one_process() -> None:
             assert rows["mix.weight"].last_update is not None
             assert rows["norm.weight"].reason
             optimizer.close()
+
+
+@scenario
+def shards_of_weights_that_are_used_equal_one_process() -> None:
+    """Those of attention, packed ones and stacks; blocks are cut across processes, too."""
+    for name in ("SINGD", "SINGD diagonal", "KFAC"):
+        cls, options = OPTIMIZERS[name]
+        single, model = using(), using()
+        fully_shard(model.attention, mesh=meshes()[0])
+        fully_shard(model, mesh=meshes()[0])
+        expected = cls(single.parameters(), lr=0.01, **options)
+        optimizer = cls(model.parameters(), lr=0.01, **options)
+        for step in range(4):
+            train(model, optimizer, step)
+            x, y = batch(step, 8)
+            expected.zero_grad()
+            loss(single(x), y).backward()
+            expected.step()
+        for p, q in zip(whole(model), single.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=1e-9, atol=1e-9), (name, float((p - q).abs().max()))
+        assert all(row.last_update is not None for row in optimizer.report())
+        optimizer.close()
 
 
 @scenario

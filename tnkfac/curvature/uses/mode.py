@@ -29,7 +29,7 @@ from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.uses.blocks import Span
 from tnkfac.curvature.uses.matching import Declare, Matching, Place
 from tnkfac.curvature.uses.products import CASTS, PRODUCTS, Product
-from tnkfac.curvature.uses.slots import CHECKPOINTED, BiasSlot, Weight
+from tnkfac.curvature.uses.slots import CHECKPOINTED, WITHOUT_GRADIENTS, BiasSlot, Weight
 from tnkfac.curvature.uses.views import STARTS, Starts
 
 
@@ -319,6 +319,8 @@ class Uses(TorchFunctionMode):
 
     def _tapped(self, product: Product, out: Any) -> Any:
         """Pass the output of a product through the identity, if it is to be measured."""
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._note_hidden(product.weight)
         if not torch.is_grad_enabled() or not isinstance(out, Tensor) or not out.requires_grad:
             return out
         if torch.compiler.is_compiling():
@@ -361,6 +363,12 @@ class Uses(TorchFunctionMode):
         terms = self._terms(weight, shares[0].statistics, out)
         call = EagerCall(shares, out.shape, terms, place.param, x._version, weight)
         return through(out, x, call, leaves)
+
+    def _note_hidden(self, argument: Tensor) -> None:
+        """Remember why a weight may seem to be unused."""
+        place = self._place(argument) if self._frames[-1].curious else None
+        if place is not None and not place.weight.slots:
+            place.weight.event = WITHOUT_GRADIENTS
 
     def _count_rows(self, product: Product, place: Place, out: Tensor) -> None:
         """See which slots a call without numbers has a share in, and with how many rows."""
