@@ -196,9 +196,6 @@ class CurvatureOptimizer(Optimizer):
         known = {id(layer) for layer in self._registry.layers}
         if not self._registry.declare(weight, slots, self.state):
             return False
-        for other in self._registry.others:
-            if begun_in_layer(self.state.get(other.param, {}), other.group):
-                del self.state[other.param]
         state = self._states
         new = [layer for layer in self._registry.layers if id(layer) not in known]
         for layer in new:
@@ -327,9 +324,14 @@ class CurvatureOptimizer(Optimizer):
 
     def _take_up_uses(self) -> None:
         """See how parameters were used that no supported module multiplies with."""
-        lost = self._registry.settle(self._paused or self._excluded)
-        if not lost:
+        lost, news = self._registry.settle(self._paused or self._excluded)
+        if not news:
             return
+        for other in self._registry.others:
+            state = self.state.get(other.param, {})
+            if begun_in_layer(state, other.group) and not self._registry.is_open(other.param):
+                del self.state[other.param]
+        saved_state.check_parts(self._registry, self._states)
         for found in lost:
             if self._registry.group_of(found.param)["fallback"] == "error":
                 raise ValueError(_not_captured(found.weight.name, found.weight.refused))

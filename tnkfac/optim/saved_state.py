@@ -67,10 +67,31 @@ def check_states(registry: Registry, state: State, runner: RuleRunner) -> None:
     for uncaptured in registry.others:
         param_state = state.get(uncaptured.param)
         found = uncaptured.kind  # else its layer may be found when the model runs
-        if registry.is_looked_for(uncaptured.param):
+        if registry.is_open(uncaptured.param):
             continue
         if param_state and found and not is_lazy(uncaptured.param):
             _check_uncaptured(uncaptured, param_state)
+    check_parts(registry, state)
+
+
+def check_parts(registry: Registry, state: State) -> None:
+    """Check that no state is one of parts that a parameter does not have.
+
+    Args:
+        registry: The parameters.
+        state: State of the optimizer.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    names = {id(param): name for name, param in registry.named()}
+    for param, labels in registry.parts_of().items():
+        saved = {key for key, value in state.get(param, {}).items() if isinstance(value, dict)}
+        if not saved <= labels:
+            raise ValueError(
+                f"state of {names[id(param)]}: got parts {', '.join(sorted(saved))}. "
+                f"Supported: {', '.join(sorted(labels))}."
+            )
 
 
 def _check_layer(layer: CapturedLayer, state: State, runner: RuleRunner) -> None:

@@ -18,7 +18,6 @@ class Scope:
 
     Attributes:
         weights: The weights that it may use.
-        entered: Whether it has run.
     """
 
     def __init__(self, uses: Uses, weights: Sequence[Weight]) -> None:
@@ -29,7 +28,6 @@ class Scope:
             weights: The weights.
         """
         self.uses, self.weights = uses, list(weights)
-        self.entered = False
         self._removers: list[Callable[[], object]] = []
 
     def hook(self, owner: object, module: nn.Module) -> None:
@@ -49,15 +47,14 @@ class Scope:
         # without a call would be run as it is, where nobody knows that the model is compiled.
         if torch._C._are_functorch_transforms_active():
             return
-        self.entered = True
-        if torch.compiler.is_compiling():
-            if not torch.compiler._is_exporting_flag:
-                self.uses.enter(self, [weight for weight in self.weights if weight.waits])
-            return
-        if torch._C._is_tracing():
+        compiling = torch.compiler.is_compiling()
+        if torch.compiler._is_exporting_flag if compiling else torch._C._is_tracing():
             return
         waiting = [weight for weight in self.weights if weight.waits]
-        if waiting:
+        for weight in waiting:
+            # A graph shows what is measured in it, and what it cannot measure, but nothing else.
+            weight.looked_at |= not compiling or not weight.slots or weight.measures
+        if waiting or compiling:
             self.uses.enter(self, waiting)
 
 

@@ -93,6 +93,7 @@ class Weight:
         copies: Whether inputs are copied, because they are changed in place after the call.
         functions: Names of functions that made something else of it than a product.
         settled: Whether a step has seen how it is used.
+        looked_at: Whether calls were looked at since the last step.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Weight:
     copies: bool = False
     functions: set[str] = field(default_factory=set)
     settled: bool = False
+    looked_at: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -143,8 +145,11 @@ class Weight:
         return why
 
     @property
+    def measures(self) -> bool:
+        """Whether statistics of it are due."""
+        return any(slot.statistics.enabled for slot in self.slots)
+
+    @property
     def waits(self) -> bool:
         """Whether calls are to be looked at: of what is not known yet, or is to be measured."""
-        if self.refused:
-            return False
-        return not self.slots or any(slot.statistics.enabled for slot in self.slots)
+        return not self.refused and (not self.settled or self.measures)

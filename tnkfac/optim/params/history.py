@@ -29,9 +29,10 @@ def begun_by_fallback(state: State, group: Group) -> bool:
 def begun_in_layer(state: State, group: Group) -> bool:
     """Whether the state of a parameter is surely one of a captured layer.
 
-    The momentum of a bias there is no other than that of the fallback's SGD.
+    The momentum of a bias there is no other than that of the fallback's SGD. Parts of a parameter
+    have states of their own in it.
     """
-    if "last_update" in state:
+    if "last_update" in state or any(isinstance(value, dict) for value in state.values()):
         return True
     return "momentum_buffer" in state and "exp_avg" not in state and group["fallback"] == "adamw"
 

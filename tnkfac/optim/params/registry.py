@@ -192,24 +192,27 @@ class Registry:
         self.parts.keep(param for layer in self.layers for param in layer.params())
         self.has_parts = bool(self.parts)
 
-    def settle(self, paused: bool) -> list[Watched]:
-        """See how parameters were used; return those that no call was seen to use.
+    def settle(self, paused: bool) -> tuple[list[Watched], bool]:
+        """See how parameters were used.
 
         Args:
             paused: Whether the passes were not looked at.
+
+        Returns:
+            Those that no call was seen to use, and whether anything is known that was not before.
         """
         if self._watching.uses is None:
-            return []
+            return [], False
         self._watching.uses.heal()
         if paused:
-            return []
+            return [], False
 
         def tied(param: Tensor) -> bool:
             return bool(self._group_of[id(param)].get("capture_tied", False))
 
-        lost = self._watching.settle(self.layers, self.others, tied)
+        lost, news = self._watching.settle(self.layers, self.others, tied)
         called = {id(layer.weight) for layer in self.layers if layer.removers}
-        return [found for found in lost if id(found.param) not in called]
+        return [found for found in lost if id(found.param) not in called], news
 
     def group_of(self, param: Tensor) -> Group:
         """The group of a parameter."""
@@ -226,6 +229,20 @@ class Registry:
     def is_looked_for(self, param: Tensor) -> bool:
         """Whether calls may yet be seen to use a parameter."""
         return param in self._watching
+
+    def is_open(self, param: Tensor) -> bool:
+        """Whether calls may yet be seen to use a parameter, or to add it to a product."""
+        return param in self._watching or self._watching.may_add(param)
+
+    def parts_of(self) -> dict[Tensor, set[str]]:
+        """Labels of the layers that are parts of a parameter, once its uses were seen."""
+        labels: dict[Tensor, set[str]] = {}
+        for layer in self.layers:
+            for param in layer.params():
+                part = origin(param)
+                if part is not None and self._watching.is_settled(home(layer.weight)):
+                    labels.setdefault(part.param, set()).add(part.label)
+        return labels
 
     def link(self, groups: list[Group]) -> bool:
         """Tell every parameter its group; tell whether all are still those that were sorted."""
@@ -329,7 +346,7 @@ class Registry:
         others = (
             (state.get(uncaptured.param, {}), uncaptured.param)
             for uncaptured in self.others
-            if not self.is_looked_for(uncaptured.param)
+            if not self.is_open(uncaptured.param)
         )
         return any(
             begun_in_layer(param_state, group_of[id(param)]) for param_state, param in others

@@ -151,6 +151,21 @@ class Watching:
         """Whether a parameter is looked for."""
         return id(param) in self._watched
 
+    def is_settled(self, param: Tensor) -> bool:
+        """Whether it is known how a parameter is used."""
+        return id(param) not in self._watched or self._watched[id(param)].weight.settled
+
+    def may_add(self, param: Tensor) -> bool:
+        """Whether a parameter may be the bias of a weight whose uses are not known yet."""
+        modules = {
+            id(entry.module)
+            for watched in self._watched.values()
+            if not watched.weight.settled
+            for entry in watched.entries
+        }
+        places = (module for (module, _), held in self._places.items() if held is param)
+        return param.ndim == 1 and any(module in modules for module in places)
+
     def of(self, weight: Weight) -> Watched:
         """The parameter that a weight is."""
         return next(w for w in self._watched.values() if w.weight is weight)
@@ -270,7 +285,7 @@ class Watching:
         layers: Sequence[CapturedLayer],
         others: Iterable[Uncaptured],
         tied: Callable[[Tensor], bool],
-    ) -> list[Watched]:
+    ) -> tuple[list[Watched], bool]:
         """See how the parameters were used that passes have given a gradient.
 
         Args:
@@ -279,14 +294,16 @@ class Watching:
             tied: Whether a parameter is captured that is used in other ways, too.
 
         Returns:
-            Those that no call was seen to use; they are looked for no more.
+            Those that no call was seen to use, which are looked for no more, and whether anything
+            is known that was not before.
         """
-        ran = {id(w) for scope in self._scopes if scope.entered for w in scope.weights}
-        lost = []
+        lost, news = [], False
         for watched in [*self._watched.values()]:
             weight, param = watched.weight, watched.param
-            if weight.settled or param.grad is None or id(weight) not in ran:
+            looked, weight.looked_at = weight.looked_at, False
+            if weight.settled or param.grad is None or not looked:
                 continue
+            news = True
             seen = weight.seen or any(slot.statistics.pending for slot in weight.slots)
             if not weight.slots or not seen:
                 weight.refuse(weight.refused or weight.event or weight.unused())
@@ -310,7 +327,7 @@ class Watching:
         reasons = {id(watched.param): watched.weight.refused for watched in lost}
         for uncaptured in others:
             uncaptured.reason = reasons.get(id(uncaptured.param), uncaptured.reason)
-        return lost
+        return lost, news
 
     def _check_cover(self, watched: Watched, layers: Sequence[CapturedLayer]) -> None:
         """Refuse a parameter of which known calls use only a part, or of whose bias."""
