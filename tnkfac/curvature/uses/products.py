@@ -75,7 +75,9 @@ def _inner(args: Any, kwargs: Any, known: Known) -> Product | None:
 def _tensordot(args: Any, kwargs: Any, known: Known) -> Product | None:
     """As an einsum."""
     left, right, dims = _arguments(args, kwargs, "a", "b", "dims")
-    if "out" in kwargs or not (known(left) or known(right)) or isinstance(dims, Tensor):
+    if kwargs.get("out") is not None or not (known(left) or known(right)):
+        return None
+    if isinstance(dims, Tensor):
         return None
     if dims is None or isinstance(dims, int):
         count = 2 if dims is None else dims
