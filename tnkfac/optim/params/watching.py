@@ -66,12 +66,19 @@ def is_watchable(param: Tensor, entries: Sequence[Owner]) -> bool:
     """
     if is_lazy(param) or not param.is_floating_point() or not param.numel():
         return False
-    if sum(size > 1 for size in param.shape) < 2:
+    is_matrix = sum(size > 1 for size in param.shape) > 1
+    if not is_matrix and not all(map(_of_known_kind, entries)):  # a scale, or a class token
         return False
     return all(
         owner.enclosing is not None and not isinstance(owner.module, _UNWATCHED)
         for owner in entries
     )
+
+
+def _of_known_kind(owner: Owner) -> bool:
+    """Whether a parameter is the weight of a supported layer, or of a subclass of one."""
+    known = (kind for kind, layer in LAYERS.items() if not layer.reads_indices)
+    return owner.attribute == "weight" and isinstance(owner.module, tuple(known))
 
 
 def expected_slots(watched: Watched) -> list[Slot]:
