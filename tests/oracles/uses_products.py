@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oracles.uses_training import copy_weights
+
 __all__ = ["PRODUCTS", "STACKS", "Form", "Stock", "Using", "pairs", "twins"]
 
 Parts = Callable[[Tensor], list[Tensor]]
@@ -378,10 +380,12 @@ def pairs(used: Using, stock: Stock) -> list[tuple[Tensor, Tensor]]:
     """What has to be equal: views of parameters of one, and parameters of the other."""
     form = used.form
     found = [*zip(used.first.parameters(), stock.first.parameters(), strict=True)]
-    found += zip(form.weights(used.weight), (la.weight for la in stock.layers), strict=True)
+    found += zip(
+        form.weights(used.weight.detach()), (la.weight for la in stock.layers), strict=True
+    )
     if used.bias is not None:
         own = [stock.bias] if form.added else [layer.bias for layer in stock.layers]
-        found += zip(form.biases(used.bias), own, strict=True)
+        found += zip(form.biases(used.bias.detach()), own, strict=True)
     return found
 
 
@@ -389,7 +393,5 @@ def twins(form: Form) -> tuple[Using, Stock]:
     """Both with the same weights, in float64."""
     torch.manual_seed(0)
     used, stock = Using(form).double(), Stock(form).double()
-    with torch.no_grad():
-        for view, param in pairs(used, stock):
-            param.copy_(view)
+    copy_weights(pairs(used, stock))
     return used, stock
