@@ -1,6 +1,7 @@
 """A parameter that a model multiplies with by itself is trained as stock layers of it are."""
 
 import pytest
+from torch import nn
 
 from oracles.uses_products import PRODUCTS, STACKS, pairs, twins
 from oracles.uses_training import OPTIMIZERS, assert_equal, assert_untouched, train
@@ -30,6 +31,17 @@ def test_samples_are_those_of_the_batch(name: str, approx: str, micro: int) -> N
     for net in (used, stock):
         train(net, OPTIMIZERS["SINGD dense"], SHAPE, micro, kfac_approx=approx)
     assert_equal(pairs(used, stock), form.tolerance)
+
+
+@pytest.mark.parametrize("name", ["F.linear", "@, transposed"])
+def test_a_matrix_whose_rows_do_not_lie_in_order(name: str) -> None:
+    """All of it may be used; a part of it is refused."""
+    used, stock = twins(PRODUCTS[name])
+    used.weight = nn.Parameter(used.weight.detach().T.contiguous().T)
+    assert not used.weight.is_contiguous()
+    optimizer, _ = (train(net, OPTIMIZERS["SINGD dense"], SHAPE) for net in (used, stock))
+    assert_equal(pairs(used, stock))
+    assert not any(row.reason for row in optimizer.report())
 
 
 @pytest.mark.parametrize("name", FORMS)

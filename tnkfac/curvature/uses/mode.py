@@ -326,6 +326,8 @@ class Uses(TorchFunctionMode):
         if isinstance(found, str):
             weight.event = found
             return out
+        for slot, *_ in found:
+            slot.called = True
         shares = [
             Share(slot.statistics, layer, self._rows(rows, layer, product))
             for slot, layer, rows in found

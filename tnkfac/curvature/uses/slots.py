@@ -56,6 +56,7 @@ class Slot:
         layer: What it is a layer of.
         bias: The bias that is trained with it.
         statistics: What is measured of it; set by who declares it.
+        called: Whether a call was seen to use it.
         measured: Whether a step has taken what was measured of it.
     """
 
@@ -64,6 +65,7 @@ class Slot:
     layer: Layer
     bias: BiasSlot | None = None
     statistics: Statistics = field(init=False)
+    called: bool = False
     measured: bool = False
 
 
@@ -119,7 +121,7 @@ class Weight:
 
     def drop_expected(self) -> bool:
         """Drop slots that no call was seen to use yet; False if some were."""
-        if any(slot.statistics.pending or slot.measured for slot in self.slots):
+        if any(slot.called or slot.statistics.pending or slot.measured for slot in self.slots):
             return False
         self.slots = []
         return True

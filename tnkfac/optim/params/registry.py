@@ -204,8 +204,8 @@ class Registry:
         return self._group_of[id(param)]
 
     def is_looked_for(self, param: Tensor) -> bool:
-        """Whether calls may yet be seen to use a parameter."""
-        return param in self._watching
+        """Whether calls may yet be seen to use a parameter, as a weight or as a bias."""
+        return self._watching.awaits(param)
 
     def link(self, groups: list[Group]) -> bool:
         """Tell every parameter its group; tell whether all are still those that were sorted."""

@@ -31,6 +31,7 @@ _UNWATCHED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, Paramet
 LOOKED_FOR = "looked for in the calls of"
 """How the reason begins of a parameter whose uses are not known yet."""
 NOT_COVERED = "used in parts that are not all of it"
+BIAS_NOT_COVERED = "used with a part of a bias whose other parts belong to no call"
 
 
 @dataclass(eq=False)
@@ -139,6 +140,25 @@ class Watching:
     def __contains__(self, param: Tensor) -> bool:
         """Whether a parameter is looked for."""
         return id(param) in self._watched
+
+    def awaits(self, param: Tensor) -> bool:
+        """Whether a parameter is looked for, or may be the bias of one whose uses are not seen."""
+        if param in self:
+            return True
+        if param.ndim != 1:
+            return False
+        modules = (
+            entry.module
+            for watched in self._watched.values()
+            if not (watched.weight.settled or watched.weight.refused)
+            for entry in watched.entries
+        )
+        return any(
+            self._places.get((id(module), attribute)) is param
+            for module in modules
+            for attribute, own in module._parameters.items()
+            if own is not None and own.ndim == 1
+        )
 
     def of(self, weight: Weight) -> Watched:
         """The parameter that a weight is."""
@@ -281,7 +301,8 @@ class Watching:
                 slot.measured = True
             if weight.functions and not tied(param):
                 weight.refuse(weight.used_otherwise())
-            self._check_cover(watched, layers)
+            if not weight.refused:
+                self._check_cover(watched, layers)
         if lost:
             gone = {id(watched.weight) for watched in lost}
             self._watched = {
@@ -318,7 +339,7 @@ class Watching:
                 and id(part.param) == key
             ]
             if not covers(spans, bias.numel()):
-                weight.refuse(NOT_COVERED)
+                weight.refuse(BIAS_NOT_COVERED)
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """Look for some parameters no more."""
