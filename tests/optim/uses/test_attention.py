@@ -81,3 +81,49 @@ def test_a_layer_of_an_encoder(norm_first: bool, kind: str) -> None:
     for net in (stock, naive):
         train(net, OPTIMIZERS[kind], (4, 5, 4))
     assert_equal(pairs)
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, but biases of their own; the first one is that of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.body = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+        self.body.weight = self.attention.out_proj.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, T, 4]`` to the same."""
+        return self.body(torch.tanh(self.attention(x, x, x)[0]))
+
+
+class Apart(nn.Module):
+    """The same, with biases that are no part of a layer."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.attention = Naive(shared.attention)
+        self.attention.out = nn.Linear(4, 4, bias=False)
+        self.biases = nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.attention(x, x, x)[0] + self.biases[0])
+        return self.attention.out(x) + self.biases[1]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_weight_with_two_biases_counts_both_calls(kind: str) -> None:
+    torch.manual_seed(0)
+    shared = Shared()
+    apart, shared = Apart(shared).double(), shared.double()
+    own = shared.attention
+    weights, biases = own.in_proj_weight.detach(), own.in_proj_bias.detach()
+    layers = apart.attention.q, apart.attention.k, apart.attention.v
+    pairs = [*zip(weights.chunk(3), (layer.weight for layer in layers), strict=True)]
+    pairs += zip(biases.chunk(3), (layer.bias for layer in layers), strict=True)
+    pairs += [(shared.body.weight, apart.attention.out.weight)]
+    pairs += [(own.out_proj.bias, apart.biases[0])]
+    pairs += [(shared.body.bias, apart.biases[1])]
+    copy_weights(pairs)
+    for net in (shared, apart):
+        train(net, OPTIMIZERS[kind], (4, 5, 4))
+    assert_equal(pairs)

@@ -88,7 +88,7 @@ def expected_slots(watched: Watched) -> list[Slot]:
     shape = tuple(watched.param.shape)
     if isinstance(module, nn.MultiheadAttention):
         return _of_attention(module, attribute)
-    bias = _bias_slot(module, "bias", None)
+    bias = _bias_slot(module, "bias", None) if _one_bias(watched.entries) else None
     if type(module).__name__ == "Conv1D" and len(shape) == 2:  # of transformers
         return [Slot(None, False, InputsFirstLinear(*shape, bias is not None, 1), bias)]
     kind = next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
@@ -97,7 +97,14 @@ def expected_slots(watched: Watched) -> list[Slot]:
     layer = kind.of(module)
     if layer.weight_shape != shape:
         return []
+    layer = replace(layer, bias=bias is not None)
     return [Slot(None, not layer.inputs_first, layer, bias)]
+
+
+def _one_bias(entries: Sequence[Owner]) -> bool:
+    """Whether modules that share a weight have the same bias, or none."""
+    biases = {id(entry.module._parameters.get("bias")) for entry in entries}
+    return len(biases) == 1
 
 
 def _of_attention(module: nn.MultiheadAttention, attribute: str) -> list[Slot]:
