@@ -165,13 +165,23 @@ class CurvatureOptimizer(Optimizer):
         self.rule.choose_structures(new, self._registry, self.param_groups, self._states)
         if not has_modules and self._search is None:
             self._search = FirstForward(self, "_search_module")
+        try:
+            self._refuse_others()
+        except ValueError:
+            self.close()
+            raise
+
+    def _refuse_others(self) -> None:
+        """Raise an error for parameters without a layer, where the fallback is one.
+
+        Raises:
+            ValueError: If there are any.
+        """
         for uncaptured in self._registry.others:
-            group = uncaptured.group
             param = uncaptured.param
-            if group["fallback"] != "error" or self._registry.is_looked_for(param):
+            if uncaptured.group["fallback"] != "error" or not param.requires_grad:
                 continue
-            if param.requires_grad:
-                self.close()
+            if not self._registry.is_looked_for(param):
                 raise ValueError(_not_captured(uncaptured.name, uncaptured.reason))
 
     @property
@@ -329,12 +339,16 @@ class CurvatureOptimizer(Optimizer):
             return
         for other in self._registry.others:
             state = self.state.get(other.param, {})
-            if begun_in_layer(state, other.group) and not self._registry.is_open(other.param):
+            if begun_in_layer(state, other.group) and not self._registry.is_looked_for(other.param):
                 del self.state[other.param]
         saved_state.check_parts(self._registry, self._states)
         for found in lost:
             if self._registry.group_of(found.param)["fallback"] == "error":
                 raise ValueError(_not_captured(found.weight.name, found.weight.refused))
+        if any(group["fallback"] == "error" for group in self.param_groups):
+            self._refuse_others()
+        if not lost:
+            return
         gone = [found for found in lost if "exp_avg" not in self.state.get(found.param, {})]
         for found in gone:  # the fallback starts with a state of its own
             self.state.pop(found.param, None)

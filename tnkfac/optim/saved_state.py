@@ -67,7 +67,7 @@ def check_states(registry: Registry, state: State, runner: RuleRunner) -> None:
     for uncaptured in registry.others:
         param_state = state.get(uncaptured.param)
         found = uncaptured.kind  # else its layer may be found when the model runs
-        if registry.is_open(uncaptured.param):
+        if registry.is_looked_for(uncaptured.param):
             continue
         if param_state and found and not is_lazy(uncaptured.param):
             _check_uncaptured(uncaptured, param_state)

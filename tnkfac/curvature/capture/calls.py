@@ -202,7 +202,7 @@ def through(output: Tensor, x: Tensor, call: TracedCall, leaves: Sequence[Tensor
         What takes the place of the output.
     """
     base = output._base
-    if base is None or base.numel() != output.numel():
+    if base is None or not _in_same_order(base, output):
         tapped: Tensor = Identity.apply(output, x, call, True, *leaves)
         return tapped
     if not (base.is_contiguous() and output.is_contiguous()):
@@ -211,3 +211,16 @@ def through(output: Tensor, x: Tensor, call: TracedCall, leaves: Sequence[Tensor
     tapped = Identity.apply(base, x, call, True, *leaves).view(output.shape)
     _ = output.grad_fn  # a stale view must be refreshed before anyone hooks it
     return tapped if type(output) is Tensor else output
+
+
+def _in_same_order(base: Tensor, view: Tensor) -> bool:
+    """Whether a view is a reshape of its base, not one with its numbers in another order."""
+    if base.numel() != view.numel():
+        return False
+    return (base.is_contiguous() and view.is_contiguous()) or _long_axes(base) == _long_axes(view)
+
+
+def _long_axes(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of axes with several entries."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [(size, stride) for size, stride in pairs if size > 1]

@@ -99,7 +99,7 @@ class Matching:
             shape, strides = shape[1:], strides[1:]  # the same matrix for all of a batch
         if len(shape) != 2 or place.entries is not None:
             return NO_BLOCK
-        located = block_of(shape, strides, place.offset)
+        located = _whole_of(place) or block_of(shape, strides, place.offset)
         if located is None:
             return NO_BLOCK
         block, transposed = located
@@ -262,6 +262,18 @@ def _whole(shape: tuple[int, ...]) -> Block:
     """All of a matrix as a block."""
     rows, columns = shape
     return Block(0, rows, columns, columns)
+
+
+def _whole_of(place: Place) -> tuple[Block, bool] | None:
+    """A whole matrix or its transpose, however it lies in memory; None for anything else."""
+    shape, strides = tuple(place.param.shape), tuple(place.param.stride())
+    if len(shape) != 2 or place.offset or place.param.is_contiguous():
+        return None
+    if (place.shape, tuple(place.strides)) == (shape, strides):
+        return _whole(shape), False
+    if (place.shape, tuple(place.strides)) == (shape[::-1], strides[::-1]):
+        return _whole(shape), True
+    return None
 
 
 def _tiles(weight: Weight, block: Block | None, outputs_first: bool) -> list[tuple[Slot, int]]:

@@ -50,10 +50,12 @@ class Scope:
         compiling = torch.compiler.is_compiling()
         if torch.compiler._is_exporting_flag if compiling else torch._C._is_tracing():
             return
-        waiting = [weight for weight in self.weights if weight.waits]
+        if compiling:  # which compiles anew where anything else is read
+            waiting = [weight for weight in self.weights if weight.waits_in_graphs]
+        else:
+            waiting = [weight for weight in self.weights if weight.waits]
         for weight in waiting:
-            # A graph shows what is measured in it, and what it cannot measure, but nothing else.
-            weight.looked_at |= not compiling or not weight.slots or weight.measures
+            weight.looked_at = True
         if waiting or compiling:
             self.uses.enter(self, waiting)
 

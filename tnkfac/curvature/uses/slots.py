@@ -145,11 +145,13 @@ class Weight:
         return why
 
     @property
-    def measures(self) -> bool:
-        """Whether statistics of it are due."""
-        return any(slot.statistics.enabled for slot in self.slots)
-
-    @property
     def waits(self) -> bool:
         """Whether calls are to be looked at: of what is not known yet, or is to be measured."""
-        return not self.refused and (not self.settled or self.measures)
+        return self.waits_in_graphs or not (self.refused or self.settled)
+
+    @property
+    def waits_in_graphs(self) -> bool:
+        """The same of calls in a graph, which shows what is measured in it, but nothing else."""
+        if self.refused:
+            return False
+        return not self.slots or any(slot.statistics.enabled for slot in self.slots)

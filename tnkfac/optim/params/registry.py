@@ -227,12 +227,8 @@ class Registry:
         return self._watching.slots()
 
     def is_looked_for(self, param: Tensor) -> bool:
-        """Whether calls may yet be seen to use a parameter."""
-        return param in self._watching
-
-    def is_open(self, param: Tensor) -> bool:
-        """Whether calls may yet be seen to use a parameter, or to add it to a product."""
-        return param in self._watching or self._watching.may_add(param)
+        """Whether calls may yet be seen to use a parameter, as a weight or as a bias."""
+        return self._watching.awaits(param)
 
     def parts_of(self) -> dict[Tensor, set[str]]:
         """Labels of the layers that are parts of a parameter, once its uses were seen."""
@@ -346,7 +342,7 @@ class Registry:
         others = (
             (state.get(uncaptured.param, {}), uncaptured.param)
             for uncaptured in self.others
-            if not self.is_open(uncaptured.param)
+            if not self.is_looked_for(uncaptured.param)
         )
         return any(
             begun_in_layer(param_state, group_of[id(param)]) for param_state, param in others

@@ -33,6 +33,7 @@ LOOKED_FOR = "looked for in the calls of"
 PROMISED = "promised by its"
 """How the reason begins of a parameter of a module whose type tells how it is used."""
 NOT_COVERED = "used in parts that are not all of it"
+BIAS_NOT_COVERED = "used with a part of a bias whose other parts belong to no call"
 
 
 @dataclass(eq=False)
@@ -84,12 +85,19 @@ def is_watchable(param: Tensor, entries: Sequence[Owner]) -> bool:
     """
     if is_lazy(param) or not param.is_floating_point() or not param.numel():
         return False
-    if sum(size > 1 for size in param.shape) < 2:
+    is_matrix = sum(size > 1 for size in param.shape) > 1
+    if not is_matrix and not all(map(_of_known_kind, entries)):  # a scale, or a class token
         return False
     return all(
         owner.enclosing is not None and not isinstance(owner.module, _UNWATCHED)
         for owner in entries
     )
+
+
+def _of_known_kind(owner: Owner) -> bool:
+    """Whether a parameter is the weight of a supported layer, or of a subclass of one."""
+    known = (kind for kind, layer in LAYERS.items() if not layer.reads_indices)
+    return owner.attribute == "weight" and isinstance(owner.module, tuple(known))
 
 
 def expected_slots(watched: Watched) -> list[Slot]:
@@ -98,7 +106,7 @@ def expected_slots(watched: Watched) -> list[Slot]:
     shape = tuple(watched.param.shape)
     if isinstance(module, nn.MultiheadAttention):
         return _of_attention(module, attribute)
-    bias = _bias_slot(module, "bias", None)
+    bias = _bias_slot(module, "bias", None) if _one_bias(watched.entries) else None
     if type(module).__name__ == "Conv1D" and len(shape) == 2:  # of transformers
         return [Slot(None, False, InputsFirstLinear(*shape, bias is not None, 1), bias)]
     kind = next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
@@ -107,7 +115,14 @@ def expected_slots(watched: Watched) -> list[Slot]:
     layer = kind.of(module)
     if layer.weight_shape != shape:
         return []
+    layer = replace(layer, bias=bias is not None)
     return [Slot(None, not layer.inputs_first, layer, bias)]
+
+
+def _one_bias(entries: Sequence[Owner]) -> bool:
+    """Whether modules that share a weight have the same bias, or none."""
+    biases = {id(entry.module._parameters.get("bias")) for entry in entries}
+    return len(biases) == 1
 
 
 def _of_attention(module: nn.MultiheadAttention, attribute: str) -> list[Slot]:
@@ -155,16 +170,24 @@ class Watching:
         """Whether it is known how a parameter is used."""
         return id(param) not in self._watched or self._watched[id(param)].weight.settled
 
-    def may_add(self, param: Tensor) -> bool:
-        """Whether a parameter may be the bias of a weight whose uses are not known yet."""
-        modules = {
-            id(entry.module)
+    def awaits(self, param: Tensor) -> bool:
+        """Whether a parameter is looked for, or may be the bias of one whose uses are not seen."""
+        if param in self:
+            return True
+        if param.ndim != 1:
+            return False
+        modules = (
+            entry.module
             for watched in self._watched.values()
-            if not watched.weight.settled
+            if not (watched.weight.settled or watched.weight.refused)
             for entry in watched.entries
-        }
-        places = (module for (module, _), held in self._places.items() if held is param)
-        return param.ndim == 1 and any(module in modules for module in places)
+        )
+        return any(
+            self._places.get((id(module), attribute)) is param
+            for module in modules
+            for attribute, own in module._parameters.items()
+            if own is not None and own.ndim == 1
+        )
 
     def of(self, weight: Weight) -> Watched:
         """The parameter that a weight is."""
@@ -352,7 +375,7 @@ class Watching:
                 and id(part.param) == key
             ]
             if not covers(spans, bias.numel()):
-                weight.refuse(NOT_COVERED)
+                weight.refuse(BIAS_NOT_COVERED)
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """Look for some parameters no more."""
