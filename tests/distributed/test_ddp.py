@@ -17,7 +17,7 @@ def test_all_scenarios(tmp_path: Path) -> None:
     Those that torchrun starts are in ``test_faults.py``.
     """
     text = python(str(HERE / "ranks.py"), str(tmp_path), "2", "4")
-    assert scenarios("ranks.py") == 19
+    assert scenarios("ranks.py") == 20
     assert text.count(" holds") == 2 * 19, text
 
 
