@@ -486,6 +486,7 @@ class CurvatureOptimizer(Optimizer):
             set_to_none: Set gradients to None instead of zero.
         """
         super().zero_grad(set_to_none)
+        self._registry.heal()
         self._catch_up()
         self._registry.clear()
 

@@ -29,7 +29,7 @@ from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.uses.blocks import Span
 from tnkfac.curvature.uses.matching import Declare, Matching, Place
 from tnkfac.curvature.uses.products import CASTS, PRODUCTS, Product
-from tnkfac.curvature.uses.slots import CHECKPOINTED, WITHOUT_GRADIENTS, BiasSlot, Weight
+from tnkfac.curvature.uses.slots import CHECKPOINTED, UNRECORDED, BiasSlot, Weight
 from tnkfac.curvature.uses.views import STARTS, Starts
 
 
@@ -61,6 +61,7 @@ class Uses(TorchFunctionMode):
         self._matching = Matching(declare, self._bias)
         self._batch = batch
         self._local = threading.local()
+        self._one_at_a_time = threading.Lock()
         self._traced: list[tuple[Tensor, Weight]] = []
         self._traced_scopes: list[object] = []
         self._traced_views: list[tuple[Tensor, tuple[Tensor, Weight], int]] = []
@@ -105,6 +106,7 @@ class Uses(TorchFunctionMode):
                 ]
         frames.append(frame)
         if len(frames) == 1:
+            self._local.below = _modes()
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, scope: object) -> None:
@@ -123,14 +125,16 @@ class Uses(TorchFunctionMode):
         if not self._frames:
             return
         self._frames.clear()
-        others = []
-        while torch._C._len_torch_function_stack():
-            top = torch._C._pop_torch_function_stack()
-            if top is self:
-                break
-            others.append(top)
-        for other in reversed(others):
-            torch._C._push_on_torch_function_stack(other)
+        stack = _modes()
+        place = next((i for i, mode in enumerate(stack) if mode is self), None)
+        if place is None:  # the end of a mode around it has taken it away in its own place
+            place = _common(stack, self._local.below) - 1
+        if place < 0:
+            return
+        for _ in stack[place:]:
+            torch._C._pop_torch_function_stack()
+        for mode in stack[place + 1 :]:
+            torch._C._push_on_torch_function_stack(mode)
 
     def _enter_traced(self, scope: object, weights: Sequence[Weight]) -> None:
         for weight in weights:
@@ -319,9 +323,10 @@ class Uses(TorchFunctionMode):
 
     def _tapped(self, product: Product, out: Any) -> Any:
         """Pass the output of a product through the identity, if it is to be measured."""
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._note_hidden(product.weight)
-        if not torch.is_grad_enabled() or not isinstance(out, Tensor) or not out.requires_grad:
+        if not torch.is_grad_enabled():
+            self._note_unrecorded(product)
+            return out
+        if not isinstance(out, Tensor) or not out.requires_grad:
             return out
         if torch.compiler.is_compiling():
             return self._trace(product, out)
@@ -339,7 +344,8 @@ class Uses(TorchFunctionMode):
         if obstacle is not None:
             self._tell(weight, obstacle)
             return out
-        found = self._matching.shares(product, place)
+        with self._one_at_a_time:  # another thread may be about to declare the same slots
+            found = self._matching.shares(product, place)
         if isinstance(found, str):
             weight.event = found
             return out
@@ -364,11 +370,13 @@ class Uses(TorchFunctionMode):
         call = EagerCall(shares, out.shape, terms, place.param, x._version, weight)
         return through(out, x, call, leaves)
 
-    def _note_hidden(self, argument: Tensor) -> None:
-        """Remember why a weight may seem to be unused."""
-        place = self._place(argument) if self._frames[-1].curious else None
-        if place is not None and not place.weight.slots:
-            place.weight.event = WITHOUT_GRADIENTS
+    def _note_unrecorded(self, product: Product) -> None:
+        """Remember why a weight may get a gradient that no call seen here has given it."""
+        if torch.compiler.is_compiling():
+            return
+        place = self._place(product.weight)
+        if place is not None and not (place.weight.seen or place.weight.event):
+            place.weight.event = UNRECORDED
 
     def _count_rows(self, product: Product, place: Place, out: Tensor) -> None:
         """See which slots a call without numbers has a share in, and with how many rows."""
@@ -453,6 +461,18 @@ def _obstacle(x: Any, out: Tensor) -> str | None:
         if why:
             return why
     return EMPTY if not (x.numel() and out.numel()) else None
+
+
+def _modes() -> list[Any]:
+    """The modes of torch's functions, the innermost one last."""
+    count = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(place) for place in range(count)]
+
+
+def _common(these: Sequence[object], those: Sequence[object]) -> int:
+    """How many entries two lists begin with in common."""
+    differ = (i for i, (a, b) in enumerate(zip(these, those, strict=False)) if a is not b)
+    return next(differ, min(len(these), len(those)))
 
 
 def _saved_tensor_hooks() -> Any:

@@ -19,8 +19,9 @@ NO_BLOCK = "used through a view that is no block of it"
 NOT_CONTIGUOUS = "used in parts, but its numbers do not lie in order"
 PART_OF_CONVOLUTION = "a convolution uses a part of it"
 CHECKPOINTED = "used inside of a checkpoint of a part of its module"
-WITHOUT_GRADIENTS = (
-    "used where gradients are off, as in a reentrant checkpoint of a part of its module"
+UNRECORDED = (
+    "used where no gradients are recorded, as inside of a reentrant checkpoint of a part of its "
+    "module"
 )
 COMPILED = "first used inside of a compiled graph: run one pass before compiling"
 COMPILED_GROUPS = "how many rows each matrix gets is known only when a compiled graph runs"

@@ -201,10 +201,8 @@ class Registry:
         Returns:
             Those that no call was seen to use, and whether anything is known that was not before.
         """
-        if self._watching.uses is None:
-            return [], False
-        self._watching.uses.heal()
-        if paused:
+        self.heal()
+        if paused or self._watching.uses is None:
             return [], False
 
         def tied(param: Tensor) -> bool:
@@ -213,6 +211,11 @@ class Registry:
         lost, news = self._watching.settle(self.layers, self.others, tied)
         called = {id(layer.weight) for layer in self.layers if layer.removers}
         return [found for found in lost if id(found.param) not in called], news
+
+    def heal(self) -> None:
+        """Clear away what an interrupt of a forward pass has left behind."""
+        if self._watching.uses is not None:
+            self._watching.uses.heal()
 
     def group_of(self, param: Tensor) -> Group:
         """The group of a parameter."""
