@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, suppress
-from threading import RLock
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
 import torch
+
+from tnkfac.curvature.guard import Guard
 
 
 def _settings(device: torch.device) -> list[Any]:
@@ -15,24 +16,6 @@ def _settings(device: torch.device) -> list[Any]:
     if device.type == "cuda":
         return [backends.cuda.matmul, backends.cudnn.conv]
     return [backends.mkldnn.matmul, backends.mkldnn.conv] if device.type == "cpu" else []
-
-
-class _Guard:
-    """A lock that stands in nobody's way for long if an interrupt has left it held.
-
-    A KeyboardInterrupt may fall between the last line of a ``with`` block and its end. Then the
-    same thread goes in again, and others go on after a while.
-    """
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire(timeout=1.0)
-
-    def __exit__(self, *error: object) -> None:
-        with suppress(RuntimeError):  # it is another thread's
-            self._lock.release()
 
 
 class FullPrecision:
@@ -64,7 +47,7 @@ class FullPrecision:
                     backend.fp32_precision = _before.pop(id(backend))
 
 
-_lock = _Guard()
+_lock = Guard()
 _inside: dict[int, WeakSet[FullPrecision]] = {}
 """Who is inside by backend: autograd has a thread for every GPU. Who was interrupted is gone."""
 _before: dict[int, str] = {}

@@ -25,6 +25,7 @@ from tnkfac.curvature.capture.batch import BatchSize, by_sample, sequence_first
 from tnkfac.curvature.capture.calls import EagerCall, Identity, Rows, Share, TracedCall, through
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import EMPTY, FORWARD_MODE, TAPPED, TRANSFORMED, opaque
+from tnkfac.curvature.guard import Guard
 from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.uses.blocks import Span
 from tnkfac.curvature.uses.matching import Declare, Matching, Place
@@ -61,7 +62,7 @@ class Uses(TorchFunctionMode):
         self._matching = Matching(declare, self._bias)
         self._batch = batch
         self._local = threading.local()
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = Guard()
         self._traced: list[tuple[Tensor, Weight]] = []
         self._traced_scopes: list[object] = []
         self._traced_views: list[tuple[Tensor, tuple[Tensor, Weight], int]] = []
