@@ -34,6 +34,7 @@ from pathlib import Path
 import curvature_faults
 import einsum_faults
 import optim_faults
+import uses_faults
 from fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,7 @@ FAULTS: tuple[Fault, ...] = (
     *einsum_faults.FAULTS,
     *curvature_faults.FAULTS,
     *optim_faults.FAULTS,
+    *uses_faults.FAULTS,
 )
 LEFT_BEHIND = (".git", ".venv*", "__pycache__", ".*_cache", "*.egg-info", "site")
 
@@ -56,6 +58,10 @@ NEAR: dict[str, tuple[str, ...]] = {
     "einsum/operations/derivatives.py": ("einsum/test_derivatives.py",),
     "einsum/operations/ggn.py": ("einsum/test_second_order.py",),
     "einsum/operations/hessian.py": ("einsum/test_second_order.py",),
+    "curvature/uses": ("optim/uses",),
+    "curvature/capture/calls.py": ("optim/uses",),
+    "curvature/capture/rehearsal.py": ("optim/uses",),
+    "optim/params": ("optim/uses",),
     "curvature/moments": (
         "curvature/test_factors.py",
         "curvature/test_plain_twin.py",
