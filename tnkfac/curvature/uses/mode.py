@@ -30,7 +30,7 @@ from tnkfac.curvature.layers import Layer
 from tnkfac.curvature.uses.blocks import Span
 from tnkfac.curvature.uses.matching import Declare, Matching, Place
 from tnkfac.curvature.uses.products import CASTS, PRODUCTS, Product
-from tnkfac.curvature.uses.slots import CHECKPOINTED, UNRECORDED, BiasSlot, Weight
+from tnkfac.curvature.uses.slots import CHECKPOINTED, COMPILED_VIEW, UNRECORDED, BiasSlot, Weight
 from tnkfac.curvature.uses.views import STARTS, Starts
 
 
@@ -65,6 +65,7 @@ class Uses(TorchFunctionMode):
         self._one_at_a_time = Guard()
         self._traced: list[tuple[Tensor, Weight]] = []
         self._traced_scopes: list[object] = []
+        self._traced_sequence_first = 0
         self._traced_views: list[tuple[Tensor, tuple[Tensor, Weight], int]] = []
 
     # ---------------------------------------------------------------- scopes
@@ -190,8 +191,11 @@ class Uses(TorchFunctionMode):
         query = args[0] if args else kwargs["query"]
         samples = query.shape[1] if query.ndim == 3 else 0  # [L, N, C], also with batch_first
         if torch.compiler.is_compiling():
+            self._traced_sequence_first = samples
             with self:
-                return _attention(*args, **kwargs)
+                out = _attention(*args, **kwargs)
+            self._traced_sequence_first = 0
+            return out
         frame = self._frames[-1]
         before, frame.sequence_first = frame.sequence_first, samples
         try:
@@ -304,8 +308,10 @@ class Uses(TorchFunctionMode):
             if argument is view:
                 return known, start
         for known in self._traced:
-            if argument._base is known[0] and argument.numel() == known[0].numel():
-                return known, 0
+            if argument._base is known[0]:
+                if argument.numel() == known[0].numel():
+                    return known, 0
+                known[1].event = COMPILED_VIEW
         return None
 
     def _bias(self, argument: Any, size: int) -> BiasSlot | None:
@@ -432,9 +438,11 @@ class Uses(TorchFunctionMode):
         """
         if layer.kernel_size or len(product.weight.shape) != 2 or stacked:
             return rows
-        if not torch.compiler.is_compiling() and self._frames[-1].sequence_first:
-            return sequence_first(rows, self._frames[-1].sequence_first)
-        return by_sample(rows, self._batch.size)
+        if torch.compiler.is_compiling():
+            samples = self._traced_sequence_first
+        else:
+            samples = self._frames[-1].sequence_first
+        return sequence_first(rows, samples) if samples else by_sample(rows, self._batch.size)
 
     def _terms(self, weight: Weight, statistics: Statistics, out: Tensor) -> float | None:
         average = statistics.loss_average

@@ -24,6 +24,7 @@ UNRECORDED = (
     "module"
 )
 COMPILED = "first used inside of a compiled graph: run one pass before compiling"
+COMPILED_VIEW = "used inside of a compiled graph through a view whose place that does not tell"
 COMPILED_GROUPS = "how many rows each matrix gets is known only when a compiled graph runs"
 ANOTHER_BIAS = "called with another bias than before"
 UNUSED = "no product takes it"
