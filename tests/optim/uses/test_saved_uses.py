@@ -16,6 +16,7 @@ CHOSEN = ("F.linear", "addmm", "chunks", "unequal parts", "attention, batch firs
 OPTIMIZERS: dict[str, Any] = {
     "SINGD": lambda m: tnkfac.SINGD(m.parameters(), lr=0.05, T=2),
     "SINGD diagonal": lambda m: tnkfac.SINGD(m.parameters(), lr=0.05, T=2, structures="diagonal"),
+    "SINGD sgd": lambda m: tnkfac.SINGD(m.parameters(), lr=0.01, T=2, fallback="sgd"),
     "KFAC": lambda m: tnkfac.KFAC(m.parameters(), lr=0.05, inv_update_steps=2),
 }
 

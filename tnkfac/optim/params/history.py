@@ -21,8 +21,8 @@ def begun_by_fallback(state: State, group: Group) -> bool:
         state: State of the weight; that of a layer may have lost its curvature.
         group: Its group.
     """
-    if not state or "last_update" in state:
-        return False
+    if not state or "last_update" in state or any(key.endswith("]") for key in state):
+        return False  # parts have their states under their labels
     return group["fallback"] == "sgd" or "exp_avg" in state
 
 

@@ -168,9 +168,9 @@ class Registry:
         for layer in replaced:
             layer.close()
 
-        def joint(param: Tensor, bias: Tensor, span: Span | None) -> bool:
+        def joint(param: Tensor, bias: Tensor, slot: Slot) -> bool:
             taken = _spans([*self.layers, *new])
-            return accepts_bias(param, bias, state, self._group_of.get(id(bias)), taken, span)
+            return accepts_bias(param, bias, state, self._group_of.get(id(bias)), taken, slot)
 
         new: list[CapturedLayer] = []
         for slot in slots:
@@ -183,7 +183,7 @@ class Registry:
         """Take up layers in the order of the parameters, which is the same in all processes."""
         order = {key: place for place, key in enumerate(self._group_of)}
         self.layers = [*self.layers, *new]
-        self.layers.sort(key=lambda layer: order[id(home(layer.weight))])
+        self.layers.sort(key=lambda layer: (order[id(home(layer.weight))], _offset(layer)))
         captured = {id(param) for layer in self.layers for param in layer.owned()}
         self.others = [other for other in self.others if id(other.param) not in captured]
         self._keep_parts()
@@ -395,6 +395,12 @@ def _asking(owner: object) -> Declare:
         return alive is not None and alive._declare(weight, slots)
 
     return declare
+
+
+def _offset(layer: CapturedLayer) -> int:
+    """Where its weight begins in the parameter that it is a part of."""
+    part = origin(layer.weight)
+    return 0 if part is None else part.block.offset
 
 
 def _spans(layers: list[CapturedLayer]) -> dict[int, list[Span]]:

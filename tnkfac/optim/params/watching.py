@@ -23,7 +23,7 @@ from tnkfac.curvature.uses.scopes import Scope
 from tnkfac.curvature.uses.slots import BiasSlot, Slot, Weight
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
-from tnkfac.optim.params.history import begun_by_fallback
+from tnkfac.optim.params.history import begun_by_fallback, has_row_for_bias
 from tnkfac.optim.params.parts import home, origin, part_of
 
 _UNWATCHED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, ParametrizationList)
@@ -243,7 +243,7 @@ class Watching:
         slots: Sequence[Slot],
         group_of: Mapping[int, Group],
         needs: Callable[[Group], Needs],
-        joint: Callable[[Tensor, Tensor, Span | None], bool],
+        joint: Callable[[Tensor, Tensor, Slot], bool],
     ) -> list[CapturedLayer]:
         """Layers for new slots, which are given statistics.
 
@@ -263,14 +263,14 @@ class Watching:
         slot: Slot,
         group_of: Mapping[int, Group],
         needs: Callable[[Group], Needs],
-        joint: Callable[[Tensor, Tensor, Span | None], bool],
+        joint: Callable[[Tensor, Tensor, Slot], bool],
     ) -> CapturedLayer:
         param, bias = watched.param, None
         group = group_of[id(param)]
         if slot.bias is not None:
             module, span = slot.bias.module(), slot.bias.span
             bias = self._places.get((id(module), slot.bias.attribute))
-            if bias is None or not joint(param, bias, span):
+            if bias is None or not joint(param, bias, slot):
                 slot.bias, bias = None, None
                 slot.layer = replace(slot.layer, bias=False)
             elif span is not None:
@@ -410,7 +410,7 @@ def accepts_bias(
     state: Mapping[Tensor, Mapping[str, Any]],
     group: Group | None,
     taken: Mapping[int, list[Span]],
-    span: Span | None,
+    slot: Slot,
 ) -> bool:
     """Whether a bias can be trained together with a weight.
 
@@ -420,15 +420,27 @@ def accepts_bias(
         state: State of the optimizer.
         group: Group of the bias, None if it has none.
         taken: Spans of biases that layers have, by ``id``; an empty list for all of it.
-        span: Which numbers of the bias, or None for all.
+        slot: The matrix, with the bias.
     """
     if group is None or not (weight.requires_grad and bias.requires_grad):
         return False
-    if begun_by_fallback(state.get(bias, {}), group):
+    if begun_by_fallback(state.get(bias, {}), group) and not _has_row(weight, state, group, slot):
         return False
+    assert slot.bias is not None
+    span = slot.bias.span
     if id(bias) not in taken:
         return True
     ends = [(s.offset, s.offset + s.numel) for s in taken[id(bias)]]
     if span is None or not ends:
         return False
     return all(span.offset >= end or span.offset + span.numel <= first for first, end in ends)
+
+
+def _has_row(
+    weight: Tensor, state: Mapping[Tensor, Mapping[str, Any]], group: Group, slot: Slot
+) -> bool:
+    """Whether the factors of a slot in a state that was loaded have a row for its bias."""
+    own = state.get(weight, {})
+    if slot.block is not None:
+        own = own.get(slot.block.label(tuple(weight.shape)), {})
+    return "last_update" in own and bool(has_row_for_bias(own, slot.layer, group))
