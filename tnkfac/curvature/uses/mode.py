@@ -10,7 +10,6 @@ with factors of its own.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from tnkfac.curvature.capture.batch import BatchSize, by_sample, sequence_first
 from tnkfac.curvature.capture.calls import EagerCall, Identity, Rows, Share, TracedCall, through
-from tnkfac.curvature.capture.hooks import never_a_frame_alone
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import EMPTY, FORWARD_MODE, TAPPED, TRANSFORMED, opaque
 from tnkfac.curvature.layers import Layer
@@ -46,7 +44,6 @@ class _Frame:
         self.biases: list[tuple[Tensor, weakref.ref[nn.Module], str]] = (
             [] if outer is None else [*outer.biases]
         )
-        self.traced = 0
         self.curious: bool = outer is not None and outer.curious
         self.sequence_first: int = 0 if outer is None else outer.sequence_first
 
@@ -96,8 +93,7 @@ class Uses(TorchFunctionMode):
             frames = self._frames
         frame = _Frame(scope, frames[-1] if frames else None)
         frame.curious = frame.curious or any(not weight.settled for weight in weights)
-        frame.traced = len(self._traced)
-        hooks, compiles = _saved_tensor_hooks(), "torch._dynamo" in sys.modules
+        hooks = _saved_tensor_hooks()
         for weight in weights:
             for reference, attribute in weight.owners:
                 if (module := reference()) is None:
@@ -105,8 +101,6 @@ class Uses(TorchFunctionMode):
                 param = module._parameters.get(attribute)  # under fully_shard another at each pass
                 if isinstance(param, nn.Parameter) and param.requires_grad:
                     frame.known[id(param)] = weight, param, hooks
-                    if compiles:  # what this module calls may be compiled, piece by piece
-                        self._traced.append((param, weight))
                 frame.biases += [
                     (bias, reference, name)
                     for name, bias in module._parameters.items()
@@ -124,9 +118,8 @@ class Uses(TorchFunctionMode):
             return
         frames = self._frames
         if frames and frames[-1].scope is scope:
-            del self._traced[frames.pop().traced :]
+            frames.pop()
             if not frames:
-                self._traced_views = []
                 self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def heal(self) -> None:
@@ -134,7 +127,6 @@ class Uses(TorchFunctionMode):
         if not self._frames:
             return
         self._frames.clear()
-        self._traced, self._traced_views = [], []
         stack = _modes()
         place = next((i for i, mode in enumerate(stack) if mode is self), None)
         if place is None:  # the end of a mode around it has taken it away in its own place
@@ -465,9 +457,6 @@ class Uses(TorchFunctionMode):
         weight.event = event
         for slot in weight.slots:
             slot.statistics.last_event = event
-
-
-never_a_frame_alone(Uses.__torch_function__)
 
 
 def _obstacle(x: Any, out: Tensor) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnkfac.curvature.capture.hooks import InertCopy, hook_around, never_a_frame_alone
+from tnkfac.curvature.capture.hooks import InertCopy, hook_around
 from tnkfac.curvature.uses.mode import Uses
 from tnkfac.curvature.uses.slots import Weight
 
@@ -74,7 +74,3 @@ class _After(InertCopy):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.scope.uses.leave(self.scope)
-
-
-never_a_frame_alone(_Before.__call__)
-never_a_frame_alone(_After.__call__)
