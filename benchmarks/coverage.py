@@ -242,7 +242,8 @@ def guarded(network: Network) -> Coverage:
         text = "FAILED with the optimizer: " + " ".join(str(error).split())[:300]
         return Coverage(network.library, network.name, size, matrices=size, note=text)
     except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = re.sub(r"/\S*/site-packages/", "", text)[:200]
         return Coverage(network.library, network.name, size, note=f"did not run: {text}")
 
 

@@ -49,8 +49,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/uses/mode.py",
-        "            return sequence_first(rows, self._frames[-1].sequence_first)",
-        "            return rows",
+        "sequence_first(rows, samples) if samples else by_sample",
+        "by_sample",
         "attention takes positions for samples",
     ),
     Fault(

@@ -97,3 +97,44 @@ def test_what_modules_promise_is_captured_at_once(case: Case):
         warnings.filterwarnings("error", message=".*(curvature|statistics).*")
         optimizer, _ = compare(case, singd, prepare=False, fullgraph=True)
     assert all(row.last_update == 4 for row in optimizer.report())
+
+
+class Breaks(nn.Module):
+    """Its graph is broken between the products of a module that uses weights by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 4, 4) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for e, weight in enumerate(self.experts):
+            rows = (x.detach()[:, 0] > 0).eq(bool(e)).nonzero()[:, 0]
+            out[rows] = nn.functional.linear(x[rows], weight)
+        return out
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("around", [lambda m: m, nn.Sequential], ids=["alone", "inside"])
+@pytest.mark.filterwarnings("ignore:The fallback trains", "ignore:No statistics reached")
+def test_broken_graphs_have_the_gradients_of_the_model_alone(around: Any, prepare: bool):
+    """What their pieces hide is told, and trained."""
+    model = around(Breaks())
+    untouched, optimizer = deepcopy(model), singd(model)
+    inputs = [torch.randn(6, 4) for _ in range(3)]
+    if prepare:
+        optimizer.prepare(inputs[0])
+    compiled = torch.compile(model, backend="aot_eager")
+    for x in inputs:
+        untouched.load_state_dict(model.state_dict())
+        untouched.zero_grad()
+        optimizer.zero_grad()
+        for each in (compiled, untouched):
+            each(x).square().sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        for p, q in zip(model.parameters(), untouched.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+        optimizer.step()
+        assert not torch._C._len_torch_function_stack()
+        assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(row.reason or row.last_update == 2 for row in optimizer.report())

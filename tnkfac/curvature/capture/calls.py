@@ -190,7 +190,7 @@ def _accumulates(weight: Tensor) -> bool:
 
 
 def through(output: Tensor, x: Tensor, call: TracedCall, leaves: Sequence[Tensor]) -> Tensor:
-    """Pass an output through the identity: in place, or its copy if it is a view in another order.
+    """Pass an output through the identity, in place.
 
     Args:
         output: What the call returned.
@@ -204,9 +204,6 @@ def through(output: Tensor, x: Tensor, call: TracedCall, leaves: Sequence[Tensor
     base = output._base
     if base is None or not _in_same_order(base, output):
         tapped: Tensor = Identity.apply(output, x, call, True, *leaves)
-        return tapped
-    if not (base.is_contiguous() and output.is_contiguous()):
-        tapped = Identity.apply(output, x, call, False, *leaves)
         return tapped
     tapped = Identity.apply(base, x, call, True, *leaves).view(output.shape)
     _ = output.grad_fn  # a stale view must be refreshed before anyone hooks it

@@ -56,6 +56,21 @@ def forget_compiled_frames() -> None:
         dynamo.reset()
 
 
+def never_a_frame_alone(function: Callable[..., Any]) -> None:
+    """Have a function compiled as a part of others, but run as it is where these are broken.
+
+    A compiler that gives up on a module still tries one by one what that calls.
+
+    Args:
+        function: A plain function, such as a method in its class.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = getattr(getattr(frames, "_FrameAction", None), "SKIP", None)
+    if skip is not None:
+        strategy = frames._FrameExecStrategy(skip, skip)
+        frames.set_code_exec_strategy(function.__code__, strategy)
+
+
 def hook_around(
     owner: object, module: nn.Module, before: InertCopy, after: InertCopy
 ) -> list[Callable[[], object]]:

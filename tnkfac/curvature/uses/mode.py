@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from tnkfac.curvature.capture.batch import BatchSize, by_sample, sequence_first
 from tnkfac.curvature.capture.calls import EagerCall, Identity, Rows, Share, TracedCall, through
+from tnkfac.curvature.capture.hooks import never_a_frame_alone
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import EMPTY, FORWARD_MODE, TAPPED, TRANSFORMED, opaque
 from tnkfac.curvature.layers import Layer
@@ -76,6 +77,12 @@ class Uses(TorchFunctionMode):
         if frames is None:
             frames = self._local.frames = []
         return frames
+
+    @property
+    def _frame(self) -> _Frame:
+        """That of the innermost scope; an empty one between the pieces of a broken graph."""
+        frames = self._frames
+        return frames[-1] if frames else _Frame(None, None)
 
     def enter(self, scope: object, weights: Sequence[Weight]) -> None:
         """A module begins to run that uses some weights.
@@ -196,7 +203,7 @@ class Uses(TorchFunctionMode):
                 out = _attention(*args, **kwargs)
             self._traced_sequence_first = 0
             return out
-        frame = self._frames[-1]
+        frame = self._frame
         before, frame.sequence_first = frame.sequence_first, samples
         try:
             with self:
@@ -206,7 +213,7 @@ class Uses(TorchFunctionMode):
 
     def _note_function(self, func: Any, args: Any, out: Any) -> None:
         """Remember, in first passes, which functions make something else of a weight."""
-        if torch.compiler.is_compiling() or not self._frames[-1].curious:
+        if torch.compiler.is_compiling() or not self._frame.curious:
             return
         made = out[0] if isinstance(out, list | tuple) and out else out
         if not (isinstance(made, Tensor) and made.requires_grad):
@@ -219,7 +226,7 @@ class Uses(TorchFunctionMode):
         """Remember that a function has taken a weight, unless what it made is a view of it."""
         if not isinstance(argument, Tensor):
             return
-        known = self._frames[-1].known
+        known = self._frame.known
         root = argument if argument._base is None else argument._base
         if id(root) in known and made is not argument and made._base is not root:
             known[id(root)][0].functions.add(name)
@@ -230,7 +237,7 @@ class Uses(TorchFunctionMode):
             return
         place = self._place(source)
         if place is not None and copy.stride() == source.stride():
-            self._frames[-1].copies[id(copy)] = copy, place
+            self._frame.copies[id(copy)] = copy, place
 
     def _note_part(self, func: Any, args: Any, out: Any) -> bool:
         """Remember what an index vector has copied."""
@@ -242,7 +249,7 @@ class Uses(TorchFunctionMode):
         place = self._place(source)
         if place is None or place.entries is not None:
             return False
-        self._frames[-1].copies[id(out)] = out, place._replace(entries=index.detach())
+        self._frame.copies[id(out)] = out, place._replace(entries=index.detach())
         return True
 
     def _note_traced(self, starts: Starts, args: Any, kwargs: Any, out: Any) -> None:
@@ -264,13 +271,13 @@ class Uses(TorchFunctionMode):
             return False
         if torch.compiler.is_compiling():
             return self._traced_weight(argument) is not None
-        frame, base = self._frames[-1], argument._base
+        frame, base = self._frame, argument._base
         keys = (id(argument),) if base is None else (id(argument), id(base))
         return any(key in frame.known or key in frame.copies for key in keys)
 
     def _place(self, argument: Tensor) -> Place | None:
         """Which numbers of which weight an argument is, or None."""
-        frame = self._frames[-1]
+        frame = self._frame
         for root in (argument, argument._base):
             if root is None:
                 continue
@@ -318,7 +325,7 @@ class Uses(TorchFunctionMode):
         """The trained bias that an argument is: a parameter of the same modules, or a slice."""
         if not isinstance(argument, Tensor) or argument.ndim != 1 or argument.numel() != size:
             return None
-        for param, module, name in self._frames[-1].biases:
+        for param, module, name in self._frame.biases:
             if argument is param:
                 return BiasSlot(module, name, None)
             if argument._base is param and (size < 2 or argument.stride(0) == 1):
@@ -342,7 +349,7 @@ class Uses(TorchFunctionMode):
             return out
         weight = place.weight
         weight.seen = True
-        if self._frames[-1].curious:
+        if self._frame.curious:
             self._note_taken(product.bias, out, "add")
         if out.is_meta:
             self._count_rows(product, place, out)
@@ -441,7 +448,7 @@ class Uses(TorchFunctionMode):
         if torch.compiler.is_compiling():
             samples = self._traced_sequence_first
         else:
-            samples = self._frames[-1].sequence_first
+            samples = self._frame.sequence_first
         return sequence_first(rows, samples) if samples else by_sample(rows, self._batch.size)
 
     def _terms(self, weight: Weight, statistics: Statistics, out: Tensor) -> float | None:
@@ -457,6 +464,9 @@ class Uses(TorchFunctionMode):
         weight.event = event
         for slot in weight.slots:
             slot.statistics.last_event = event
+
+
+never_a_frame_alone(Uses.__torch_function__)
 
 
 def _obstacle(x: Any, out: Tensor) -> str | None:
