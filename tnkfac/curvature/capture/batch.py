@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture.calls import Rows
-from tnkfac.curvature.capture.hooks import InertCopy
+from tnkfac.curvature.capture.hooks import InertCopy, taking_notes
 from tnkfac.curvature.capture.statistics import Statistics
 
 
@@ -44,8 +44,10 @@ class BatchHook(InertCopy):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Look at what the model is called with."""
-        if not torch.is_grad_enabled():
-            return
+        if torch.is_grad_enabled():
+            taking_notes(self._count, args, kwargs)
+
+    def _count(self, args: Any, kwargs: Any) -> None:
         self.batch.size = next(map(len, _tensors((*args, *kwargs.values()))), 0)
 
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from tnkfac.curvature.capture.batch import BatchSize, by_sample, sequence_first
 from tnkfac.curvature.capture.calls import EagerCall, Identity, Rows, Share, TracedCall, through
+from tnkfac.curvature.capture.hooks import taking_notes
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import EMPTY, FORWARD_MODE, TAPPED, TRANSFORMED, opaque
 from tnkfac.curvature.guard import Guard
@@ -155,8 +156,8 @@ class Uses(TorchFunctionMode):
         self._traced_scopes.pop()
         if not self._traced_scopes:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._traced = []
-            self._traced_views = []
+            self._traced.clear()  # not another list: a compiler would hand out what this one holds
+            self._traced_views.clear()
 
     # ---------------------------------------------------------------- calls
 
@@ -168,12 +169,12 @@ class Uses(TorchFunctionMode):
         parse = PRODUCTS.get(func)
         if parse is None:
             if func is F.multi_head_attention_forward:
-                return self._attend(args, kwargs)
+                return taking_notes(self._attend, args, kwargs)
             out = func(*args, **kwargs)
             if torch.compiler.is_compiling():
                 starts = STARTS.get(func)
                 if starts is not None:
-                    self._note_traced(starts, args, kwargs, out)
+                    taking_notes(self._note_traced, starts, args, kwargs, out)
             elif func in CASTS:
                 self._note_cast(args[0], out)
             elif not self._note_part(func, args, out):
@@ -336,7 +337,7 @@ class Uses(TorchFunctionMode):
         if not isinstance(out, Tensor) or not out.requires_grad:
             return out
         if torch.compiler.is_compiling():
-            return self._trace(product, out)
+            return taking_notes(self._trace, product, out)
         place = self._place(product.weight)
         if place is None or place.weight.refused:
             return out

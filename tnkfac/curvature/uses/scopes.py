@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnkfac.curvature.capture.hooks import InertCopy, hook_around
+from tnkfac.curvature.capture.hooks import InertCopy, hook_around, taking_notes
 from tnkfac.curvature.uses.mode import Uses
 from tnkfac.curvature.uses.slots import Weight
 
@@ -65,7 +65,7 @@ class _Before(InertCopy):
         self.scope = scope
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.scope.begin(module)
+        taking_notes(self.scope.begin, module)
 
 
 class _After(InertCopy):
@@ -73,4 +73,4 @@ class _After(InertCopy):
         self.scope = scope
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.scope.uses.leave(self.scope)
+        taking_notes(self.scope.uses.leave, self.scope)
