@@ -335,6 +335,8 @@ class CurvatureOptimizer(Optimizer):
     def _take_up_uses(self) -> None:
         """See how parameters were used that no supported module multiplies with."""
         lost, news = self._registry.settle(self._paused or self._excluded)
+        if not self._excluded:
+            self._notices.check_overlooked(self._registry.overlooked())
         if not news:
             return
         for other in self._registry.others:

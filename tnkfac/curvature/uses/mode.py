@@ -10,10 +10,11 @@ with factors of its own.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -78,20 +79,21 @@ class Uses(TorchFunctionMode):
             frames = self._local.frames = []
         return frames
 
-    def enter(self, scope: object, weights: Sequence[Weight]) -> None:
+    def enter(self, scope: object, weights: Sequence[Weight], user: nn.Module) -> None:
         """A module begins to run that uses some weights.
 
         Args:
             scope: Who says so.
             weights: The weights.
+            user: The module.
         """
         if torch.compiler.is_compiling():
             self._enter_traced(scope, weights)
             return
         frames = self._frames
-        if frames and any(frame.scope is scope for frame in frames):
+        begun = sum(frame.scope is scope for frame in frames)
+        if begun and begun >= _running(user):
             self.heal()  # an interrupt has skipped the end of a scope
-            frames = self._frames
         frame = _Frame(scope, frames[-1] if frames else None)
         frame.curious = frame.curious or any(not weight.settled for weight in weights)
         hooks = _saved_tensor_hooks()
@@ -111,6 +113,12 @@ class Uses(TorchFunctionMode):
         if len(frames) == 1:
             self._local.below = _modes()
             self.__enter__()  # type: ignore[no-untyped-call]
+
+    def pass_by(self, scope: object) -> None:
+        """A module begins to run that is not looked into; perhaps inside of a call of itself."""
+        frames = self._frames
+        if frames and any(frame.scope is scope for frame in frames):
+            frames.append(_Frame(scope, None))
 
     def leave(self, scope: object) -> None:
         """The module has run, or has raised an error."""
@@ -485,6 +493,17 @@ def _common(these: Sequence[object], those: Sequence[object]) -> int:
     return next(differ, min(len(these), len(those)))
 
 
+def _running(module: nn.Module) -> int:
+    """How many calls of a module run in this thread: several, of one that calls itself."""
+    frame: FrameType | None = sys._getframe()
+    count = 0
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals["self"] is module:
+            count += 1
+        frame = frame.f_back
+    return count
+
+
 def _saved_tensor_hooks() -> Any:
     """Hooks of saved tensors that are on top: those of a checkpoint, inside of one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -510,3 +529,4 @@ def _stock_attention() -> Any:
 
 
 _attention = _stock_attention()
+_CALL = nn.Module._call_impl.__code__

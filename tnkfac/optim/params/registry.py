@@ -212,6 +212,10 @@ class Registry:
         called = {id(layer.weight) for layer in self.layers if layer.removers}
         return [found for found in lost if id(found.param) not in called], news
 
+    def overlooked(self) -> list[Watched]:
+        """Parameters whose gradients come from calls that could not be looked at."""
+        return self._watching.overlooked()
+
     def heal(self) -> None:
         """Clear away what an interrupt of a forward pass has left behind."""
         if self._watching.uses is not None:
