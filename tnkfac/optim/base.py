@@ -310,7 +310,7 @@ class CurvatureOptimizer(Optimizer):
             self._notices.check_gradients(self._registry)
         self._ensure_state()
         bad_gradients: Tensor | bool | None = None
-        pending = [layer for layer in self._registry.layers if layer.statistics.settle()]
+        pending = self._registry.pending()
         if several and due:
             receive = self._processes.send(due)
             bad_gradients = non_finite(self._gradients())  # while messages travel

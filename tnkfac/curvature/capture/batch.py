@@ -23,11 +23,12 @@ class BatchSize:
 
     Attributes:
         size: The first axis of the first tensor that the model was called with; 0 if unknown.
+        passes: How many passes there were that no graph runs.
     """
 
     def __init__(self) -> None:
         """No pass was seen."""
-        self.size = 0
+        self.size = self.passes = 0
 
     def terms(self, statistics: Statistics) -> float | None:
         """Terms of a loss that is averaged over samples; None where calls tell them."""
@@ -45,6 +46,8 @@ class BatchHook(InertCopy):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Look at what the model is called with."""
         if torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():  # for which a number that changes is a new graph
+                self.batch.passes += 1
             taking_notes(self._count, args, kwargs)
 
     def _count(self, args: Any, kwargs: Any) -> None:

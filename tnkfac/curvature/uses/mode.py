@@ -384,6 +384,8 @@ class Uses(TorchFunctionMode):
             leaves += share.statistics.leaves(place.param)
         terms = self._terms(weight, shares[0].statistics, out)
         call = EagerCall(shares, out.shape, terms, place.param, x._version, weight)
+        if found[0][0].is_entry(weight) and not shares[0].statistics.explicit_passes:
+            call.turn = self._batch.passes
         return through(out, x, call, leaves)
 
     def _note_unrecorded(self, product: Product) -> None:

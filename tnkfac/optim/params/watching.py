@@ -363,6 +363,11 @@ class Watching:
             uncaptured.reason = reasons.get(id(uncaptured.param), uncaptured.reason)
         return lost, news
 
+    def count_turns(self) -> None:
+        """Count passes that had no rows for some matrices of a stack."""
+        for watched in self._watched.values():
+            watched.weight.count_turns()
+
     def overlooked(self) -> list[Watched]:
         """Parameters whose gradients come from calls that could not be looked at."""
         return [watched for watched in self._watched.values() if watched.overlooked]
