@@ -18,7 +18,7 @@ def test_all_scenarios(tmp_path: Path) -> None:
     """
     text = python(str(HERE / "ranks.py"), str(tmp_path), "2", "4")
     assert scenarios("ranks.py") == 20
-    assert text.count(" holds") == 2 * 19, text
+    assert text.count(" holds") == 2 * 20, text
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

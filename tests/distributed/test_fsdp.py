@@ -9,4 +9,4 @@ def test_all_scenarios_and_checkpoints_for_other_numbers_of_processes(tmp_path: 
     """Each is named in ``sharded.py``; two processes save for four, and these for two."""
     text = python(str(HERE / "sharded.py"), str(tmp_path), "2", "4", "2")
     assert scenarios("sharded.py") == 6
-    assert text.count(" holds") == 2 * 5 + 1, text
+    assert text.count(" holds") == 2 * 6 + 1, text

@@ -60,7 +60,7 @@ FAULTS: tuple[Fault, ...] = (
         "parts of parts are counted from the part in graphs",
     ),
     Fault(
-        "curvature/uses/views.py",
+        "curvature/uses/starts.py",
         "        start += piece.shape[axis] * source.stride(axis)",
         "        start += piece.shape[axis]",
         "chunks start at rows, not at numbers",

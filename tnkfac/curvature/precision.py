@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from threading import RLock
 from typing import Any
 from weakref import WeakSet
 
 import torch
-
-from tnkfac.curvature.guard import Guard
 
 
 def _settings(device: torch.device) -> list[Any]:
@@ -16,6 +15,27 @@ def _settings(device: torch.device) -> list[Any]:
     if device.type == "cuda":
         return [backends.cuda.matmul, backends.cudnn.conv]
     return [backends.mkldnn.matmul, backends.mkldnn.conv] if device.type == "cpu" else []
+
+
+class Guard:
+    """A lock that stands in nobody's way for long if an interrupt has left it held.
+
+    A KeyboardInterrupt may fall between the last line of a ``with`` block and its end. Then the
+    same thread goes in again, and others go on after a while.
+    """
+
+    def __init__(self) -> None:
+        """Nobody is inside."""
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        """Go in, after a second whether somebody is inside or not."""
+        self._lock.acquire(timeout=1.0)
+
+    def __exit__(self, *error: object) -> None:
+        """Go out."""
+        with suppress(RuntimeError):  # it is another thread's
+            self._lock.release()
 
 
 class FullPrecision:

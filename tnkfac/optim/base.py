@@ -711,6 +711,7 @@ class CurvatureOptimizer(Optimizer):
             RuntimeError: If no model, or more than one, owns the parameters.
 
         Example:
+            >>> import tnkfac
             >>> attention = torch.nn.MultiheadAttention(8, 2)
             >>> optimizer = tnkfac.SINGD(attention.parameters())
             >>> optimizer.prepare(*[torch.randn(5, 3, 8)] * 3)

@@ -38,6 +38,7 @@ def assert_same(model: nn.Module, twin: nn.Module) -> None:
     assert_equal([*zip(model.parameters(), twin.parameters(), strict=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["optimizer", "compiled", "compiled and run"])
 @pytest.mark.parametrize("block", KNOWN)
 def test_one_graph_for_all_steps(block: str, first: str) -> None:
@@ -60,6 +61,7 @@ def test_one_graph_for_all_steps(block: str, first: str) -> None:
     assert {row.last_update for row in optimizer.report()} == {4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", KNOWN)
 def test_other_optimizers_and_micro_batches(block: str) -> None:
     model, twin = network(block), network(block)
@@ -95,6 +97,7 @@ def test_a_graph_break(block: str) -> None:
     assert not any(row.reason for row in optimizer.report())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", KNOWN)
 def test_dynamic_shapes(block: str) -> None:
     model, twin = network(block), network(block)

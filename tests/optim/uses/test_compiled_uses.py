@@ -62,13 +62,21 @@ def compare(case: Case, build: Any, prepare: bool, **options: Any) -> tuple[Any,
 
 WHOLE_GRAPHS = {name: case for name, case in CASES.items() if "a loop" not in name}
 """Cases without indices that depend on numbers."""
+QUICK = ("F.linear", "addmm", "slices", "unbound", "stack, bmm", "stack, blocks of a matrix")
+"""Those of the default run."""
 
 
 def singd(model: nn.Module) -> Any:
     return tnkfac.SINGD(model.parameters(), lr=0.05, T=1)
 
 
-@pytest.mark.parametrize("case", WHOLE_GRAPHS.values(), ids=WHOLE_GRAPHS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, case in WHOLE_GRAPHS.items()
+    ],
+)
 def test_one_graph_takes_the_steps_of_the_eager_model(case: Case):
     optimizer, graphs = compare(case, singd, prepare=True, fullgraph=True, dynamic=False)
     assert graphs == 1

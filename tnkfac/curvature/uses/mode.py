@@ -27,13 +27,13 @@ from tnkfac.curvature.capture.calls import EagerCall, Identity, Rows, Share, Tra
 from tnkfac.curvature.capture.hooks import taking_notes
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import EMPTY, FORWARD_MODE, TAPPED, TRANSFORMED, opaque
-from tnkfac.curvature.guard import Guard
 from tnkfac.curvature.layers import Layer
+from tnkfac.curvature.precision import Guard
 from tnkfac.curvature.uses.blocks import Span
 from tnkfac.curvature.uses.matching import Declare, Matching, Place
 from tnkfac.curvature.uses.products import CASTS, PRODUCTS, Product
 from tnkfac.curvature.uses.slots import CHECKPOINTED, COMPILED_VIEW, UNRECORDED, BiasSlot, Weight
-from tnkfac.curvature.uses.views import STARTS, Starts
+from tnkfac.curvature.uses.starts import STARTS, Starts
 
 
 class _Frame:
