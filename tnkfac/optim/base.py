@@ -335,8 +335,9 @@ class CurvatureOptimizer(Optimizer):
     def _take_up_uses(self) -> None:
         """See how parameters were used that no supported module multiplies with."""
         lost, news = self._registry.settle(self._paused or self._excluded)
-        if not self._excluded:
-            self._notices.check_overlooked(self._registry.overlooked())
+        overlooked = self._registry.overlooked()
+        if overlooked and not self._excluded:
+            self._notices.check_overlooked(overlooked)
         if not news:
             return
         for other in self._registry.others:

@@ -45,10 +45,13 @@ class BatchHook(InertCopy):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Look at what the model is called with."""
-        if torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():  # for which a number that changes is a new graph
-                self.batch.passes += 1
+        if not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():  # for which a number that changes is a new graph
             taking_notes(self._count, args, kwargs)
+        else:
+            self.batch.passes += 1
+            self._count(args, kwargs)
 
     def _count(self, args: Any, kwargs: Any) -> None:
         self.batch.size = next(map(len, _tensors((*args, *kwargs.values()))), 0)

@@ -215,12 +215,13 @@ class Registry:
     def pending(self) -> list[CapturedLayer]:
         """Layers of which a step can take what was collected."""
         found = [layer for layer in self.layers if layer.statistics.settle()]
-        self._watching.count_turns()
+        if self._watching.uses is not None:
+            self._watching.count_turns()
         return found
 
     def overlooked(self) -> list[Watched]:
         """Parameters whose gradients come from calls that could not be looked at."""
-        return self._watching.overlooked()
+        return [] if self._watching.uses is None else self._watching.overlooked()
 
     def heal(self) -> None:
         """Clear away what an interrupt of a forward pass has left behind."""
