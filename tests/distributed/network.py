@@ -27,7 +27,10 @@ class Network(nn.Module):
 
 
 class Using(nn.Module):
-    """Weights that are used without calling their layer: attention, parts, a stack."""
+    """Weights that are used without calling their layer: attention, parts, stacks, a child's.
+
+    Samples go to one of two experts, so that some processes have none for one of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +38,9 @@ class Using(nn.Module):
         self.packed = nn.Parameter(torch.randn(9, 2))
         self.bias = nn.Parameter(torch.zeros(9))
         self.experts = nn.Parameter(torch.randn(2, 3, 4))
+        self.across = nn.MultiheadAttention(4, 2, batch_first=True, kdim=3, vdim=3)
+        self.routed = nn.Parameter(torch.randn(2, 4, 4))
+        self.read = nn.Linear(4, 4)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +51,15 @@ class Using(nn.Module):
         q, k, v = (nn.functional.linear(x, w, b) for w, b in parts)
         x = torch.tanh(q * k.sigmoid() + v)
         halves = torch.tanh(x[:, :18] @ self.experts[0]) + torch.tanh(x[:, 18:] @ self.experts[1])
-        return self.head(halves.mean(1))
+        halves = halves + self.across(halves, x, x, need_weights=False)[0]
+        chosen = (halves[:, 0, 0] > 0).long()
+        routed = torch.zeros_like(halves)
+        for e in chosen.unique().tolist():
+            (place,) = torch.where(chosen == e)
+            part = nn.functional.linear(halves[place], self.routed[e])
+            routed = routed.index_add(0, place, part)
+        read = nn.functional.linear(torch.tanh(routed), self.read.weight, self.read.bias)
+        return self.head((halves + read).mean(1))
 
 
 def using() -> Using:

@@ -110,6 +110,7 @@ NEAR: dict[str, tuple[str, ...]] = {
         "optim/test_resets.py",
         "optim/test_fisher_draws.py",
         "optim/test_modes.py",
+        "optim/uses/test_experts.py",
         "distributed/test_ddp.py",
     ),
     "curvature/capture/tap.py": (
@@ -127,7 +128,8 @@ NEAR: dict[str, tuple[str, ...]] = {
     ),
     "curvature/capture/owners.py": ("optim/test_choice_of_layers.py",),
     "curvature/capture/graph.py": ("optim/test_changed_layers.py",),
-    "curvature/capture/resets.py": ("optim/test_resets.py",),
+    "curvature/capture/resets.py": ("optim/test_resets.py", "optim/uses/test_contexts.py"),
+    "curvature/capture/hooks.py": ("optim/uses/test_compiled_checkpoints.py",),
     "curvature/capture/recording.py": ("curvature/test_kfac.py",),
     "optim/rules/singd_rule.py": (
         "optim/test_kept_squares.py",

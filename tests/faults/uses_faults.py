@@ -73,7 +73,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "curvature/uses/scopes.py",
-        "        if torch._C._are_functorch_transforms_active():\n            return\n",
+        "        if torch._C._are_functorch_transforms_active():\n            return False\n",
         "",
         "transformed passes are looked at",
     ),
@@ -123,5 +123,53 @@ FAULTS: tuple[Fault, ...] = (
         "        if not saved <= labels:",
         "        if False:",
         "files of other parts are taken",
+    ),
+    Fault(
+        "curvature/capture/hooks.py",
+        "    if not torch.compiler.is_compiling():\n        return function(*args)",
+        "    if True:\n        return function(*args)",
+        "what is noted in a checkpoint does not compile",
+    ),
+    Fault(
+        "curvature/uses/mode.py",
+        "            self._traced_views.clear()",
+        "            self._traced_views = []",
+        "views in nested checkpoints do not compile",
+    ),
+    Fault(
+        "curvature/uses/mode.py",
+        "        if begun and begun >= _running(user):",
+        "        if begun:",
+        "a module that calls itself is taken for an interrupted one",
+    ),
+    Fault(
+        "curvature/uses/mode.py",
+        "            frames.append(_Frame(scope, None))",
+        "            pass",
+        "the end of a call without gradients is taken for that of the call around it",
+    ),
+    Fault(
+        "curvature/uses/scopes.py",
+        "                self._tell_evaluation()",
+        "                pass",
+        "calls in eval() mode are not told",
+    ),
+    Fault(
+        "curvature/capture/calls.py",
+        "            self._take_turns(shares, measured)\n            return measured",
+        "            return measured",
+        "passes without tokens for an expert are not counted",
+    ),
+    Fault(
+        "curvature/capture/statistics.py",
+        "        self._spoiled = False\n        self.turns.clear()\n",
+        "        self._spoiled = False\n",
+        "passes whose statistics were dropped are counted",
+    ),
+    Fault(
+        "curvature/capture/resets.py",
+        "            self._ended = False  # until then, which does not come if the pass fails\n",
+        "",
+        "a failed backward pass leaves statistics",
     ),
 )

@@ -310,7 +310,7 @@ class CurvatureOptimizer(Optimizer):
             self._notices.check_gradients(self._registry)
         self._ensure_state()
         bad_gradients: Tensor | bool | None = None
-        pending = [layer for layer in self._registry.layers if layer.statistics.settle()]
+        pending = self._registry.pending()
         if several and due:
             receive = self._processes.send(due)
             bad_gradients = non_finite(self._gradients())  # while messages travel
@@ -335,6 +335,9 @@ class CurvatureOptimizer(Optimizer):
     def _take_up_uses(self) -> None:
         """See how parameters were used that no supported module multiplies with."""
         lost, news = self._registry.settle(self._paused or self._excluded)
+        overlooked = self._registry.overlooked()
+        if overlooked and not self._excluded:
+            self._notices.check_overlooked(overlooked)
         if not news:
             return
         for other in self._registry.others:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tnkfac.curvature.capture.calls import Rows
-from tnkfac.curvature.capture.hooks import InertCopy
+from tnkfac.curvature.capture.hooks import InertCopy, taking_notes
 from tnkfac.curvature.capture.statistics import Statistics
 
 
@@ -23,11 +23,12 @@ class BatchSize:
 
     Attributes:
         size: The first axis of the first tensor that the model was called with; 0 if unknown.
+        passes: How many passes there were that no graph runs.
     """
 
     def __init__(self) -> None:
         """No pass was seen."""
-        self.size = 0
+        self.size = self.passes = 0
 
     def terms(self, statistics: Statistics) -> float | None:
         """Terms of a loss that is averaged over samples; None where calls tell them."""
@@ -46,6 +47,13 @@ class BatchHook(InertCopy):
         """Look at what the model is called with."""
         if not torch.is_grad_enabled():
             return
+        if torch.compiler.is_compiling():  # for which a number that changes is a new graph
+            taking_notes(self._count, args, kwargs)
+        else:
+            self.batch.passes += 1
+            self._count(args, kwargs)
+
+    def _count(self, args: Any, kwargs: Any) -> None:
         self.batch.size = next(map(len, _tensors((*args, *kwargs.values()))), 0)
 
 

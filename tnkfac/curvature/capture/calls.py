@@ -119,7 +119,13 @@ class TracedCall:
 
 
 class EagerCall(TracedCall):
-    """One call whose backward pass finds out what it is part of."""
+    """One call whose backward pass finds out what it is part of.
+
+    Attributes:
+        turn: Number of its pass, where others may have no rows for some of the matrices; else 0.
+    """
+
+    turn = 0
 
     def __init__(
         self,
@@ -151,15 +157,29 @@ class EagerCall(TracedCall):
             share.statistics.begins()
         with without_autocast(g.device.type), FullPrecision(g.device):
             measured = self.measure(shares, plain(x), plain(g))
-        if measured is None or torch._C._will_engine_execute_node(shares[0].statistics.sink):
+        if measured is None:
+            return None
+        if torch._C._will_engine_execute_node(shares[0].statistics.sink):
+            self._take_turns(shares, measured)
             return measured
         if _accumulates(self.weight):  # .backward(inputs=...): the leaves are not among these
+            self._take_turns(shares, measured)
             parts = iter(measured)
             for share in shares:
                 share.statistics.add([next(parts) for _ in share.statistics.hidden_leaves])
         else:
             self._tell(FUNCTIONAL_GRADIENT)
         return None
+
+    def _take_turns(self, shares: Sequence[Share], measured: Sequence[Tensor | None]) -> None:
+        """Remember which matrices had rows in this pass."""
+        if not self.turn or self.terms is None:
+            return
+        end = 0
+        for share in shares:
+            end += len(share.statistics.hidden_leaves)
+            if measured[end - 1] is not None:
+                share.statistics.turns[self.turn] = self.terms
 
     def _tell(self, event: str) -> None:
         for share in self.shares:

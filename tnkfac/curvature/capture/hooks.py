@@ -71,6 +71,22 @@ def never_a_frame_alone(function: Callable[..., Any]) -> None:
         frames.set_code_exec_strategy(function.__code__, strategy)
 
 
+def taking_notes(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that changes what an optimizer knows, also where that is being compiled.
+
+    A compiler refuses such changes inside of a checkpoint, whose eager forward pass would repeat
+    them. What is noted here is noted once.
+
+    Args:
+        function: The function.
+        *args: Its arguments.
+    """
+    if not torch.compiler.is_compiling():
+        return function(*args)
+    unchecked = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
+    return unchecked(function, *args)
+
+
 def hook_around(
     owner: object, module: nn.Module, before: InertCopy, after: InertCopy
 ) -> list[Callable[[], object]]:

@@ -51,17 +51,20 @@ class Resets:
         self._params = tuple(params)
         self._seen: _Version | None = None
         self._task = -1
+        self._ended = True
 
     def mark(self) -> None:
         """Take gradients as they are for what passes have left."""
         grad = self._params[0].grad
         self._seen = None if grad is None else _Version(grad)
+        self._ended = True
 
     def mark_after_pass(self) -> None:
         """Take gradients as they are once the backward pass that is running has ended."""
         task = torch._C._current_graph_task_id()
         if task not in (-1, self._task):
             self._task = task
+            self._ended = False  # until then, which does not come if the pass fails
             torch.autograd.Variable._execution_engine.queue_callback(self.mark)
 
     def mark_pass(self) -> None:
@@ -73,14 +76,20 @@ class Resets:
     @property
     def gone(self) -> bool:
         """Whether gradients were set to None."""
-        return self._seen is not None and self._params[0].grad is None
+        expected = self._seen is not None or self._has_failed
+        return expected and self._params[0].grad is None
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether the last pass has raised an error after it had come here."""
+        return not self._ended and torch._C._current_graph_task_id() == -1
 
     @property
     def changed(self) -> bool:
         """Whether gradients are not what passes have left."""
         grad = self._params[0].grad
         if self._seen is None or grad is None:
-            return self._seen is not None or grad is not None
+            return self._seen is not None or grad is not None or self._has_failed
         return self._seen.changes_to(grad) != 0
 
     @property

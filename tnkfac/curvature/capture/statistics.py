@@ -62,6 +62,8 @@ class Statistics:
         k: Structure of the input side, once the shape is known.
         c: Structure of the output side, likewise.
         sink: Node of the graph that collects the counts of every pass.
+        turns: Terms of the loss of every pass that has contributed, by its number, where a matrix
+            may have no rows in some.
     """
 
     layer: Layer
@@ -109,6 +111,7 @@ class Statistics:
         self.last_event = ""
         self.refused = ""
         self._spoiled = False
+        self.turns: dict[int, float] = {}
         self.factors_in_use: tuple[Parts | None, Parts | None] = (None, None)
         self._used = False
         self._structures = structures
@@ -324,6 +327,12 @@ class Statistics:
             if part is not None:
                 leaf.grad = part if leaf.grad is None else leaf.grad + part
 
+    def add_terms(self, terms: float) -> None:
+        """Count terms of the loss of passes that had no rows here: gradients are of their mean."""
+        leaf = self._leaves[-1]
+        assert leaf.grad is not None
+        leaf.grad = leaf.grad + _kept_counts(0, 0, terms, leaf.dtype, leaf.device)
+
     def spoil(self, why: str) -> None:
         """Count nothing until :meth:`clear`, since a part of what was to be measured is lost."""
         self._spoiled, self.last_event = True, why
@@ -513,6 +522,7 @@ class Statistics:
         if self.explicit_passes:
             self._forget()
         self._spoiled = False
+        self.turns.clear()
         self._doubtful = None
         for leaf in self._leaves:
             leaf.grad = None

@@ -10,10 +10,11 @@ with factors of its own.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from tnkfac.curvature.capture.batch import BatchSize, by_sample, sequence_first
 from tnkfac.curvature.capture.calls import EagerCall, Identity, Rows, Share, TracedCall, through
-from tnkfac.curvature.capture.hooks import never_a_frame_alone
+from tnkfac.curvature.capture.hooks import never_a_frame_alone, taking_notes
 from tnkfac.curvature.capture.statistics import Statistics
 from tnkfac.curvature.capture.tap import EMPTY, FORWARD_MODE, TAPPED, TRANSFORMED, opaque
 from tnkfac.curvature.layers import Layer
@@ -84,20 +85,21 @@ class Uses(TorchFunctionMode):
         frames = self._frames
         return frames[-1] if frames else _Frame(None, None)
 
-    def enter(self, scope: object, weights: Sequence[Weight]) -> None:
+    def enter(self, scope: object, weights: Sequence[Weight], user: nn.Module) -> None:
         """A module begins to run that uses some weights.
 
         Args:
             scope: Who says so.
             weights: The weights.
+            user: The module.
         """
         if torch.compiler.is_compiling():
             self._enter_traced(scope, weights)
             return
         frames = self._frames
-        if frames and any(frame.scope is scope for frame in frames):
+        begun = sum(frame.scope is scope for frame in frames)
+        if begun and begun >= _running(user):
             self.heal()  # an interrupt has skipped the end of a scope
-            frames = self._frames
         frame = _Frame(scope, frames[-1] if frames else None)
         frame.curious = frame.curious or any(not weight.settled for weight in weights)
         hooks = _saved_tensor_hooks()
@@ -117,6 +119,12 @@ class Uses(TorchFunctionMode):
         if len(frames) == 1:
             self._local.below = _modes()
             self.__enter__()  # type: ignore[no-untyped-call]
+
+    def pass_by(self, scope: object) -> None:
+        """A module begins to run that is not looked into; perhaps inside of a call of itself."""
+        frames = self._frames
+        if frames and any(frame.scope is scope for frame in frames):
+            frames.append(_Frame(scope, None))
 
     def leave(self, scope: object) -> None:
         """The module has run, or has raised an error."""
@@ -162,8 +170,8 @@ class Uses(TorchFunctionMode):
         self._traced_scopes.pop()
         if not self._traced_scopes:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._traced = []
-            self._traced_views = []
+            self._traced.clear()  # not another list: a compiler would hand out what this one holds
+            self._traced_views.clear()
 
     # ---------------------------------------------------------------- calls
 
@@ -175,12 +183,12 @@ class Uses(TorchFunctionMode):
         parse = PRODUCTS.get(func)
         if parse is None:
             if func is F.multi_head_attention_forward:
-                return self._attend(args, kwargs)
+                return taking_notes(self._attend, args, kwargs)
             out = func(*args, **kwargs)
             if torch.compiler.is_compiling():
                 starts = STARTS.get(func)
                 if starts is not None:
-                    self._note_traced(starts, args, kwargs, out)
+                    taking_notes(self._note_traced, starts, args, kwargs, out)
             elif func in CASTS:
                 self._note_cast(args[0], out)
             elif not self._note_part(func, args, out):
@@ -343,7 +351,7 @@ class Uses(TorchFunctionMode):
         if not isinstance(out, Tensor) or not out.requires_grad:
             return out
         if torch.compiler.is_compiling():
-            return self._trace(product, out)
+            return taking_notes(self._trace, product, out)
         place = self._place(product.weight)
         if place is None or place.weight.refused:
             return out
@@ -382,6 +390,8 @@ class Uses(TorchFunctionMode):
             leaves += share.statistics.leaves(place.param)
         terms = self._terms(weight, shares[0].statistics, out)
         call = EagerCall(shares, out.shape, terms, place.param, x._version, weight)
+        if found[0][0].is_entry(weight) and not shares[0].statistics.explicit_passes:
+            call.turn = self._batch.passes
         return through(out, x, call, leaves)
 
     def _note_unrecorded(self, product: Product) -> None:
@@ -494,6 +504,17 @@ def _common(these: Sequence[object], those: Sequence[object]) -> int:
     return next(differ, min(len(these), len(those)))
 
 
+def _running(module: nn.Module) -> int:
+    """How many calls of a module run in this thread: several, of one that calls itself."""
+    frame: FrameType | None = sys._getframe()
+    count = 0
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals["self"] is module:
+            count += 1
+        frame = frame.f_back
+    return count
+
+
 def _saved_tensor_hooks() -> Any:
     """Hooks of saved tensors that are on top: those of a checkpoint, inside of one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -519,3 +540,4 @@ def _stock_attention() -> Any:
 
 
 _attention = _stock_attention()
+_CALL = nn.Module._call_impl.__code__

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnkfac.curvature.capture.hooks import InertCopy, hook_around
+from tnkfac.curvature.capture.hooks import InertCopy, hook_around, taking_notes
+from tnkfac.curvature.capture.tap import EVALUATION
 from tnkfac.curvature.uses.mode import Uses
 from tnkfac.curvature.uses.slots import Weight
 
@@ -41,14 +42,10 @@ class Scope:
 
     def begin(self, module: nn.Module) -> None:
         """The module is about to run."""
-        if not (module.training and torch.is_grad_enabled()) or "_is_replica" in module.__dict__:
-            return
-        # A compiler keeps this call. Hooks of the outermost module are a graph of their own: one
-        # without a call would be run as it is, where nobody knows that the model is compiled.
-        if torch._C._are_functorch_transforms_active():
-            return
         compiling = torch.compiler.is_compiling()
-        if torch.compiler._is_exporting_flag if compiling else torch._C._is_tracing():
+        if not self._looks(module, compiling):
+            if not compiling:
+                self.uses.pass_by(self)
             return
         if compiling:  # which compiles anew where anything else is read
             waiting = [weight for weight in self.weights if weight.waits_in_graphs]
@@ -56,8 +53,32 @@ class Scope:
             waiting = [weight for weight in self.weights if weight.waits]
         for weight in waiting:
             weight.looked_at = True
+            if not compiling and weight.event == EVALUATION:
+                weight.event = ""
         if waiting or compiling:
-            self.uses.enter(self, waiting)
+            self.uses.enter(self, waiting, module)
+
+    def _looks(self, module: nn.Module, compiling: bool) -> bool:
+        """Whether a call of the module is one to look into."""
+        if not torch.is_grad_enabled() or "_is_replica" in module.__dict__:
+            return False
+        if not module.training:
+            if not compiling:
+                self._tell_evaluation()
+            return False
+        # A compiler keeps this call. Hooks of the outermost module are a graph of their own: one
+        # without a call would be run as it is, where nobody knows that the model is compiled.
+        if torch._C._are_functorch_transforms_active():
+            return False
+        return not (torch.compiler._is_exporting_flag if compiling else torch._C._is_tracing())
+
+    def _tell_evaluation(self) -> None:
+        """Say why weights may get gradients that no call seen here has given them."""
+        for weight in self.weights:
+            if not weight.seen:
+                weight.event = EVALUATION
+                for slot in weight.slots:
+                    slot.statistics.last_event = EVALUATION
 
 
 class _Before(InertCopy):
@@ -65,7 +86,7 @@ class _Before(InertCopy):
         self.scope = scope
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.scope.begin(module)
+        taking_notes(self.scope.begin, module)
 
 
 class _After(InertCopy):
@@ -73,4 +94,4 @@ class _After(InertCopy):
         self.scope = scope
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.scope.uses.leave(self.scope)
+        taking_notes(self.scope.uses.leave, self.scope)

@@ -146,6 +146,18 @@ class Weight:
             slot.statistics.refuse(why)
         return why
 
+    def count_turns(self) -> None:
+        """Count, for matrices of a stack, the passes that had rows for others of it alone."""
+        entries = [slot.statistics for slot in self.slots if slot.is_entry(self)]
+        turns: dict[int, float] = {}
+        for statistics in entries:
+            turns |= statistics.turns
+        for statistics in entries:
+            missed = sum(turns.values()) - sum(statistics.turns.values())
+            if missed and statistics.pending:
+                statistics.add_terms(missed)
+                statistics.turns |= turns
+
     @property
     def waits(self) -> bool:
         """Whether calls are to be looked at: of what is not known yet, or is to be measured."""

@@ -212,6 +212,17 @@ class Registry:
         called = {id(layer.weight) for layer in self.layers if layer.removers}
         return [found for found in lost if id(found.param) not in called], news
 
+    def pending(self) -> list[CapturedLayer]:
+        """Layers of which a step can take what was collected."""
+        found = [layer for layer in self.layers if layer.statistics.settle()]
+        if self._watching.uses is not None:
+            self._watching.count_turns()
+        return found
+
+    def overlooked(self) -> list[Watched]:
+        """Parameters whose gradients come from calls that could not be looked at."""
+        return [] if self._watching.uses is None else self._watching.overlooked()
+
     def heal(self) -> None:
         """Clear away what an interrupt of a forward pass has left behind."""
         if self._watching.uses is not None:

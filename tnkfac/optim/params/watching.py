@@ -32,6 +32,8 @@ LOOKED_FOR = "looked for in the calls of"
 """How the reason begins of a parameter whose uses are not known yet."""
 PROMISED = "promised by its"
 """How the reason begins of a parameter of a module whose type tells how it is used."""
+BYPASSED = "not called itself (but, for example, its forward)"
+"""How a module gives a gradient to a parameter although its hooks do not run."""
 NOT_COVERED = "used in parts that are not all of it"
 BIAS_NOT_COVERED = "used with a part of a bias whose other parts belong to no call"
 
@@ -45,12 +47,14 @@ class Watched:
         param: The parameter.
         owner: The first module that holds it.
         entries: All of them.
+        overlooked: Whether it got a gradient though no call of its user could be looked at.
     """
 
     weight: Weight
     param: Tensor
     owner: Owner
     entries: list[Owner]
+    overlooked: bool = False
 
     @classmethod
     def by(cls, param: Tensor, entries: list[Owner]) -> Watched:
@@ -64,6 +68,11 @@ class Watched:
     def looked_for(self) -> str:
         """Where calls are looked at that may use it."""
         return f"{LOOKED_FOR} {self._user}"
+
+    @property
+    def overlooked_where(self) -> str:
+        """Why no call could be looked at that has given it a gradient."""
+        return f"{self.looked_for}, which was {self.weight.event or BYPASSED}"
 
     @property
     def promised(self) -> str:
@@ -324,6 +333,7 @@ class Watching:
         for watched in [*self._watched.values()]:
             weight, param = watched.weight, watched.param
             looked, weight.looked_at = weight.looked_at, False
+            watched.overlooked = not (looked or weight.slots or param.grad is None)
             if weight.settled or param.grad is None or not looked:
                 continue
             news = True
@@ -348,9 +358,19 @@ class Watching:
             }
             self._prune()
         reasons = {id(watched.param): watched.weight.refused for watched in lost}
+        reasons |= {id(watched.param): watched.overlooked_where for watched in self.overlooked()}
         for uncaptured in others:
             uncaptured.reason = reasons.get(id(uncaptured.param), uncaptured.reason)
         return lost, news
+
+    def count_turns(self) -> None:
+        """Count passes that had no rows for some matrices of a stack."""
+        for watched in self._watched.values():
+            watched.weight.count_turns()
+
+    def overlooked(self) -> list[Watched]:
+        """Parameters whose gradients come from calls that could not be looked at."""
+        return [watched for watched in self._watched.values() if watched.overlooked]
 
     def _check_cover(self, watched: Watched, layers: Sequence[CapturedLayer]) -> None:
         """Refuse a parameter of which known calls use only a part, or of whose bias."""

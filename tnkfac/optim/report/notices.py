@@ -112,6 +112,21 @@ class Notices:
             )
         return unseen
 
+    def check_overlooked(self, overlooked: Sequence[Watched]) -> None:
+        """Warn of parameters that have a gradient, but whose uses cannot be seen; of each once.
+
+        Args:
+            overlooked: These parameters.
+        """
+        new = [watched for watched in overlooked if id(watched.param) not in self._silent]
+        self._silent |= {id(watched.param) for watched in new}
+        if new:
+            listed = "; ".join(f"{f.weight.name} ({f.overlooked_where})" for f in new[:5])
+            warn(
+                f"The fallback begins to train {len(new)} parameters, and goes on with it, since "
+                f"what gives them gradients was not seen. {listed}. report() lists all.",
+            )
+
     def tell_released(self, released: Sequence[CapturedLayer]) -> None:
         """Warn of layers that the fallback trains from now on."""
         listed = "; ".join(
