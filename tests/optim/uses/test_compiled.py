@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from oracles.uses_training import OPTIMIZERS, assert_equal, gaussian, loss, train
 from oracles.uses_zoo import network
+from tnkfac.curvature.uses.scopes import TRACEABLE
 
 SHAPE = (4, 5, 4)
 KNOWN = ["foreign", "subclass", "Conv1D", "attention"]
@@ -18,6 +19,7 @@ KNOWN = ["foreign", "subclass", "Conv1D", "attention"]
 UNKNOWN = ["parts", "kernel"]
 make = OPTIMIZERS["SINGD dense"]
 Run = Callable[[Tensor], Tensor]
+pytestmark = pytest.mark.skipif(not TRACEABLE, reason="torch compiles function modes since 2.14")
 
 
 @pytest.fixture(autouse=True)

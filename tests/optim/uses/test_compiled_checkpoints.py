@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from oracles.uses_training import OPTIMIZERS, assert_equal, gaussian, loss
 from oracles.uses_zoo import network
+from tnkfac.curvature.uses.scopes import TRACEABLE
 
 SHAPE = (4, 5, 4)
 Run = Callable[[Tensor], Tensor]
+pytestmark = pytest.mark.skipif(not TRACEABLE, reason="torch compiles function modes since 2.14")
 
 
 @pytest.fixture(autouse=True)

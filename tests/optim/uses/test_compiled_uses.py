@@ -13,6 +13,9 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import tnkfac
 from oracles.rewritten import ATTENTION, CASES, Case
+from tnkfac.curvature.uses.scopes import TRACEABLE
+
+pytestmark = pytest.mark.skipif(not TRACEABLE, reason="torch compiles function modes since 2.14")
 
 
 @pytest.fixture(autouse=True)

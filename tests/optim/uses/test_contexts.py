@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oracles.uses_training import OPTIMIZERS, assert_equal, gaussian, loss
 from oracles.uses_zoo import BLOCKS, network
+from tnkfac.curvature.uses.scopes import TRACEABLE
 
 SHAPE = (4, 5, 4)
 make = OPTIMIZERS["SINGD dense"]
@@ -221,6 +222,7 @@ def test_outputs_and_gradients_are_bit_equal(block: str, dtype: torch.dtype | No
         optimizer.step()
 
 
+@pytest.mark.skipif(not TRACEABLE, reason="torch compiles function modes since 2.14")
 @pytest.mark.parametrize("block", ["foreign", "subclass", "Conv1D", "attention"])
 def test_compiled_autocast_steps_as_eager(block: str) -> None:
     torch._dynamo.reset()
@@ -240,6 +242,7 @@ def test_compiled_autocast_steps_as_eager(block: str) -> None:
     assert_equal([*zip(*(model.parameters() for model in models), strict=True)], 2e-3)
 
 
+@pytest.mark.skipif(not TRACEABLE, reason="torch compiles function modes since 2.14")
 @pytest.mark.slow
 @pytest.mark.parametrize("block", ["foreign", "attention"])
 def test_inductor(block: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from tnkfac.curvature.capture.hooks import InertCopy, hook_around, taking_notes
 from tnkfac.curvature.capture.tap import EVALUATION
 from tnkfac.curvature.uses.mode import Uses
 from tnkfac.curvature.uses.slots import Weight
+
+TRACEABLE = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 14)
+"""Whether this torch compiles function modes as they are; older ones refuse parts of attention."""
 
 
 class Scope:
@@ -43,6 +47,8 @@ class Scope:
     def begin(self, module: nn.Module) -> None:
         """The module is about to run."""
         compiling = torch.compiler.is_compiling()
+        if not TRACEABLE and (compiling or _in_compiled_model()):
+            return
         if not self._looks(module, compiling):
             if not compiling:
                 self.uses.pass_by(self)
@@ -79,6 +85,13 @@ class Scope:
                 weight.event = EVALUATION
                 for slot in weight.slots:
                     slot.statistics.last_event = EVALUATION
+
+
+def _in_compiled_model() -> bool:
+    """Whether this runs as it is, but what it calls may be compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 class _Before(InertCopy):

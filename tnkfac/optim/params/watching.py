@@ -19,7 +19,7 @@ from tnkfac.curvature.layers.linear import InputsFirstLinear, Linear
 from tnkfac.curvature.uses.blocks import Block, Span, covers
 from tnkfac.curvature.uses.matching import Declare
 from tnkfac.curvature.uses.mode import Uses
-from tnkfac.curvature.uses.scopes import Scope
+from tnkfac.curvature.uses.scopes import TRACEABLE, Scope
 from tnkfac.curvature.uses.slots import BiasSlot, Slot, Weight
 from tnkfac.optim.options import Group
 from tnkfac.optim.params.captured import CapturedLayer, Needs, Uncaptured
@@ -32,7 +32,9 @@ LOOKED_FOR = "looked for in the calls of"
 """How the reason begins of a parameter whose uses are not known yet."""
 PROMISED = "promised by its"
 """How the reason begins of a parameter of a module whose type tells how it is used."""
-BYPASSED = "not called itself (but, for example, its forward)"
+BYPASSED = "not called itself (but, for example, its forward)" + (
+    "" if TRACEABLE else ", or ran compiled, where such calls are seen from torch 2.14 on"
+)
 """How a module gives a gradient to a parameter although its hooks do not run."""
 NOT_COVERED = "used in parts that are not all of it"
 BIAS_NOT_COVERED = "used with a part of a bias whose other parts belong to no call"
